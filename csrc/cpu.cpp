@@ -1,0 +1,83 @@
+// Picks the instruction set at run time and splits a call over threads.
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "hicache/cpu.h"
+#include "hicache/launch.h"
+#include "hicache/parallel.h"
+
+namespace hicache {
+
+namespace baseline {
+const kernel_table& kernels();
+}
+#if defined(HICACHE_X86)
+namespace avx2 {
+const kernel_table& kernels();
+}
+namespace avx512 {
+const kernel_table& kernels();
+}
+#endif
+
+namespace {
+
+// Numbers a thread is woken for: waking one costs tens of microseconds, the time to move about 256 KiB.
+constexpr int64_t kGrain = 1 << 16;
+
+const kernel_table& pick() {
+#if defined(HICACHE_X86)
+  // HICACHE_CPU_ISA caps the choice, so that every build can be tested on one machine.
+  const char* cap = std::getenv("HICACHE_CPU_ISA");
+  const std::string limit = cap ? cap : "avx512";
+  if (limit != "baseline" && limit != "avx2" && limit != "avx512") {
+    throw std::invalid_argument("HICACHE_CPU_ISA: expected baseline, avx2 or avx512, got '" + limit + "'");
+  }
+  __builtin_cpu_init();
+  if (limit == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) {
+    return avx512::kernels();
+  }
+  if (limit != "baseline" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
+    return avx2::kernels();
+  }
+#endif
+  return baseline::kernels();
+}
+
+const kernel_table& table() {
+  static const kernel_table& chosen = pick();
+  return chosen;
+}
+
+void launch(cascade_fn kernel, const cascade_args& args, int threads) {
+  parallel_for(args.numel, kGrain, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+}  // namespace
+
+const char* cpu_isa() { return table().name; }
+
+void cpu_update(const cascade_args& args, int threads) {
+  launch(table().update[static_cast<int>(args.past.type)][args.read], args, threads);
+}
+
+void cpu_update_forecast(const cascade_args& args, int threads) {
+  launch(table().update_forecast[static_cast<int>(args.past.type)][args.read], args, threads);
+}
+
+void cpu_forecast(const cascade_args& args, int threads) {
+  launch(table().forecast[static_cast<int>(args.past.type)][args.read], args, threads);
+}
+
+void cpu_gated_sum(const sum_args& args, int threads) {
+  const sum_fn kernel =
+      table().gated_sum[static_cast<int>(args.past.type)][static_cast<int>(args.base_type)][args.orders_used - 1];
+  if (kernel == nullptr) throw std::invalid_argument("gated_sum: no native kernel for this pair of dtypes");
+  const int64_t numel = args.batch * args.rows * args.channels;
+  parallel_for(numel, kGrain, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+}  // namespace hicache

@@ -1,0 +1,199 @@
+// The CPU kernels. Built once for every instruction set with HICACHE_ISA naming it.
+
+#include "hicache/arithmetic.h"
+#include "hicache/cpu.h"
+#include "hicache/simd.h"
+
+#include <type_traits>
+
+namespace hicache {
+namespace HICACHE_ISA {
+
+namespace {
+
+// Nothing from the standard library is called here: a shared instance of it could be one built for another
+// instruction set.
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <bool TAIL, class T>
+inline vector_t<accumulate_t<T>> get(const T* from, int count) {
+  if constexpr (TAIL) return load_tail(from, count);
+  return load(from);
+}
+
+template <bool TAIL, class T>
+inline void put(T* to, vector_t<accumulate_t<T>> value, int count) {
+  if constexpr (TAIL) {
+    store_tail(to, value, count);
+  } else {
+    store(to, value);
+  }
+}
+
+// body(tail, i, count) for every vector of [begin, end), the last one perhaps partial.
+template <int LANES, class Body>
+inline void for_each_vector(int64_t begin, int64_t end, Body body) {
+  int64_t i = begin;
+  for (; i + LANES <= end; i += LANES) body(std::false_type{}, i, LANES);
+  if (i < end) body(std::true_type{}, i, static_cast<int>(end - i));
+}
+
+template <class A, int N>
+struct numbers {
+  A values[N];
+  explicit numbers(const double* from) {
+    for (int k = 0; k < N; ++k) values[k] = static_cast<A>(from[k]);
+  }
+};
+
+// Reads the feature and READ old differences, all before any store: the feature sits in the row the last one goes to.
+template <bool TAIL, int READ, class T, class A>
+inline void cascade_at(T* orders, int64_t stride, int top, int64_t i, int count, A inv_gap,
+                       vector_t<A> (&d)[READ + 1]) {
+  const vector_t<A> feature = get<TAIL>(orders + top * stride + i, count);
+  for (int k = 0; k < READ; ++k) d[k] = get<TAIL>(orders + k * stride + i, count);
+  cascade<READ>(feature, d, inv_gap);
+  for (int k = 0; k <= READ; ++k) put<TAIL>(orders + k * stride + i, d[k], count);
+}
+
+template <class T, int READ>
+void update(const cascade_args& a, int64_t begin, int64_t end) {
+  using A = accumulate_t<T>;
+  T* const orders = static_cast<T*>(a.past.orders);
+  const A inv_gap = static_cast<A>(a.inv_gap);
+  for_each_vector<simd<A>::lanes>(begin, end, [&](auto tail, int64_t i, int count) {
+    vector_t<A> d[READ + 1];
+    cascade_at<decltype(tail)::value, READ>(orders, a.past.order_stride, a.past.top, i, count, inv_gap, d);
+  });
+}
+
+template <class T, int READ>
+void update_forecast(const cascade_args& a, int64_t begin, int64_t end) {
+  using A = accumulate_t<T>;
+  T* const orders = static_cast<T*>(a.past.orders);
+  T* const out = static_cast<T*>(a.out);
+  const A inv_gap = static_cast<A>(a.inv_gap);
+  const numbers<A, READ + 1> coeffs(a.coeffs);
+  for_each_vector<simd<A>::lanes>(begin, end, [&](auto tail, int64_t i, int count) {
+    constexpr bool TAIL = decltype(tail)::value;
+    vector_t<A> d[READ + 1];
+    cascade_at<TAIL, READ>(orders, a.past.order_stride, a.past.top, i, count, inv_gap, d);
+    put<TAIL>(out + i, evaluate<READ + 1>(d, coeffs.values), count);
+  });
+}
+
+template <class T, int TERMS>
+void forecast(const cascade_args& a, int64_t begin, int64_t end) {
+  using A = accumulate_t<T>;
+  const T* const orders = static_cast<const T*>(a.past.orders);
+  T* const out = static_cast<T*>(a.out);
+  const numbers<A, TERMS> coeffs(a.coeffs);
+  for_each_vector<simd<A>::lanes>(begin, end, [&](auto tail, int64_t i, int count) {
+    constexpr bool TAIL = decltype(tail)::value;
+    vector_t<A> d[TERMS];
+    for (int k = 0; k < TERMS; ++k) d[k] = get<TAIL>(orders + k * a.past.order_stride + i, count);
+    put<TAIL>(out + i, evaluate<TERMS>(d, coeffs.values), count);
+  });
+}
+
+// Sums term by term over blocks that stay in the first-level cache, so that a history is read as a few long streams.
+template <class T, class B, int ORDERS>
+void gated_sum(const sum_args& a, int64_t begin, int64_t end) {
+  using A = accumulate_t<T>;
+  constexpr int64_t kBlock = 2048;
+  alignas(64) A sums[kBlock + 64];
+  T* const orders = static_cast<T*>(a.past.orders);
+  const B* const base = static_cast<const B*>(a.base);
+  const B* const gates = static_cast<const B*>(a.gates);
+  B* const out = static_cast<B*>(a.out);
+  const A inv_gap = static_cast<A>(a.inv_gap);
+  const numbers<A, ORDERS> coeffs(a.coeffs);
+  // Without gates a row has no meaning: one long row keeps the vectors whole.
+  const int64_t channels = gates ? a.channels : end;
+  const int64_t sample = gates ? a.rows * a.channels : end;
+
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t block_end = smaller(block + kBlock, end);
+    for (int64_t term = 0; term < a.terms; ++term) {
+      T* const slot = orders + term * a.term_stride;
+      const bool first = term == 0, last = term == a.terms - 1;
+      for (int64_t row = block; row < block_end;) {
+        const int64_t channel = row % channels;
+        const int64_t row_end = smaller(block_end, row - channel + channels);
+        const B* const gate =
+            gates ? gates + (term * a.batch + row / sample) * a.channels + channel - row : nullptr;
+        for_each_vector<simd<A>::lanes>(row, row_end, [&](auto tail, int64_t i, int count) {
+          constexpr bool TAIL = decltype(tail)::value;
+          vector_t<A> d[ORDERS];
+          if (a.update) {
+            cascade_at<TAIL, ORDERS - 1>(slot, a.past.order_stride, a.past.top, i, count, inv_gap, d);
+          } else {
+            for (int k = 0; k < ORDERS; ++k) d[k] = get<TAIL>(slot + k * a.past.order_stride + i, count);
+          }
+          vector_t<A> value = evaluate<ORDERS>(d, coeffs.values);
+          if (gate) value = value * get<TAIL>(gate + i, count);
+          value = value + (first ? get<TAIL>(base + i, count) : load(sums + (i - block)));
+          if (last) {
+            put<TAIL>(out + i, value, count);
+          } else {
+            store(sums + (i - block), value);
+          }
+        });
+        row = row_end;
+      }
+    }
+  }
+}
+
+template <class T, int N>
+void fill_order(kernel_table& table, int type) {
+  table.update[type][N] = update<T, N>;
+  table.update_forecast[type][N] = update_forecast<T, N>;
+  table.forecast[type][N] = forecast<T, N + 1>;
+}
+
+template <class T>
+void fill_cascades(kernel_table& table, dtype type) {
+  const int t = static_cast<int>(type);
+  fill_order<T, 0>(table, t);
+  fill_order<T, 1>(table, t);
+  fill_order<T, 2>(table, t);
+  fill_order<T, 3>(table, t);
+  fill_order<T, 4>(table, t);
+}
+
+template <class T, class B>
+void fill_sums(kernel_table& table, dtype type, dtype base) {
+  sum_fn* const sums = table.gated_sum[static_cast<int>(type)][static_cast<int>(base)];
+  sums[0] = gated_sum<T, B, 1>;
+  sums[1] = gated_sum<T, B, 2>;
+  sums[2] = gated_sum<T, B, 3>;
+  sums[3] = gated_sum<T, B, 4>;
+  sums[4] = gated_sum<T, B, 5>;
+}
+
+kernel_table make_table() {
+  kernel_table table = {};
+  table.name = HICACHE_ISA_NAME;
+  fill_cascades<float>(table, dtype::f32);
+  fill_cascades<bf16>(table, dtype::bf16);
+  fill_cascades<fp16>(table, dtype::f16);
+  fill_cascades<double>(table, dtype::f64);
+  fill_sums<float, float>(table, dtype::f32, dtype::f32);
+  fill_sums<bf16, bf16>(table, dtype::bf16, dtype::bf16);
+  fill_sums<fp16, fp16>(table, dtype::f16, dtype::f16);
+  fill_sums<double, double>(table, dtype::f64, dtype::f64);
+  fill_sums<float, bf16>(table, dtype::f32, dtype::bf16);  // a history kept in fp32 on purpose
+  fill_sums<float, fp16>(table, dtype::f32, dtype::f16);
+  return table;
+}
+
+}  // namespace
+
+const kernel_table& kernels() {
+  static const kernel_table table = make_table();
+  return table;
+}
+
+}  // namespace HICACHE_ISA
+}  // namespace hicache

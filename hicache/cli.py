@@ -1,0 +1,166 @@
+"""The ``hicache`` command: ``hicache generate`` and ``hicache info``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import hicache
+from hicache.basis import known_bases
+from hicache.config import HiCacheConfig
+
+PROMPTS: Final = (
+    "a red ring on blue",
+    "a green square on yellow",
+    "a white triangle on purple",
+    "an orange cross on black",
+    "a blue diamond on white",
+    "a yellow circle on green",
+    "a small black square at the top left on red",
+    "a large purple ring at the right on white",
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="hicache", description=hicache.__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser.add_argument("--version", action="version", version=f"hicache {hicache.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _generate_arguments(
+        commands.add_parser(
+            "generate",
+            help="draw prompts in full and with HiCache, side by side",
+            description="Draw prompts with the bundled model in full and with HiCache: one PNG side by side, one table.",
+        )
+    )
+    commands.add_parser("info", help="versions, devices and backends")
+    options = parser.parse_args(arguments)
+    try:
+        return info() if options.command == "info" else generate(options)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        print(f"hicache {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = HiCacheConfig()
+    parser.add_argument("prompts", nargs="*", default=list(PROMPTS), help='such as "a red ring on blue"')
+    parser.add_argument(
+        "--out", type=Path, default=Path("hicache.png"), help="the PNG to write (%(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps (%(default)s)")
+    parser.add_argument("--interval", type=int, default=defaults.interval, help="N (%(default)s)")
+    parser.add_argument("--order", type=int, default=defaults.order, help="O (%(default)s)")
+    parser.add_argument("--sigma", type=float, default=defaults.sigma, help="contraction (%(default)s)")
+    parser.add_argument("--warmup", type=int, default=defaults.warmup, help="full steps first (%(default)s)")
+    parser.add_argument("--basis", default=defaults.basis, help=f"{', '.join(known_bases())} (%(default)s)")
+    parser.add_argument("--speedup", type=float, help="bound to reach, in place of --interval")
+    parser.add_argument("--last-step-full", action="store_true", help="run the last step in full")
+    parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the starting noise (%(default)s)")
+    parser.add_argument("--backend", default="auto", help="of hicache_kernels (%(default)s)")
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Draw, save the picture and print the table."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+
+        from hicache.demo.compare import compare
+        from hicache.demo.sheet import side_by_side
+    except ImportError as error:
+        raise RuntimeError(f"needs the demo extra: pip install 'hicache[demo]' ({error})") from error
+    import hicache.demo
+
+    if options.steps < 1:
+        raise ValueError(f"--steps: expected at least 1, got {options.steps}")
+    if not options.out.parent.is_dir():
+        raise ValueError(f"--out: expected a file in an existing folder, got {options.out}")
+    config = HiCacheConfig(
+        interval=options.interval,
+        order=options.order,
+        sigma=options.sigma,
+        warmup=options.warmup,
+        basis=options.basis,
+        last_step_full=options.last_step_full,
+    )
+    pipe = hicache.demo.load()
+    result = compare(
+        pipe,
+        options.prompts,
+        config,
+        speedup=options.speedup,
+        steps=options.steps,
+        guidance_scale=options.guidance,
+        seed=options.seed,
+        backend=options.backend,
+    )
+    side_by_side(options.prompts, result).save(options.out)
+
+    stats = result.stats
+    rows: dict[str, tuple[str, str]] = {
+        "full steps": (str(options.steps), str(stats.full_steps)),
+        "skipped steps": ("0", str(stats.skipped_steps)),
+        "seconds": (f"{result.full.seconds:.3f}", f"{result.cached.seconds:.3f}"),
+        "speed-up, wall clock": ("1.00x", f"{result.speedup:.2f}x"),
+        "bound, steps / full steps": ("1.00x", f"{stats.bound:.2f}x"),
+        "PSNR against full, mean": ("", f"{_mean(result.psnr):.2f} dB"),
+        "PSNR against full, worst": ("", f"{min(result.psnr):.2f} dB"),
+        "SSIM against full, mean": ("", f"{_mean(result.ssim):.4f}"),
+        "history": ("0 bytes", f"{stats.history_bytes:,} bytes"),
+    }
+    table = Table(title=f"{len(options.prompts)} pictures, {options.steps} steps, {stats.config.basis}")
+    table.add_column("")
+    table.add_column("full run", justify="right")
+    table.add_column(f"HiCache N={stats.config.interval} O={stats.config.order}", justify="right")
+    for name, (full, cached) in rows.items():
+        table.add_row(name, full, cached)
+    Console().print(table)
+    print(f"saved {options.out}")
+    return 0
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def info() -> int:
+    """Print versions, devices, and which backends are usable and why the others are not."""
+    import torch
+
+    from hicache_kernels import backend_status
+    from hicache_kernels.backends import native
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    rows: list[tuple[str, Any]] = [("hicache", hicache.__version__), ("python", platform.python_version())]
+    rows += [(name, version(name)) for name in ("torch", "diffusers", "transformers", "triton")]
+    rows.append(("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads"))
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        rows += [(str(device), torch.cuda.get_device_name(device)) for device in devices[1:]]
+    else:
+        rows.append(("cuda", "no device"))
+    for device in devices:
+        for name, reason in backend_status(device).items():
+            usable = "usable" + (f" ({native.isa()})" if name == "native" else "")
+            rows.append((f"{name} on {device}", usable if reason is None else f"not usable: {reason}"))
+    rows.append(("bases", ", ".join(known_bases())))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""HiCache for one context: a history, a schedule and a basis. The only caller of :mod:`hicache_kernels`.
+
+>>> import torch
+>>> from hicache import Engine, HiCacheConfig
+>>> engine = Engine(HiCacheConfig(interval=5, order=2, warmup=3))
+>>> for step in range(12):
+...     if engine.is_full(step):
+...         engine.record(step, [torch.tensor([float(step) ** 2], dtype=torch.float64)])
+...     else:
+...         [forecast] = engine.forecast(step)
+>>> round(forecast.item(), 6)  # step 11, four steps after the full step 7
+69.1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import hicache_kernels as kernels
+from hicache.basis import coefficients
+from hicache.config import HiCacheConfig
+from hicache.schedule import is_full
+
+
+class Engine:
+    """Records the features of full steps and forecasts them at skipped ones.
+
+    The update of the differences is lazy (docs/algorithm.md, identity 6): it waits for the first skipped step
+    and shares its launch.
+
+    Args:
+        config: the cache's settings.
+        backend: of :mod:`hicache_kernels`: ``"auto"`` or a name.
+    """
+
+    def __init__(self, config: HiCacheConfig, backend: str = "auto") -> None:
+        self.backend = backend
+        self.history: kernels.History | None = None
+        # Small tensors of host-computed numbers, by value: steps of later runs ask for the same ones.
+        self._numbers: dict[tuple[float, ...], Tensor] = {}
+        self.reset(config)
+
+    def reset(self, config: HiCacheConfig | None = None, num_steps: int | None = None) -> None:
+        """Start a new run. The history's memory is kept for it, its contents are forgotten.
+
+        Args:
+            config: settings of the run; None keeps them.
+            num_steps: its steps, if known; ``last_step_full`` needs it.
+        """
+        if config is not None:
+            self.config = config
+        self.num_steps = num_steps
+        self.last_full: int | None = None
+        self.filled = 0  # differences that exist, D0 included
+        self._gaps: list[int] = []  # behind the differences, newest first
+        self._pending: int | None = None  # differences the waiting update takes; None: no update waits
+
+    def release(self) -> None:
+        """Free the history and forget the run's state."""
+        self.history = None
+        self._numbers.clear()
+        self.reset()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of history held."""
+        return 0 if self.history is None else self.history.nbytes
+
+    @property
+    def ready(self) -> bool:
+        """Whether a full step has been recorded in this run."""
+        return self.last_full is not None
+
+    def is_full(self, step: int) -> bool:
+        """Whether the transformer runs at this step."""
+        return is_full(self.config, step, self.last_full, self.num_steps)
+
+    def open(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+        """Make room for the features of a full step: views to write them into, then :meth:`commit`.
+
+        Args:
+            shapes: shape of each feature. Others than before, or another dtype or device, start a new
+                history.
+            dtype: of the features; the history's dtype unless the config names one.
+            device: where the features live.
+        """
+        dtype = self.config.history_dtype or dtype
+        wanted = tuple(torch.Size(shape) for shape in shapes)
+        held = self.history
+        fits = held is not None and (held.shapes, held.order, held.orders.dtype, held.orders.device) == (
+            wanted,
+            self.config.order,
+            dtype,
+            device,
+        )
+        if held is None or not fits:
+            self.reset(num_steps=self.num_steps)
+            self._numbers.clear()
+            self.history = held = kernels.History(wanted, self.config.order, dtype, device)
+        else:
+            self.flush()  # the inbox of the last full step must be taken in before it is written again
+        return [held.inbox(index) for index in range(len(wanted))]
+
+    def commit(self, step: int) -> None:
+        """The views of :meth:`open` hold the features of full step ``step``.
+
+        Raises:
+            ValueError: ``step`` is not later than the last full step.
+        """
+        if self.last_full is not None and step <= self.last_full:
+            raise ValueError(f"Engine: expected a step after the last full step {self.last_full}, got {step}")
+        # Differences are taken from the last warm-up step on (docs/algorithm.md, "Finite differences").
+        takes = step > self.config.warmup - 2 and self.last_full is not None
+        self._pending = min(self.filled, self.config.order) if takes else 0
+        if takes and self.last_full is not None:
+            self._gaps = [step - self.last_full, *self._gaps][: self.config.order]
+        self.last_full = step
+        self.filled = self._pending + 1
+
+    def record(self, step: int, features: Sequence[Tensor]) -> None:
+        """Record the features of a full step: tensors of any shapes, of one dtype and device.
+
+        Raises:
+            ValueError: no features, or several dtypes or devices, or ``step`` is not later than the last full
+                step.
+        """
+        if not features or len({(feature.dtype, feature.device) for feature in features}) != 1:
+            raise ValueError(
+                "Engine.record: expected features of one dtype and device, got "
+                f"{[(str(feature.dtype), str(feature.device)) for feature in features]}"
+            )
+        first = features[0]
+        with torch.no_grad():
+            slots = self.open([feature.shape for feature in features], first.dtype, first.device)
+            for slot, feature in zip(slots, features, strict=True):
+                slot.copy_(feature)
+        self.commit(step)
+
+    def flush(self) -> None:
+        """Do the waiting update of the differences now, if there is one."""
+        if self._pending is not None and self.history is not None:
+            kernels.update_(self.history.orders, self._inv_gap(), self._pending, backend=self.backend)
+        self._pending = None
+
+    def forecast(self, step: int) -> list[Tensor]:
+        """Every feature at a skipped step, in its shape, of the history's dtype.
+
+        Raises:
+            RuntimeError: nothing is recorded to forecast from.
+            ValueError: ``step`` is not after the last full step.
+        """
+        history, coeffs = self._ahead(step)
+        if self._pending is None:
+            row = kernels.forecast(history.orders, coeffs, backend=self.backend)
+        else:
+            row = kernels.update_forecast_(
+                history.orders, self._inv_gap(), coeffs, self._pending, backend=self.backend
+            )
+            self._pending = None
+        return history.split(row)
+
+    def gated_sum(self, step: int, base: Tensor, gates: Tensor | None = None) -> Tensor:
+        """The hidden state after all blocks at a skipped step: ``base + Σ_i gates[i] ⊙ forecast_i``.
+
+        Args:
+            step: the skipped step.
+            base: ``[batch, ..., channels]``, the hidden state before the blocks; all features are of its
+                shape.
+            gates: ``[features, batch, channels]``, or None for gates of one.
+
+        Returns:
+            ``[batch, ..., channels]``, contiguous, of base's dtype.
+
+        Raises:
+            RuntimeError: nothing is recorded to forecast from.
+            ValueError: ``step`` is not after the last full step, or shapes do not match.
+        """
+        history, coeffs = self._ahead(step)
+        waiting = self._pending is not None
+        out = kernels.gated_sum(
+            base.detach().contiguous(),
+            history.terms(),
+            gates,
+            coeffs,
+            inv_gap=self._inv_gap() if waiting else None,
+            filled=self._pending or 0,
+            backend=self.backend,
+        )
+        self._pending = None
+        return out
+
+    def _ahead(self, step: int) -> tuple[kernels.History, Tensor]:
+        if self.history is None or self.last_full is None:
+            raise RuntimeError(f"Engine: expected a full step recorded before step {step}, got none")
+        if step <= self.last_full:
+            raise ValueError(f"Engine: expected a step after the last full step {self.last_full}, got {step}")
+        config = self.config
+        gaps = self._gaps[: self.filled - 1]
+        weights = coefficients(config.basis, gaps, step - self.last_full, self.filled, config.sigma)
+        return self.history, self._tensor(*weights)
+
+    def _inv_gap(self) -> Tensor:
+        return self._tensor(1.0 / self._gaps[0] if self._pending else 1.0).view(())
+
+    def _tensor(self, *values: float) -> Tensor:
+        if values not in self._numbers:
+            assert self.history is not None
+            orders = self.history.orders
+            # float64 only where arithmetic is
+            dtype = torch.float64 if orders.dtype == torch.float64 else torch.float32
+            self._numbers[values] = torch.tensor(values, dtype=dtype, device=orders.device)
+        return self._numbers[values]

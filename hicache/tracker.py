@@ -1,0 +1,182 @@
+"""Which denoising step a pipeline is at, without trusting the pipeline to say so.
+
+The scheduler *instance* is watched: ``set_timesteps`` starts a run, ``step`` ends a step. Where there is no
+scheduler (a user's own loop around a bare transformer) the timestep that the transformer is called with tells
+the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+
+_METHODS: Final = ("set_timesteps", "step")
+
+
+class _Watched:
+    """A bound method of one scheduler that tells its watchers after every call that succeeds."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner = owner
+        self.name = name
+        # what stood in the instance before, if anything: restored exactly
+        self.shadowed = owner.__dict__.get(name)
+        self.method = getattr(owner, name)
+        self.watchers: list[Callable[[], None]] = []
+        # retrieve_timesteps() inspects the signature to see whether custom sigmas are accepted
+        functools.update_wrapper(self, self.method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.method(*args, **kwargs)
+        for watcher in tuple(self.watchers):
+            watcher()
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # Some pipelines copy their scheduler; the copy must drive itself, not this one.
+        owner = memo.get(id(self.owner))
+        return self if owner is None else functools.partial(getattr(type(owner), self.name), owner)
+
+    def restore(self) -> None:
+        if self.owner.__dict__.get(self.name) is not self:
+            return  # wrapped by somebody else since: without watchers this only passes calls on
+        if self.shadowed is None:
+            del self.owner.__dict__[self.name]
+        else:
+            self.owner.__dict__[self.name] = self.shadowed
+
+
+class SchedulerClock:
+    """Counts the steps of a scheduler instance, such as ``pipe.scheduler``.
+
+    Args:
+        source: gives the scheduler in use, so that one put in its place later is found.
+
+    Raises:
+        TypeError: it has no ``set_timesteps`` or ``step``.
+    """
+
+    def __init__(self, source: Callable[[], Any]) -> None:
+        self._source = source
+        self.run = 0
+        self.step = 0
+        self._watched: list[_Watched] = []
+        self._attach(source())
+
+    @staticmethod
+    def check(scheduler: Any) -> None:
+        """Raise TypeError unless the scheduler can be watched."""
+        missing = [name for name in _METHODS if not callable(getattr(scheduler, name, None))]
+        if missing:
+            raise TypeError(
+                f"hicache: expected a scheduler with set_timesteps() and step(), got "
+                f"{type(scheduler).__name__} "
+                f"without {' and '.join(missing)}"
+            )
+
+    def _attach(self, scheduler: Any) -> None:
+        self.check(scheduler)
+        self._scheduler = scheduler
+        for name, watcher in zip(_METHODS, (self._on_run, self._on_step), strict=True):
+            watched = scheduler.__dict__.get(name)
+            if not isinstance(watched, _Watched):
+                watched = _Watched(scheduler, name)
+                scheduler.__dict__[name] = watched
+            watched.watchers.append(watcher)
+            self._watched.append(watched)
+
+    def _on_run(self) -> None:
+        self.run += 1
+        self.step = 0
+
+    def _on_step(self) -> None:
+        self.step += 1
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of the run: the scheduler's timesteps, less those an image-to-image pipeline leaves out."""
+        timesteps = getattr(self._scheduler, "timesteps", None)
+        if timesteps is None:
+            return None
+        return len(timesteps) - (getattr(self._scheduler, "begin_index", None) or 0)
+
+    def tick(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+        """Called before every call of a denoiser: follow the pipeline if it uses another scheduler now."""
+        current = self._source()
+        if current is not self._scheduler:
+            self.detach()
+            self._attach(current)
+            self._on_run()
+
+    def restart(self) -> None:
+        """Start a new run at the next call."""
+        self._on_run()
+
+    def detach(self) -> None:
+        """Leave the scheduler as it was."""
+        for watched, watcher in zip(self._watched, (self._on_run, self._on_step), strict=True):
+            watched.watchers.remove(watcher)
+            if not watched.watchers:
+                watched.restore()
+        self._watched.clear()
+
+
+class TimestepClock:
+    """Counts steps by the ``timestep`` a bare transformer is called with.
+
+    Another timestep is the next step; the same one again is another call of the same step. Timesteps run one
+    way within a run, so a step back starts a new run. Reads the timestep on the host: on a GPU that waits for
+    the device, which a scheduler (``apply(..., scheduler=...)``) avoids.
+    """
+
+    num_steps: int | None = None
+
+    def __init__(self) -> None:
+        self.run = 0
+        self.step = 0
+        self._last: float | None = None
+        self._direction = 0.0
+
+    def restart(self) -> None:
+        """Start a new run at the next call."""
+        self.run += 1
+        self.step = 0
+        self._last = None
+        self._direction = 0.0
+
+    def tick(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+        """Called before every call of the transformer, with its arguments by name.
+
+        Raises:
+            ValueError: it was called without a timestep.
+        """
+        timestep = kwargs.get("timestep", kwargs.get("t"))
+        if timestep is None:
+            raise ValueError(
+                f"hicache: expected {type(module).__name__} to be called with `timestep`, got "
+                f"{', '.join(sorted(kwargs)) or 'nothing'}; pass apply(..., scheduler=...) to count steps "
+                f"instead"
+            )
+        # Per-token timesteps (Wan 2.2 TI2V) hold zeros for the tokens that are given: the largest is the
+        # step's.
+        value = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
+        if self._last is None:
+            self._last = value
+            return
+        move = value - self._last
+        if move == 0:
+            return
+        self._last = value
+        if self._direction * move < 0:
+            self.run += 1
+            self.step = 0
+            self._direction = 0.0
+            return
+        self._direction = move
+        self.step += 1
+
+    def detach(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,17 @@
+"""Fused kernels for feature caching by finite differences.
+
+>>> import torch
+>>> from hicache_kernels import History, update_forecast_
+>>> history = History([(2, 3)], order=1)
+>>> one = torch.ones(())
+>>> _ = history.inbox(0).fill_(1.0); row = update_forecast_(history.orders, one, torch.tensor([1.0]), 0)
+>>> _ = history.inbox(0).fill_(3.0); row = update_forecast_(history.orders, one, torch.tensor([1.0, 0.5]), 1)
+>>> history.split(row)[0]
+tensor([[4., 4., 4.],
+        [4., 4., 4.]])
+"""
+
+from hicache_kernels.history import History
+from hicache_kernels.ops import BACKENDS, backend_status, forecast, gated_sum, update_, update_forecast_
+
+__all__ = ["BACKENDS", "History", "backend_status", "forecast", "gated_sum", "update_", "update_forecast_"]

@@ -1,0 +1,96 @@
+"""The memory of past features: K orders of every slot in one allocation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+ALIGNMENT = 128  # bytes: one cache line of a GPU's L2, and every 16-byte vector access stays aligned
+
+
+class History:
+    """Finite differences of a fixed set of features, as one tensor ``orders[K, numel]`` with fixed addresses.
+
+    Row ``k`` holds the k-th difference of every feature, each in its own 128-byte aligned slot; a whole
+    history is updated or forecast in one launch. The row of the highest order doubles as the inbox: a new
+    feature is written there, and :func:`hicache_kernels.update_` turns it into differences (the old highest
+    difference never enters the recursion, so nothing is lost). The memory is not initialised.
+
+    Args:
+        shapes: shape of each feature, in slot order.
+        order: highest difference kept, ``O``; ``K = O + 1`` rows are allocated.
+        dtype: a floating-point dtype, for all slots.
+        device: where the memory lives.
+
+    Raises:
+        ValueError: no shapes, a negative order, or a dtype that is not floating point.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[Sequence[int]],
+        order: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not shapes:
+            raise ValueError("History: expected at least one feature shape, got none")
+        if order < 0:
+            raise ValueError(f"History: expected order >= 0, got {order}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"History: expected a floating-point dtype, got {dtype}")
+        self.shapes = tuple(torch.Size(shape) for shape in shapes)
+        self.order = order
+        per_line = ALIGNMENT // dtype.itemsize
+        self._offsets: list[int] = []
+        end = 0
+        for shape in self.shapes:
+            self._offsets.append(end)
+            end += math.ceil(shape.numel() / per_line) * per_line
+        self.orders = torch.empty(order + 1, end, dtype=dtype, device=device)  # [K, numel]
+        # padding is read by kernels that work on whole rows; stale bytes there must not raise or slow
+        # arithmetic
+        for offset, shape, stop in zip(self._offsets, self.shapes, [*self._offsets[1:], end], strict=True):
+            self.orders[:, offset + shape.numel() : stop].zero_()
+
+    def slot(self, index: int, order: int) -> torch.Tensor:
+        """View of one difference of one feature, in the feature's shape."""
+        return self._view(self.orders[order], index)
+
+    def inbox(self, index: int) -> torch.Tensor:
+        """View of the slot that receives feature ``index`` at a full step."""
+        return self.slot(index, self.order)
+
+    def split(self, row: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a row of forecasts ``[numel]``, one a feature, in the features' shapes."""
+        return [self._view(row, index) for index in range(len(self.shapes))]
+
+    def terms(self) -> torch.Tensor:
+        """The history as ``[K, terms, slot]`` for :func:`hicache_kernels.gated_sum`; every feature has one
+        shape.
+
+        Raises:
+            ValueError: the features differ in shape.
+        """
+        if len(set(self.shapes)) != 1:
+            raise ValueError(
+                f"History.terms: expected features of one shape, got {[tuple(s) for s in self.shapes]}"
+            )
+        return self.orders.view(self.order + 1, len(self.shapes), -1)
+
+    def _view(self, row: torch.Tensor, index: int) -> torch.Tensor:
+        offset, shape = self._offsets[index], self.shapes[index]
+        return row[offset : offset + shape.numel()].view(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: all orders, padding included."""
+        return self.orders.nbytes
+
+    def __repr__(self) -> str:
+        return (
+            f"History({len(self.shapes)} features, order={self.order}, {self.orders.dtype}, "
+            f"{self.orders.device}, {self.nbytes:,} bytes)"
+        )

@@ -1,0 +1,268 @@
+"""The public ops: each validates its arguments, picks a backend and calls it.
+
+Everywhere, ``orders`` is ``[K, ...]``: K = O + 1 rows of one history, row ``k`` the k-th finite difference,
+each row contiguous. The last row is also the inbox, where a full step writes its new features (see
+:class:`hicache_kernels.History`). ``filled`` is the number of differences that exist from earlier full steps
+and enter the recursion, 0 … O; rows beyond them are never read, so their memory may hold anything.
+``inv_gap`` is 1 / (steps since the last full step) and ``coeffs`` the forecast's weights α, lowest order
+first; both are tensors on the device of ``orders``. Differences and forecasts are computed in fp32 (float64
+for float64) and rounded once, on store.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from hicache_kernels.backends import native, reference
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native}
+_PREFERENCE = ("native", "reference")  # "auto" takes the first that can run
+
+
+def backend_status(device: torch.device | str = "cpu") -> dict[str, str | None]:
+    """Name of every backend → why it cannot run on ``device``, or None when it can."""
+    return {name: module.unavailable(torch.device(device)) for name, module in BACKENDS.items()}
+
+
+def update_(orders: Tensor, inv_gap: Tensor, filled: int, *, backend: str = "auto") -> None:
+    """Take the features in the inbox into the history: the difference cascade, in place, one pass for all
+    slots.
+
+    D0 ← F; D(i+1) ← (Di new − Di old) · inv_gap for i < ``filled`` (arXiv 2503.06923; docs/algorithm.md).
+    Rows 0 … ``filled`` are written, the others left alone.
+
+    Args:
+        orders: ``[K, ...]``, any floating dtype.
+        inv_gap: one number, 1 / steps.
+        filled: differences of the previous full step that take part, 0 … K − 1.
+        backend: ``"auto"``, or a name in ``BACKENDS``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+        RuntimeError: the named backend cannot run here.
+    """
+    _check_orders("update_", orders)
+    _check_number("update_", "inv_gap", inv_gap, orders)
+    _check_filled("update_", filled, orders)
+    _pick("update_", backend, orders, orders.dtype).update_(orders, inv_gap, filled)
+
+
+def forecast(orders: Tensor, coeffs: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Forecast every slot: ``out = Σ_k coeffs[k] · orders[k]`` over the rows ``coeffs`` names
+    (docs/algorithm.md).
+
+    Args:
+        orders: ``[K, ...]``, any floating dtype.
+        coeffs: ``[number of rows that exist]``, 1 … K of them.
+        out: row-shaped result of the history's dtype; allocated when None.
+        backend: ``"auto"``, or a name in ``BACKENDS``.
+
+    Returns:
+        ``[...]``, one row of forecasts.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or ``out`` overlaps ``orders``.
+        RuntimeError: the named backend cannot run here.
+    """
+    _check_orders("forecast", orders)
+    _check_coeffs("forecast", coeffs, orders, None)
+    out = _output("forecast", out, orders[0], orders)
+    _pick("forecast", backend, orders, orders.dtype).forecast(orders, coeffs, out)
+    return out
+
+
+def update_forecast_(
+    orders: Tensor,
+    inv_gap: Tensor,
+    coeffs: Tensor,
+    filled: int,
+    *,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`update_` and :func:`forecast` in one pass: each input is read once and each output written once.
+
+    Args:
+        orders: ``[K, ...]``, any floating dtype; updated in place.
+        inv_gap: one number, 1 / steps.
+        coeffs: ``[filled + 1]``.
+        filled: differences of the previous full step that take part, 0 … K − 1.
+        out: row-shaped result of the history's dtype; allocated when None.
+        backend: ``"auto"``, or a name in ``BACKENDS``.
+
+    Returns:
+        ``[...]``, one row of forecasts, from the differences before they are rounded.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or ``out`` overlaps ``orders``.
+        RuntimeError: the named backend cannot run here.
+    """
+    _check_orders("update_forecast_", orders)
+    _check_number("update_forecast_", "inv_gap", inv_gap, orders)
+    _check_filled("update_forecast_", filled, orders)
+    _check_coeffs("update_forecast_", coeffs, orders, filled + 1)
+    out = _output("update_forecast_", out, orders[0], orders)
+    chosen = _pick("update_forecast_", backend, orders, orders.dtype)
+    chosen.update_forecast_(orders, inv_gap, coeffs, filled, out)
+    return out
+
+
+def gated_sum(
+    base: Tensor,
+    orders: Tensor,
+    gates: Tensor | None,
+    coeffs: Tensor,
+    *,
+    inv_gap: Tensor | None = None,
+    filled: int = 0,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A whole skipped step: ``base + Σ_i gates[i] ⊙ Σ_k coeffs[k] · orders[k, i]`` (docs/algorithm.md,
+    identity 2).
+
+    With ``inv_gap`` given, an update is pending: it is done in the same pass, as :func:`update_forecast_`
+    would (identity 6, lazy update).
+
+    Args:
+        base: ``[batch, ..., channels]``, the hidden state that enters the blocks.
+        orders: ``[K, terms, slot]`` with ``slot >= base.numel()``, of base's dtype or float32; the first
+            ``base.numel()`` numbers of a slot are one feature. :meth:`hicache_kernels.History.terms` gives
+            it.
+        gates: ``[terms, batch, channels]`` of base's dtype, or None for gates of one.
+        coeffs: ``[number of rows that exist]``; ``[filled + 1]`` with an update pending.
+        inv_gap: one number, 1 / steps, when an update is pending.
+        filled: with an update pending, the differences of the previous full step that take part.
+        out: result of base's shape and dtype; allocated when None.
+        backend: ``"auto"``, or a name in ``BACKENDS``.
+
+    Returns:
+        ``[batch, ..., channels]`` of base's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above, or ``out`` overlaps ``orders``.
+        RuntimeError: the named backend cannot run here.
+    """
+    _check_orders("gated_sum", orders)
+    if orders.ndim != 3:
+        raise ValueError(f"gated_sum: expected orders [K, terms, slot], got shape {tuple(orders.shape)}")
+    if base.ndim < 2 or not base.is_contiguous():
+        raise ValueError(
+            f"gated_sum: expected a contiguous base [batch, ..., channels], got shape {tuple(base.shape)} "
+            f"with strides {base.stride()}"
+        )
+    _check_device("gated_sum", "base", base, orders)
+    if orders.dtype not in (base.dtype, torch.float32):
+        raise ValueError(
+            f"gated_sum: expected orders of base's dtype {base.dtype} or float32, got {orders.dtype}"
+        )
+    if orders.shape[2] < base.numel():
+        raise ValueError(
+            f"gated_sum: expected slots of at least {base.numel()} numbers, got {orders.shape[2]}"
+        )
+    if gates is not None:
+        expected = (orders.shape[1], base.shape[0], base.shape[-1])
+        if tuple(gates.shape) != expected or gates.dtype != base.dtype or not gates.is_contiguous():
+            raise ValueError(
+                f"gated_sum: expected contiguous gates {expected} of {base.dtype}, got shape "
+                f"{tuple(gates.shape)} "
+                f"of {gates.dtype} with strides {gates.stride()}"
+            )
+        _check_device("gated_sum", "gates", gates, orders)
+    if inv_gap is not None:
+        _check_number("gated_sum", "inv_gap", inv_gap, orders)
+        _check_filled("gated_sum", filled, orders)
+    elif filled:
+        raise ValueError(f"gated_sum: expected filled=0 when inv_gap is None, got {filled}")
+    _check_coeffs("gated_sum", coeffs, orders, None if inv_gap is None else filled + 1)
+    out = _output("gated_sum", out, base, orders)
+    chosen = _pick("gated_sum", backend, orders, orders.dtype, base.dtype)
+    chosen.gated_sum(base, orders, gates, coeffs, inv_gap, filled, out)
+    return out
+
+
+def _pick(op: str, backend: str, orders: Tensor, *dtypes: torch.dtype) -> ModuleType:
+    if backend == "auto":
+        for name in _PREFERENCE:
+            module = BACKENDS[name]
+            if (module.unavailable(orders.device) or module.unsupported(dtypes, orders.shape[0])) is None:
+                return module
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: unknown backend {backend!r}; expected auto, {', '.join(BACKENDS)}")
+    module = BACKENDS[backend]
+    reason = module.unavailable(orders.device) or module.unsupported(dtypes, orders.shape[0])
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
+    return module
+
+
+def _check_orders(op: str, orders: Tensor) -> None:
+    if not isinstance(orders, Tensor):
+        raise TypeError(f"{op}: expected orders to be a tensor, got {type(orders).__name__}")
+    if orders.ndim < 2 or orders.shape[0] < 1 or not orders.dtype.is_floating_point:
+        raise ValueError(
+            f"{op}: expected floating-point orders [K, ...] with K >= 1, got {orders.dtype} of shape "
+            f"{tuple(orders.shape)}"
+        )
+    row = orders[0]
+    if not row.is_contiguous() or (orders.shape[0] > 1 and orders.stride(0) < row.numel()):
+        raise ValueError(
+            f"{op}: expected orders with contiguous rows that do not overlap, got shape "
+            f"{tuple(orders.shape)} "
+            f"with strides {orders.stride()}"
+        )
+
+
+def _check_device(op: str, name: str, tensor: Tensor, orders: Tensor) -> None:
+    if tensor.device != orders.device:
+        raise ValueError(f"{op}: expected {name} on {orders.device}, as orders, got {tensor.device}")
+
+
+def _check_number(op: str, name: str, number: Tensor, orders: Tensor) -> None:
+    if not isinstance(number, Tensor) or number.numel() != 1 or not number.dtype.is_floating_point:
+        raise TypeError(f"{op}: expected {name} to be a floating-point tensor of one number, got {number!r}")
+    _check_device(op, name, number, orders)
+
+
+def _check_filled(op: str, filled: int, orders: Tensor) -> None:
+    if isinstance(filled, bool) or not isinstance(filled, int):
+        raise TypeError(f"{op}: expected filled to be an int, got {filled!r}")
+    if not 0 <= filled < orders.shape[0]:
+        raise ValueError(f"{op}: expected 0 <= filled <= {orders.shape[0] - 1}, got {filled}")
+
+
+def _check_coeffs(op: str, coeffs: Tensor, orders: Tensor, expected: int | None) -> None:
+    if not isinstance(coeffs, Tensor) or coeffs.ndim != 1 or not coeffs.dtype.is_floating_point:
+        raise TypeError(
+            f"{op}: expected coeffs to be a floating-point tensor of one dimension, got {coeffs!r}"
+        )
+    if expected is not None and len(coeffs) != expected:
+        raise ValueError(f"{op}: expected {expected} coeffs (filled + 1), got {len(coeffs)}")
+    if not 1 <= len(coeffs) <= orders.shape[0]:
+        raise ValueError(f"{op}: expected 1 to {orders.shape[0]} coeffs, one an order, got {len(coeffs)}")
+    _check_device(op, "coeffs", coeffs, orders)
+
+
+def _output(op: str, out: Tensor | None, like: Tensor, orders: Tensor) -> Tensor:
+    if out is None:
+        return torch.empty_like(like)
+    if (
+        out.shape != like.shape
+        or out.dtype != like.dtype
+        or out.device != like.device
+        or not out.is_contiguous()
+    ):
+        raise ValueError(
+            f"{op}: expected a contiguous out of shape {tuple(like.shape)}, {like.dtype} on {like.device}, "
+            f"got "
+            f"{tuple(out.shape)}, {out.dtype} on {out.device} with strides {out.stride()}"
+        )
+    begin, end = out.data_ptr(), out.data_ptr() + out.nbytes
+    past = orders.data_ptr()
+    past_end = past + (orders.stride(0) * (orders.shape[0] - 1) + orders[0].numel()) * orders.itemsize
+    if begin < past_end and past < end:
+        raise ValueError(f"{op}: expected out not to overlap orders in memory")
+    return out

@@ -1,0 +1,65 @@
+"""Builds the native extension with CMake and ninja; everything else about the package is in pyproject.toml.
+
+It needs no torch, so it builds in pip's isolated build. Without a working C++ compiler the package installs
+without the extension and runs on torch alone; ``HICACHE_FORCE_NATIVE_BUILD=1`` makes that an error, and
+``HICACHE_SKIP_NATIVE_BUILD=1`` does not try.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def flag(name: str) -> bool:
+    value = os.environ.get(name, "0")
+    if value not in ("0", "1"):
+        raise SystemExit(f"{name}: expected 0 or 1, got {value!r}")
+    return value == "1"
+
+
+class CMakeBuild(build_ext):
+    """Hands the extension to CMake. It is marked optional, so that setuptools accepts its absence."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if flag("HICACHE_SKIP_NATIVE_BUILD"):
+            print("hicache: HICACHE_SKIP_NATIVE_BUILD=1: no native extension", file=sys.stderr)
+            return
+        try:
+            self.cmake(Path(self.get_ext_fullpath(ext.name)).resolve())
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
+            if flag("HICACHE_FORCE_NATIVE_BUILD"):
+                raise
+            print(f"hicache: built without the native extension: {error}", file=sys.stderr)
+
+    def cmake(self, target: Path) -> None:
+        import pybind11
+
+        build = (Path(self.build_temp) / "native").resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-S", str(ROOT),
+            "-B", str(build),
+            "-G", "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+        ]  # fmt: skip
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+
+
+setup(
+    ext_modules=[Extension("hicache_kernels._native", sources=[], optional=True)],
+    cmdclass={"build_ext": CMakeBuild},
+)
