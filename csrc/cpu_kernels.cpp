@@ -183,8 +183,10 @@ kernel_table make_table() {
   fill_sums<bf16, bf16>(table, dtype::bf16, dtype::bf16);
   fill_sums<fp16, fp16>(table, dtype::f16, dtype::f16);
   fill_sums<double, double>(table, dtype::f64, dtype::f64);
-  fill_sums<float, bf16>(table, dtype::f32, dtype::bf16);  // a history kept in fp32 on purpose
+  fill_sums<float, bf16>(table, dtype::f32, dtype::bf16);  // a history wider than the model, for its digits
   fill_sums<float, fp16>(table, dtype::f32, dtype::f16);
+  fill_sums<bf16, float>(table, dtype::bf16, dtype::f32);  // or narrower, for its memory
+  fill_sums<fp16, float>(table, dtype::f16, dtype::f32);
   return table;
 }
 

@@ -27,14 +27,14 @@ PROMPTS: Final = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="hicache", description=hicache.__doc__.split("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="hicache", description=hicache.__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=f"hicache {hicache.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     _generate_arguments(
         commands.add_parser(
             "generate",
             help="draw prompts in full and with HiCache, side by side",
-            description="Draw prompts with the bundled model in full and with HiCache: one PNG side by side, one table.",
+            description="Draw prompts in full and with HiCache: one PNG and one table.",
         )
     )
     commands.add_parser("info", help="versions, devices and backends")

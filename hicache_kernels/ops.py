@@ -129,7 +129,7 @@ def gated_sum(
 
     Args:
         base: ``[batch, ..., channels]``, the hidden state that enters the blocks.
-        orders: ``[K, terms, slot]`` with ``slot >= base.numel()``, of base's dtype or float32; the first
+        orders: ``[K, terms, slot]`` with ``slot >= base.numel()``, of any floating dtype; the first
             ``base.numel()`` numbers of a slot are one feature. :meth:`hicache_kernels.History.terms` gives
             it.
         gates: ``[terms, batch, channels]`` of base's dtype, or None for gates of one.
@@ -155,10 +155,8 @@ def gated_sum(
             f"with strides {base.stride()}"
         )
     _check_device("gated_sum", "base", base, orders)
-    if orders.dtype not in (base.dtype, torch.float32):
-        raise ValueError(
-            f"gated_sum: expected orders of base's dtype {base.dtype} or float32, got {orders.dtype}"
-        )
+    if not base.dtype.is_floating_point:
+        raise ValueError(f"gated_sum: expected a floating-point base, got {base.dtype}")
     if orders.shape[2] < base.numel():
         raise ValueError(
             f"gated_sum: expected slots of at least {base.numel()} numbers, got {orders.shape[2]}"

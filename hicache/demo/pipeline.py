@@ -63,8 +63,8 @@ class ShapesPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict[str, Any]], dict[str, Any]]
         | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw pictures.
+    ) -> Any:
+        """Draw pictures: an ``ImagePipelineOutput`` with ``images``, or a tuple of them.
 
         Args:
             prompt: one prompt or several, of the form :func:`hicache.demo.pictures.parse` reads.

@@ -67,7 +67,7 @@ def loss_of(transformer: torch.nn.Module, batch: int, generator: torch.Generator
     noise = torch.randn(clean.shape, generator=generator)
     time = torch.sigmoid(torch.randn(batch, generator=generator) + math.log(SHIFT))
     noisy = torch.lerp(clean, noise, time[:, None, None])
-    velocity = transformer(
+    velocity: torch.Tensor = transformer(
         hidden_states=noisy,
         encoder_hidden_states=words,
         pooled_projections=words.sum(1),

@@ -137,6 +137,7 @@ class StackAdapter:
         self._recorder: Recorder | None = None
         self._undo: list[Callable[[], None]] = []
         self._iterated = False
+        self._entered = False
         self._expected: Tensor | None = None  # what the stand-in returned, until it is seen to reach the head
         self._verified = False
 
@@ -148,9 +149,10 @@ class StackAdapter:
             block_list.__class__ = _skippable(type(block_list))
             block_list.__dict__["_hicache_stand_in"] = functools.partial(self._stand_in, position)
             self._undo.append(functools.partial(block_list.__dict__.pop, "_hicache_stand_in"))
-        first = self.first_block
-        self._undo.append(first.register_forward_pre_hook(self._before_first, with_kwargs=True).remove)
-        self._undo.append(first.register_forward_hook(self._after_first, with_kwargs=True).remove)
+        # on every block of the first list: skip-layer guidance may leave out the very first
+        for block in list(self.lists[0]):
+            self._undo.append(block.register_forward_pre_hook(self._before_block, with_kwargs=True).remove)
+            self._undo.append(block.register_forward_hook(self._after_block, with_kwargs=True).remove)
         if self.heads:
             for head in self.heads:
                 self._undo.append(head.register_forward_pre_hook(self._before_head, with_kwargs=True).remove)
@@ -168,6 +170,7 @@ class StackAdapter:
     def begin(self) -> None:
         """A call of the model starts."""
         self._iterated = False
+        self._entered = False
         self._expected = None
 
     def check_full(self) -> None:
@@ -200,11 +203,12 @@ class StackAdapter:
             )
         return hidden, named
 
-    def _before_first(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._recorder is not None:
+    def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._entered and self._recorder is not None:
+            self._entered = True
             self._recorder.base(self._hidden(args, kwargs)[0])
 
-    def _after_first(
+    def _after_block(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         if self._layout is None:
@@ -234,7 +238,11 @@ class StackAdapter:
                 layout.append("image")
             elif element is None:
                 layout.append(None)
-            elif isinstance(element, Tensor) and isinstance(text, Tensor) and element.shape == text.shape:
+            elif (
+                isinstance(element, Tensor)
+                and isinstance(text, Tensor)
+                and element.shape[1:] == text.shape[1:]
+            ):
                 layout.append(text_name)
             else:
                 image = None
@@ -295,27 +303,29 @@ class StackAdapter:
             self._expected = image
         if not self._layout:
             return image
-        return tuple(image if name == "image" else named.get(name) if name else None for name in self._layout)
+        return tuple(
+            # one prompt for several pictures: blocks broadcast it
+            image
+            if name == "image"
+            else named[name].expand(len(image), *named[name].shape[1:])
+            if name
+            else None
+            for name in self._layout
+        )
 
 
-@functools.cache
 def _skippable(cls: type[nn.ModuleList]) -> type[nn.ModuleList]:
     if cls is nn.ModuleList:
         return _BlockList
     return type(cls.__name__, (_BlockList, cls), {"__module__": cls.__module__})
 
 
-@functools.cache
-def _parameters_of(cls: type) -> tuple[str, ...]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(
-        p.name for p in list(inspect.signature(cls.forward).parameters.values())[1:] if p.kind in kinds
-    )
-
-
 def _parameters(module: nn.Module) -> tuple[str, ...]:
     """Names of the positional arguments of a module's forward."""
-    return _parameters_of(type(module))
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    # of the class: accelerate and diffusers replace an instance's forward
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind in kinds)
 
 
 def _registered(block: nn.Module) -> Any:

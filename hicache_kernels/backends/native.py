@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
+_native: Any
+_MISSING: str | None
 try:
-    from hicache_kernels import _native
-
-    _MISSING: str | None = None
+    _native = importlib.import_module("hicache_kernels._native")
+    _MISSING = None
 except ImportError as error:
     _native = None
     _MISSING = f"the native extension is not built ({error}); reinstall where a C++17 compiler is found"
@@ -31,8 +35,8 @@ def unsupported(dtypes: tuple[torch.dtype, ...], num_orders: int) -> str | None:
     for dtype in dtypes:
         if dtype not in _CODES:
             return f"it takes {', '.join(str(d) for d in _CODES)}, not {dtype}"
-    if len(set(dtypes)) > 1 and (dtypes[0] != torch.float32 or dtypes[1] == torch.float64):
-        return f"it adds a {dtypes[0]} history to a base of the same dtype, or a float32 one to bf16 and fp16"
+    if len(set(dtypes)) > 1 and not (torch.float32 in dtypes and torch.float64 not in dtypes):
+        return f"it is not compiled to add a {dtypes[0]} history to a {dtypes[1]} base"
     if num_orders > _native.MAX_ORDERS:
         return f"it is compiled for at most {_native.MAX_ORDERS} orders, not {num_orders}"
     return None
