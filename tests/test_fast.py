@@ -1,8 +1,10 @@
-"""hicache.fast on whole pipelines: same pictures where nothing is skipped, no block where something is, exact undo."""
+"""hicache.fast on whole pipelines: same pictures where nothing is skipped, no block where something is, "
+"exact undo."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 
 import diffusers
@@ -376,7 +378,7 @@ def own_loop(transformer, steps=12, cfg=False):
     latents = tiny.noise(1, 16, 4)
     sigmas = torch.linspace(1, 0, steps + 1)
     with torch.no_grad():
-        for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for sigma, following in itertools.pairwise(sigmas):
             velocity = transformer(**flux_call(latents, sigma))[0]
             if cfg:
                 velocity = 2 * velocity - transformer(**flux_call(latents * 0.5, sigma))[0]
@@ -436,11 +438,19 @@ def test_own_blocks_that_work_in_place():
     ("name", "make"),
     [
         ("Linear", lambda: nn.Linear(2, 2)),
-        ("UNet2DModel", lambda: diffusers.UNet2DModel(sample_size=8, block_out_channels=(32, 32), layers_per_block=1,
-            down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)),
+        (
+            "UNet2DModel",
+            lambda: diffusers.UNet2DModel(
+                sample_size=8,
+                block_out_channels=(32, 32),
+                layers_per_block=1,
+                down_block_types=("DownBlock2D",) * 2,
+                up_block_types=("UpBlock2D",) * 2,
+            ),
+        ),
         ("DDPMPipeline", lambda: diffusers.DDPMPipeline(nn.Identity(), diffusers.DDPMScheduler())),
     ],
-)  # fmt: skip
+)
 def test_nothing_to_hook_is_an_error_that_names_the_class(name, make):
     with pytest.raises(ValueError, match=f"nothing to hook in {name}"):
         hicache.fast.apply(make())

@@ -1,4 +1,4 @@
-"""Every transformer of the zoo, driven without a pipeline: exact when full, exact when skipped, whole after."""
+"""Every transformer of the zoo, without a pipeline: exact when full, exact when skipped, whole after."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def double(value: Any) -> Any:
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    """What a cache could leave behind: classes, attributes and hooks of all submodules, names of parameters."""
+    """What a cache could leave behind: classes, attributes and hooks of submodules, names of parameters."""
     modules = {
         name: (
             type(module),
@@ -165,7 +165,7 @@ def test_models_that_cannot_be_skipped_refuse(build: Callable[[], Built]):
 
     handle = hicache.fast.apply(model, CONFIG)
     outputs: list[Tensor] = []
-    with pytest.raises(RuntimeError, match=rf"{type(model).__name__}.*Handle\.remove\(\)"):
+    with pytest.raises(RuntimeError, match=type(model).__name__):
         outputs.extend(draw(model, call(t)) for t in TIMES)
     handle.remove()
 
@@ -175,23 +175,23 @@ def test_models_that_cannot_be_skipped_refuse(build: Callable[[], Built]):
     assert torch.equal(run(model, call), uncached)
 
 
-def test_hints_that_were_off_in_an_earlier_run_are_noticed():
-    """Steps that happened to be exact do not vouch for later ones."""
+@pytest.mark.parametrize("starts", [0, 6], ids=["in the next run", "in the same run"])
+def test_hints_that_begin_late_are_noticed(starts: int):
+    """Skipped steps that happened to be exact do not vouch for later ones."""
     model, call = UNSKIPPABLE["wan_vace"]()
     scheduler = Steps()
+
+    def steps(scales: Iterable[float]) -> None:
+        scheduler.set_timesteps(len(TIMES))
+        for t, scale in zip(TIMES, scales, strict=True):
+            draw(model, {**call(t), "control_hidden_states_scale": torch.full((2,), scale)})
+            scheduler.step()
+
     with hicache.fast.apply(model, CONFIG, scheduler=scheduler):
-        for scale, refuses in ((0.0, False), (1.0, True)):
-            scheduler.set_timesteps(len(TIMES))
-            outputs: list[Tensor] = []
-            try:
-                for t in TIMES:
-                    outputs.append(
-                        draw(model, {**call(t), "control_hidden_states_scale": torch.full((2,), scale)})
-                    )
-                    scheduler.step()
-            except RuntimeError as error:
-                assert "WanVACETransformer3DModel" in str(error)
-            assert (len(outputs) < len(TIMES)) == refuses
+        if starts == 0:
+            steps([0.0] * 12)
+        with pytest.raises(RuntimeError, match="WanVACETransformer3DModel"):
+            steps([float(step >= starts) for step in range(12)])
 
 
 @pytest.mark.parametrize(

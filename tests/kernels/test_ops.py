@@ -1,0 +1,413 @@
+"""Every op on every backend that runs here, against float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hicache_kernels import History, backend_status, forecast, gated_sum, update_, update_forecast_
+
+USABLE = [name for name, reason in backend_status("cpu").items() if reason is None]
+backends = pytest.mark.parametrize("backend", USABLE)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype)
+
+
+def history(num_orders: int, numel: int, filled: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Orders with the inbox and ``filled`` differences set, and NaN in the rows that do not exist yet."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = poisoned(num_orders, numel, dtype=dtype)
+    for k in [*range(filled), num_orders - 1]:
+        orders[k] = torch.randn(numel, generator=generator, dtype=torch.float64).to(dtype) * 2
+    return orders
+
+
+cases = st.tuples(
+    st.integers(1, 5).flatmap(lambda k: st.tuples(st.just(k), st.integers(0, k - 1))),
+    st.sampled_from([0, 1, 2, 7, 15, 16, 17, 31, 33, 64, 127, 129, 1000]),
+    st.sampled_from([1, 2, 3, 5, 7, 10]),
+    st.lists(st.floats(-4, 4), min_size=5, max_size=5),
+    st.integers(0, 2**16),
+)
+
+
+@backends
+@dtypes
+@settings(max_examples=60, deadline=None)
+@given(case=cases)
+def test_cascade_and_forecast(backend, dtype, case):
+    (num_orders, filled), numel, gap, weights, seed = case
+    coeffs = weights[: filled + 1]
+    orders = history(num_orders, numel, filled, dtype, seed)
+    beyond = orders[filled + 1 :].clone()
+    exact = oracle.update(orders, gap, filled)
+    exact_row = oracle.forecast(exact, coeffs)
+    peer, peer_row = oracle.eager(orders, gap, coeffs, filled)
+    inv_gap = torch.tensor(1 / gap, dtype=torch.float64)
+    weights = torch.tensor(coeffs, dtype=torch.float64)
+
+    fused = orders.clone()
+    out = poisoned(numel, dtype=dtype)
+    assert update_forecast_(fused, inv_gap, weights, filled, out=out, backend=backend) is out
+    oracle.assert_no_worse(out, peer_row, exact_row)
+    oracle.assert_no_worse(fused[: filled + 1], peer, exact)
+
+    update_(orders, inv_gap, filled, backend=backend)
+    assert torch.equal(orders[: filled + 1], fused[: filled + 1])
+    if filled + 1 < num_orders:  # rows past the new differences are left alone, poison and inbox alike
+        assert torch.equal(orders[filled + 1 :], beyond) or beyond.isnan().any()
+        torch.testing.assert_close(orders[filled + 1 :], beyond, rtol=0, atol=0, equal_nan=True)
+
+    kept = orders[: filled + 1]
+    exact_row = oracle.forecast(kept, coeffs)
+    peer_row = sum(d * w for d, w in zip(kept, coeffs, strict=True))
+    oracle.assert_no_worse(forecast(orders, weights, backend=backend), peer_row, exact_row)
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("pending", [False, True], ids=["settled", "pending"])
+@settings(max_examples=40, deadline=None)
+@given(
+    case=cases,
+    shape=st.tuples(st.integers(1, 3), st.integers(0, 5), st.sampled_from([1, 3, 16, 31, 48, 130])),
+    terms=st.integers(1, 5),
+    gated=st.booleans(),
+    padding=st.sampled_from([0, 1, 37]),
+)
+def test_gated_sum(backend, dtype, pending, case, shape, terms, gated, padding):
+    (num_orders, filled), _, gap, weights, seed = case
+    coeffs = weights[: filled + 1]
+    batch, length, channels = shape
+    numel = batch * length * channels
+    orders = poisoned(num_orders, terms, numel + padding, dtype=dtype)
+    for term in range(terms):
+        orders[:, term, :numel] = history(
+            num_orders, numel, filled if pending else filled + 1, dtype, seed + term
+        )
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(batch, length, channels, generator=generator).to(dtype)
+    gates = torch.randn(terms, batch, channels, generator=generator).to(dtype) if gated else None
+
+    exact = base.double()
+    peer = base
+    expected_orders = []
+    for term in range(terms):
+        slot = orders[:, term, :numel]
+        if pending:
+            differences, eager_row = (
+                oracle.update(slot, gap, filled),
+                oracle.eager(slot, gap, coeffs, filled)[1],
+            )
+        else:
+            differences = slot[: filled + 1].double()
+            eager_row = sum(d * w for d, w in zip(slot, coeffs, strict=False))
+        expected_orders.append(differences)
+        gate = torch.ones(batch, 1, channels) if gates is None else gates[term][:, None]
+        exact = exact + gate.double() * oracle.forecast(differences, coeffs).view(base.shape)
+        peer = peer + gate.to(dtype) * eager_row.view(base.shape)
+
+    before = orders.clone()
+    out = poisoned(*base.shape, dtype=dtype)
+    more = {"inv_gap": torch.tensor(1 / gap, dtype=torch.float64), "filled": filled} if pending else {}
+    weights = torch.tensor(coeffs, dtype=torch.float64)
+    assert gated_sum(base, orders, gates, weights, out=out, backend=backend, **more) is out
+    oracle.assert_no_worse(out, peer, exact)
+    if not pending:
+        torch.testing.assert_close(orders, before, rtol=0, atol=0, equal_nan=True)
+        return
+    torch.testing.assert_close(orders[:, :, numel:], before[:, :, numel:], rtol=0, atol=0, equal_nan=True)
+    for term in range(terms):
+        slot = before[:, term, :numel]
+        update_(slot.clone(), torch.tensor(1 / gap), filled, backend="reference")
+        peer = oracle.eager(slot, gap, coeffs, filled)[0]
+        oracle.assert_no_worse(orders[: filled + 1, term, :numel], peer, expected_orders[term])
+
+
+@dtypes
+@pytest.mark.parametrize("num_orders", [1, 2, 3, 4, 5])
+def test_native_gives_the_reference_s_bits(dtype, num_orders):
+    """Also over several threads, and at lengths no thread's share divides."""
+    for numel in (65536 * 3 + 17, 5):
+        filled = num_orders - 1
+        weights = torch.tensor([1.0, 0.5, -0.125, 0.3, 2.0][:num_orders])
+        results = []
+        for backend in ("reference", "native"):
+            orders = history(num_orders, numel, filled, dtype)
+            out = update_forecast_(orders, torch.tensor(1 / 3), weights, filled, backend=backend)
+            results.append((orders, out))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize(
+    ("kept", "base"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+    ids=str,
+)
+def test_history_of_another_dtype_than_the_base(kept, base):
+    hidden = torch.randn(2, 70, 33).to(base)
+    gates = torch.randn(3, 2, 33).to(base)
+    outputs = []
+    for backend in ("reference", "native"):
+        orders = torch.stack([history(3, hidden.numel(), 2, kept, seed) for seed in range(3)], dim=1)
+        more = {"inv_gap": torch.tensor(0.2), "filled": 2}
+        out = gated_sum(hidden, orders, gates, torch.tensor([1.0, 2.0, -0.5]), backend=backend, **more)
+        outputs.append((out, orders))
+    assert outputs[0][0].dtype == base
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    assert torch.equal(outputs[0][1], outputs[1][1])
+
+
+@backends
+def test_special_values_survive(backend):
+    """Infinities, NaN, subnormals and the largest numbers, through every narrow dtype."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        info = torch.finfo(dtype)
+        values = [0.0, -0.0, info.tiny, info.tiny / 4, info.max, -info.max, float("inf"), float("nan"), 1 / 3]
+        orders = torch.tensor([values * 3], dtype=dtype)
+        row = forecast(orders, torch.ones(1), backend=backend)
+        torch.testing.assert_close(row, orders[0], rtol=0, atol=0, equal_nan=True)
+        halved = forecast(orders, torch.tensor([0.5]), backend=backend)
+        torch.testing.assert_close(halved, orders[0] * 0.5, rtol=0, atol=0, equal_nan=True)
+
+
+@backends
+def test_rows_may_be_a_slice_of_a_larger_history(backend):
+    whole = torch.randn(3, 300)
+    part, expected = whole[:, 40:140], whole[:, 40:140].clone()
+    others = whole.clone()
+    row = update_forecast_(part, torch.tensor(0.5), torch.ones(3), 2, backend=backend)
+    expected_row = update_forecast_(expected, torch.tensor(0.5), torch.ones(3), 2, backend="reference")
+    assert torch.equal(row, expected_row)
+    assert torch.equal(whole[:, 40:140], expected)
+    assert torch.equal(whole[:, :40], others[:, :40])
+    assert torch.equal(whole[:, 140:], others[:, 140:])
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_bits(isa):
+    """The choice is made once a process, so each is a process of its own."""
+    if "native" not in USABLE:
+        pytest.skip(f"native: {backend_status('cpu')['native']}")
+    script = (
+        "import torch\n"
+        "from hicache_kernels import gated_sum, update_forecast_\n"
+        "torch.manual_seed(0)\n"
+        "for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):\n"
+        "    for backend in ('reference', 'native'):\n"
+        "        torch.manual_seed(1)\n"
+        "        orders = torch.randn(3, 1003).to(dtype)\n"
+        "        row = update_forecast_(orders, torch.tensor(0.3), torch.randn(3), 2, backend=backend)\n"
+        "        base, gates = torch.randn(1, 17, 59).to(dtype), torch.randn(1, 1, 59).to(dtype)\n"
+        "        out = gated_sum(base, orders[:, None], gates, torch.randn(3), backend=backend)\n"
+        "        if backend == 'reference':\n"
+        "            expected = orders, row, out\n"
+        "        else:\n"
+        "            assert all(map(torch.equal, expected, (orders, row, out))), dtype\n"
+        "from hicache_kernels.backends import native\n"
+        "print(native.isa())\n"
+    )
+    environment = {**os.environ, "HICACHE_CPU_ISA": isa}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    chosen = done.stdout.split()[-1]
+    assert chosen in ("baseline", "avx2", "avx512")
+    if isa == "baseline":
+        assert chosen == "baseline"
+
+
+def test_unknown_instruction_set_is_an_error():
+    if "native" not in USABLE:
+        pytest.skip(f"native: {backend_status('cpu')['native']}")
+    script = "import hicache_kernels.backends.native as n; n.isa()"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "HICACHE_CPU_ISA": "sse9"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "expected baseline, avx2 or avx512, got 'sse9'" in done.stderr
+
+
+def test_threads_follow_torch_and_survive_a_fork():
+    if "native" not in USABLE:
+        pytest.skip(f"native: {backend_status('cpu')['native']}")
+    script = (
+        "import os, torch\n"
+        "from hicache_kernels import forecast\n"
+        "torch.set_num_threads(3)\n"
+        "orders = torch.ones(1, 1 << 20)\n"
+        "count = lambda: len(os.listdir('/proc/self/task'))\n"
+        "before = count()\n"
+        "forecast(orders, torch.ones(1), backend='native')\n"
+        "assert count() == before + 2, (before, count())\n"
+        "torch.set_num_threads(1)\n"
+        "forecast(orders, torch.ones(1), backend='native')\n"
+        "torch.set_num_threads(2)\n"
+        "child = os.fork()\n"
+        "row = forecast(orders, torch.full((1,), 2.0), backend='native')\n"
+        # no operator of torch's that wants threads: its OpenMP does not survive a fork
+        "assert set(row.numpy().tolist()) == {2.0}\n"
+        "if child == 0:\n"
+        "    os._exit(0)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_history_layout():
+    shapes = [(2, 3, 5), (7,), (0, 4), (1, 33)]
+    for dtype in DTYPES:
+        past = History(shapes, order=2, dtype=dtype)
+        assert past.orders.shape[0] == 3
+        assert past.nbytes == past.orders.nbytes
+        for index, shape in enumerate(shapes):
+            for order in range(3):
+                slot = past.slot(index, order)
+                assert slot.shape == shape
+                assert (slot.data_ptr() - past.orders[order].data_ptr()) % 128 == 0 or slot.numel() == 0
+                slot.fill_(index * 10 + order)
+        for index in range(len(shapes)):
+            assert (past.inbox(index) == index * 10 + 2).all()
+            assert (past.split(past.orders[1])[index] == index * 10 + 1).all()
+    with pytest.raises(ValueError, match="features of one shape"):
+        past.terms()
+    assert History([(3, 5)] * 4, 1).terms().shape == (2, 4, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([], 1), "at least one feature shape, got none"),
+        (([(2,)], -1), "order >= 0, got -1"),
+        (([(2,)], 1, torch.int32), "floating-point dtype, got torch.int32"),
+    ],
+)
+def test_bad_history(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        History(*arguments)
+
+
+ORDERS = torch.zeros(3, 8)
+ONE, THREE = torch.ones(()), torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: update_([1.0], ONE, 0), TypeError, "update_: expected orders to be a tensor, got list"),
+        (
+            lambda: update_(torch.zeros(3), ONE, 0),
+            ValueError,
+            r"update_: expected floating-point orders \[K, ...\]",
+        ),
+        (lambda: update_(ORDERS.int(), ONE, 0), ValueError, "got torch.int32"),
+        (
+            lambda: update_(torch.zeros(8, 3).t(), ONE, 0),
+            ValueError,
+            "update_: expected orders with contiguous rows",
+        ),
+        (lambda: update_(torch.zeros(20).as_strided((3, 8), (4, 1)), ONE, 0), ValueError, "do not overlap"),
+        (
+            lambda: update_(ORDERS, 0.5, 0),
+            TypeError,
+            "update_: expected inv_gap to be a floating-point tensor",
+        ),
+        (lambda: update_(ORDERS, THREE, 0), TypeError, "tensor of one number"),
+        (lambda: update_(ORDERS, ONE, 3), ValueError, "update_: expected 0 <= filled <= 2, got 3"),
+        (lambda: update_(ORDERS, ONE, True), TypeError, "filled to be an int, got True"),
+        (
+            lambda: update_(ORDERS, ONE.to("meta"), 0),
+            ValueError,
+            "expected inv_gap on cpu, as orders, got meta",
+        ),
+        (
+            lambda: forecast(ORDERS, torch.ones(4)),
+            ValueError,
+            "forecast: expected 1 to 3 coeffs, one an order, got 4",
+        ),
+        (lambda: forecast(ORDERS, torch.ones(0)), ValueError, "got 0"),
+        (lambda: forecast(ORDERS, THREE.int()), TypeError, "coeffs to be a floating-point tensor"),
+        (lambda: forecast(ORDERS, THREE, out=torch.ones(7)), ValueError, r"contiguous out of shape \(8,\)"),
+        (lambda: forecast(ORDERS, THREE, out=ORDERS[1]), ValueError, "forecast: expected out not to overlap"),
+        (
+            lambda: forecast(ORDERS, THREE, backend="cuda"),
+            ValueError,
+            "unknown backend 'cuda'; expected auto, ref",
+        ),
+        (
+            lambda: update_forecast_(ORDERS, ONE, THREE, 1),
+            ValueError,
+            r"expected 2 coeffs \(filled \+ 1\), got 3",
+        ),
+        (
+            lambda: gated_sum(THREE, ORDERS, None, THREE),
+            ValueError,
+            r"gated_sum: expected orders \[K, terms, slot\]",
+        ),
+        (
+            lambda: gated_sum(torch.ones(1, 3, 4).mT, ORDERS[:, None], None, THREE),
+            ValueError,
+            "expected a contiguous base",
+        ),
+        (
+            lambda: gated_sum(torch.ones(3, 3), ORDERS[:, None], None, THREE),
+            ValueError,
+            "slots of at least 9 numbers",
+        ),
+        (
+            lambda: gated_sum(torch.ones(2, 4), ORDERS[:, None], torch.ones(1, 4), THREE),
+            ValueError,
+            r"contiguous gates \(1, 2, 4\) of torch.float32, got shape \(1, 4\)",
+        ),
+        (
+            lambda: gated_sum(torch.ones(2, 4), ORDERS[:, None], None, THREE, filled=2),
+            ValueError,
+            "expected filled=0 when inv_gap is None",
+        ),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_named_backend_never_falls_back():
+    with pytest.raises(
+        RuntimeError, match="forecast: backend 'native' cannot run: it is compiled for at most 5"
+    ):
+        forecast(torch.zeros(6, 8), torch.ones(6), backend="native")
+    assert (forecast(torch.ones(6, 8), torch.ones(6)) == 6).all()  # auto finds one that can
+
+
+def test_native_is_built_where_there_is_a_compiler():
+    """A build that fails quietly must not pass for a machine without a compiler."""
+    import shutil
+
+    if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler here")
+    assert "native" in USABLE, backend_status("cpu")["native"]
