@@ -86,8 +86,10 @@ def coefficients(name: str, gaps: Sequence[float], distance: float, terms: int, 
 
 @register_basis("hermite")
 def hermite(gaps: Sequence[float], distance: float, terms: int, sigma: float) -> list[float]:
-    """HiCache: physicists' Hermite polynomials with dual scaling, ``α_k = σ^k · H_k(σ x) / k!`` (arXiv
-    2508.16984)."""
+    """HiCache: Hermite polynomials with dual scaling, ``α_k = σ^k · H_k(σ x) / k!`` (arXiv 2508.16984).
+
+    H are the physicists' polynomials: 1, 2z, 4z² − 2, 8z³ − 12z, …
+    """
     z = sigma * distance
     values = [1.0, 2.0 * z]
     for k in range(1, terms - 1):

@@ -62,6 +62,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--last-step-full", action="store_true", help="run the last step in full")
     parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each kind; the fastest counts")
     parser.add_argument("--backend", default="auto", help="of hicache_kernels (%(default)s)")
 
 
@@ -79,6 +80,8 @@ def generate(options: argparse.Namespace) -> int:
 
     if options.steps < 1:
         raise ValueError(f"--steps: expected at least 1, got {options.steps}")
+    if options.repeats < 1:
+        raise ValueError(f"--repeats: expected at least 1, got {options.repeats}")
     if not options.out.parent.is_dir():
         raise ValueError(f"--out: expected a file in an existing folder, got {options.out}")
     config = HiCacheConfig(
@@ -99,6 +102,7 @@ def generate(options: argparse.Namespace) -> int:
         guidance_scale=options.guidance,
         seed=options.seed,
         backend=options.backend,
+        repeats=options.repeats,
     )
     side_by_side(options.prompts, result).save(options.out)
 
@@ -153,8 +157,11 @@ def info() -> int:
         rows.append(("cuda", "no device"))
     for device in devices:
         for name, reason in backend_status(device).items():
-            usable = "usable" + (f" ({native.isa()})" if name == "native" else "")
-            rows.append((f"{name} on {device}", usable if reason is None else f"not usable: {reason}"))
+            if reason is not None:
+                state = f"not usable: {reason}"
+            else:
+                state = f"usable ({native.isa()})" if name == "native" else "usable"
+            rows.append((f"{name} on {device}", state))
     rows.append(("bases", ", ".join(known_bases())))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

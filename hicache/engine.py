@@ -28,8 +28,8 @@ from hicache.schedule import is_full
 class Engine:
     """Records the features of full steps and forecasts them at skipped ones.
 
-    The update of the differences is lazy (docs/algorithm.md, identity 6): it waits for the first skipped step
-    and shares its launch.
+    The update of the differences is lazy (docs/algorithm.md, "Lazy update"): it waits for the first skipped
+    step and shares its launch.
 
     Args:
         config: the cache's settings.

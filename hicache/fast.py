@@ -190,7 +190,7 @@ class _Denoiser:
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         self.skipping = False
         self._current = None
-        self.adapter.begin()
+        self.adapter.begin(checked=False)
         if module.training and torch.is_grad_enabled():
             self._warn("is in training mode with gradients on: it runs uncached")
             return None
@@ -205,10 +205,11 @@ class _Denoiser:
         if self._ordinal >= _MAX_CONTEXTS:
             self._warn(
                 f"was called more than {_MAX_CONTEXTS} times without a step of the scheduler: these calls "
-                f"run "
-                f"uncached; is this the scheduler of the run? (see apply(..., scheduler=...))"
+                "run uncached; is this the scheduler of the run? (see apply(..., scheduler=...))"
             )
             return None
+        dropped = {name for name in BLOCK_ONLY_ARGUMENTS if named.get(name) is not None}
+        self.adapter.begin(checked=not dropped)
         context = self._context(named)
         self._current = context
         self._local_step = clock.step - context.first_step
@@ -216,7 +217,6 @@ class _Denoiser:
         if context.engine.is_full(self._local_step):
             return None
         self.skipping = True
-        dropped = {name for name in BLOCK_ONLY_ARGUMENTS if named.get(name) is not None}
         if not dropped:
             return None
         return (
@@ -244,9 +244,8 @@ class _Denoiser:
             return
         if hidden.shape != base.shape:
             self._warn(
-                f"gives its head a hidden state {tuple(hidden.shape)} that is not of the shape of its "
-                f"first block's, "
-                f"{tuple(base.shape)}: this call runs uncached"
+                f"gives its head a hidden state {tuple(hidden.shape)} that is not of the shape of its first "
+                f"block's, {tuple(base.shape)}: this call runs uncached"
             )
             context.engine.reset(num_steps=context.engine.num_steps)
             self._recorded = True
@@ -280,8 +279,7 @@ class _Denoiser:
         if not self._recorded:
             raise RuntimeError(
                 f"hicache: {type(module).__name__} ran without its blocks or its head being seen, so "
-                f"nothing could "
-                f"be recorded; call Handle.remove() to run it uncached"
+                "nothing could be recorded; call Handle.remove() to run it uncached"
             )
 
     # Contexts and runs.
@@ -331,8 +329,7 @@ def _signature(named: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 class Handle:
-    """A cached pipeline. Leave the ``with`` block or call :meth:`remove` to get the pipeline back as it
-    was."""
+    """A cached pipeline: leave the ``with`` block or call :meth:`remove` to get it back as it was."""
 
     def __init__(
         self,
@@ -371,8 +368,11 @@ class Handle:
             )
 
     def restart(self) -> None:
-        """Start a new run at the next call. A pipeline does this by itself; a user's own loop around a bare
-        transformer need only where a new run would begin at the very timestep the last one stopped at."""
+        """Start a new run at the next call.
+
+        A pipeline does this by itself; a user's own loop around a bare transformer need only where a new run
+        would begin at the very timestep the last one stopped at.
+        """
         self.clock.restart()
 
     @property
@@ -382,8 +382,10 @@ class Handle:
 
     @property
     def stats(self) -> Stats:
-        """Full and skipped steps by context, bytes held and cache milliseconds of the current or last run;
-        after :meth:`remove`, as they stood then."""
+        """Full and skipped steps by context, bytes held and cache milliseconds of the current or last run.
+
+        After :meth:`remove`, as they stood then.
+        """
         if self._final is not None:
             return self._final
         contexts = {
@@ -524,8 +526,7 @@ def _denoisers(pipe: Any) -> dict[str, nn.Module]:
         present = ", ".join(f"{name} ({type(part).__name__})" for name, part in modules.items())
         raise ValueError(
             f"hicache: nothing to hook in {type(pipe).__name__}: expected a component named 'transformer', "
-            f"got "
-            f"{present or 'no modules'}"
+            f"got {present or 'no modules'}"
         )
     return found
 

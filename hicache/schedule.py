@@ -24,8 +24,7 @@ def is_full(config: HiCacheConfig, step: int, last_full: int | None, num_steps: 
 
 
 def full_steps(config: HiCacheConfig, num_steps: int) -> list[int]:
-    """The full steps of a run of ``num_steps``: 0, 1, 2, 9, 16, 23, 30, 37, 44 for the defaults and 50
-    steps."""
+    """The full steps of a run: 0, 1, 2, 9, 16, 23, 30, 37, 44 for the defaults and 50 steps."""
     steps: list[int] = []
     for step in range(num_steps):
         if is_full(config, step, steps[-1] if steps else None, num_steps):

@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 
 _METHODS: Final = ("set_timesteps", "step")
+_TIMESTEPS: Final = ("timestep", "timesteps", "t")  # what transformers call it
 
 
 class _Watched:
@@ -72,9 +73,8 @@ class SchedulerClock:
         missing = [name for name in _METHODS if not callable(getattr(scheduler, name, None))]
         if missing:
             raise TypeError(
-                f"hicache: expected a scheduler with set_timesteps() and step(), got "
-                f"{type(scheduler).__name__} "
-                f"without {' and '.join(missing)}"
+                "hicache: expected a scheduler with set_timesteps() and step(), got "
+                f"{type(scheduler).__name__} without {' and '.join(missing)}"
             )
 
     def _attach(self, scheduler: Any) -> None:
@@ -153,7 +153,7 @@ class TimestepClock:
         Raises:
             ValueError: it was called without a timestep.
         """
-        timestep = kwargs.get("timestep", kwargs.get("t"))
+        timestep = next((kwargs[name] for name in _TIMESTEPS if kwargs.get(name) is not None), None)
         if timestep is None:
             raise ValueError(
                 f"hicache: expected {type(module).__name__} to be called with `timestep`, got "

@@ -121,11 +121,12 @@ def gated_sum(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """A whole skipped step: ``base + Σ_i gates[i] ⊙ Σ_k coeffs[k] · orders[k, i]`` (docs/algorithm.md,
-    identity 2).
+    """A whole skipped step: ``base + Σ_i gates[i] ⊙ Σ_k coeffs[k] · orders[k, i]``.
+
+    See docs/algorithm.md, "A skipped step is one sum".
 
     With ``inv_gap`` given, an update is pending: it is done in the same pass, as :func:`update_forecast_`
-    would (identity 6, lazy update).
+    would (docs/algorithm.md, "Lazy update").
 
     Args:
         base: ``[batch, ..., channels]``, the hidden state that enters the blocks.
@@ -166,8 +167,7 @@ def gated_sum(
         if tuple(gates.shape) != expected or gates.dtype != base.dtype or not gates.is_contiguous():
             raise ValueError(
                 f"gated_sum: expected contiguous gates {expected} of {base.dtype}, got shape "
-                f"{tuple(gates.shape)} "
-                f"of {gates.dtype} with strides {gates.stride()}"
+                f"{tuple(gates.shape)} of {gates.dtype} with strides {gates.stride()}"
             )
         _check_device("gated_sum", "gates", gates, orders)
     if inv_gap is not None:
@@ -209,8 +209,7 @@ def _check_orders(op: str, orders: Tensor) -> None:
     if not row.is_contiguous() or (orders.shape[0] > 1 and orders.stride(0) < row.numel()):
         raise ValueError(
             f"{op}: expected orders with contiguous rows that do not overlap, got shape "
-            f"{tuple(orders.shape)} "
-            f"with strides {orders.stride()}"
+            f"{tuple(orders.shape)} with strides {orders.stride()}"
         )
 
 
@@ -255,8 +254,7 @@ def _output(op: str, out: Tensor | None, like: Tensor, orders: Tensor) -> Tensor
     ):
         raise ValueError(
             f"{op}: expected a contiguous out of shape {tuple(like.shape)}, {like.dtype} on {like.device}, "
-            f"got "
-            f"{tuple(out.shape)}, {out.dtype} on {out.device} with strides {out.stride()}"
+            f"got {tuple(out.shape)}, {out.dtype} on {out.device} with strides {out.stride()}"
         )
     begin, end = out.data_ptr(), out.data_ptr() + out.nbytes
     past = orders.data_ptr()

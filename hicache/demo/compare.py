@@ -39,8 +39,7 @@ class Comparison:
 
     @property
     def psnr(self) -> list[float]:
-        """Peak signal-to-noise ratio of each cached picture against its full one, dB; inf where they are
-        equal."""
+        """PSNR of each cached picture against its full one, dB; inf where they are equal."""
         pairs = zip(self.full.pictures, self.cached.pictures, strict=True)
         with np.errstate(divide="ignore"):
             return [float(peak_signal_noise_ratio(a, b, data_range=1.0)) for a, b in pairs]

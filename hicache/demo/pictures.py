@@ -99,10 +99,8 @@ def parse(prompt: str) -> Caption:
     if match is None:
         raise ValueError(
             f"cannot read the prompt {prompt!r}: expected 'a [SIZE] COLOUR SHAPE [at the POSITION] on "
-            f"COLOUR', with "
-            f"COLOUR one of {', '.join(COLOURS)}; SHAPE one of {', '.join(SHAPES)}; SIZE one of "
-            f"{', '.join(SIZES)}; "
-            f"POSITION one of {', '.join(POSITIONS)}"
+            f"COLOUR', with COLOUR one of {', '.join(COLOURS)}; SHAPE one of {', '.join(SHAPES)}; SIZE one "
+            f"of {', '.join(SIZES)}; POSITION one of {', '.join(POSITIONS)}"
         )
     return Caption(**{slot: word or _UNSAID for slot, word in match.groupdict().items()})
 
@@ -173,8 +171,7 @@ def render(
 
 
 def sample(batch: int, generator: torch.Generator, size: int = 32) -> tuple[list[Caption], torch.Tensor]:
-    """Random captions and their pictures ``[batch, 3, size, size]``; size and place are each said half the
-    time."""
+    """Random captions and their pictures ``[batch, 3, size, size]``; half say the size, half the place."""
 
     def pick(count: int) -> list[int]:
         return torch.randint(count, (batch,), generator=generator).tolist()

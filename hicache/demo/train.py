@@ -29,8 +29,7 @@ SHIFT = 3.0  # of training times and of the scheduler: t -> 3 t / (1 + 2 t)
 
 
 def build_transformer() -> FluxTransformer2DModel:
-    """diffusers' FLUX transformer at 5.1M parameters, initialised so that every block starts as the
-    identity."""
+    """diffusers' FLUX transformer at 5.1M parameters; every block starts as the identity."""
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=packing.CHANNELS,

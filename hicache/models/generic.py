@@ -49,6 +49,8 @@ _IMAGE_INDEX: Final = {
     "HunyuanVideo15TransformerBlock": 0,
 }
 
+_UNCACHED: Final = "call Handle.remove() to run it uncached"
+
 
 class Recorder(Protocol):
     """What the adapter calls back during one call of the model."""
@@ -138,6 +140,10 @@ class StackAdapter:
         self._undo: list[Callable[[], None]] = []
         self._iterated = False
         self._entered = False
+        self._checked = False
+        self._left: Tensor | None = (
+            None  # what the last block returned, until the next one is seen to take it
+        )
         self._expected: Tensor | None = None  # what the stand-in returned, until it is seen to reach the head
         self._verified = False
 
@@ -165,10 +171,17 @@ class StackAdapter:
         while self._undo:
             self._undo.pop()()
         self._recorder = None
-        self._expected = None
+        self._expected = self._left = None
 
-    def begin(self) -> None:
-        """A call of the model starts."""
+    def begin(self, checked: bool) -> None:
+        """A call of the model starts.
+
+        Args:
+            checked: on a full step, make sure that nothing but the blocks changes the hidden state. Not so
+                with arguments that are known to be added between blocks, and dropped on skipped steps.
+        """
+        self._checked = checked
+        self._left = None
         self._iterated = False
         self._entered = False
         self._expected = None
@@ -182,8 +195,7 @@ class StackAdapter:
         if not self._iterated:
             raise RuntimeError(
                 f"hicache: {self.name} runs without iterating over its blocks, so they cannot be skipped; "
-                f"call "
-                f"Handle.remove() to run it uncached"
+                f"{_UNCACHED}"
             )
 
     def _stand_in(self, position: int) -> list[Any] | None:
@@ -204,22 +216,39 @@ class StackAdapter:
         return hidden, named
 
     def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._entered and self._recorder is not None:
+        if self._recorder is None:
+            return
+        hidden, _ = self._hidden(args, kwargs)
+        if not self._entered:
             self._entered = True
-            self._recorder.base(self._hidden(args, kwargs)[0])
+            self._recorder.base(hidden)
+        elif self._left is not None:
+            # the same object, but for models that rewrap it: only those are compared by value
+            if hidden is not self._left and not _equal(hidden, self._left):
+                raise self._changed()
+            self._left = None
 
     def _after_block(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         if self._layout is None:
             self._layout = self._read_layout(*self._hidden(args, kwargs), output)
+        if self._checked:
+            self._left = output[self._layout.index("image")] if self._layout else output
+
+    def _changed(self) -> RuntimeError:
+        return RuntimeError(
+            f"hicache: {self.name} changes the hidden state between its blocks, so they cannot be skipped "
+            f"as a "
+            f"whole; {_UNCACHED}"
+        )
 
     def _read_layout(self, hidden: Tensor, named: Mapping[str, Any], output: Any) -> tuple[str | None, ...]:
         block = type(self.first_block).__name__
         if isinstance(output, Tensor):
             return ()
         if not isinstance(output, (tuple, list)):
-            raise RuntimeError(f"hicache: {self.name}: {block} returns {type(output).__name__}, not tensors")
+            raise RuntimeError(f"hicache: {self.name}: {block} returns {type(output).__name__}, no tensor")
         others = [name for name in self._names if name.endswith("hidden_states") and name in named]
         streams = [name for name in others if name not in ("hidden_states", "encoder_hidden_states")]
         image = getattr(self._metadata, "return_hidden_states_index", None)
@@ -249,11 +278,11 @@ class StackAdapter:
         if image is None or streams:
             raise RuntimeError(
                 f"hicache: {self.name}: cannot tell what {block} returns: expected the hidden state and at "
-                f"most the "
-                f"text stream, got {[tuple(o.shape) if isinstance(o, Tensor) else o for o in output]} for "
-                f"a hidden "
-                f"state {tuple(hidden.shape)}"
+                "most the text stream, got "
+                f"{[tuple(o.shape) if isinstance(o, Tensor) else o for o in output]} for a hidden state "
+                f"{tuple(hidden.shape)}"
                 + (f" and further streams {', '.join(streams)}" if streams else "")
+                + f"; {_UNCACHED}"
             )
         return tuple(layout)
 
@@ -278,19 +307,12 @@ class StackAdapter:
         if not self._recorder.skipping:
             self._recorder.result(hidden)
         elif self._expected is not None:
-            # Once a model: nothing but the blocks may stand between the stand-in and the head. Models that
-            # add something between blocks (WanVACE's hints) have it in the cached residual, and would add it
-            # again.
-            same = hidden.shape == self._expected.shape and torch.allclose(
-                hidden.to(self._expected.dtype), self._expected, rtol=0, atol=0, equal_nan=True
-            )
+            # Once a model: nothing but the blocks may stand between the stand-in and the head either. What
+            # else is added there is in the cached residual, and would be added again.
+            same = _equal(hidden, self._expected)
             self._expected = None
             if not same:
-                raise RuntimeError(
-                    f"hicache: {self.name} changes the hidden state between its blocks, so they cannot be "
-                    f"skipped "
-                    f"as a whole; call Handle.remove() to run it uncached"
-                )
+                raise self._changed()
             self._verified = True
 
     def run_stand_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -312,6 +334,13 @@ class StackAdapter:
             else None
             for name in self._layout
         )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two hidden states hold the same numbers, but for a cast and a move."""
+    if one.shape != other.shape:
+        return False
+    return torch.allclose(one.to(other.device, other.dtype), other, rtol=0, atol=0, equal_nan=True)
 
 
 def _skippable(cls: type[nn.ModuleList]) -> type[nn.ModuleList]:

@@ -24,8 +24,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _cascade(orders: Tensor, inv_gap: Tensor, filled: int) -> list[Tensor]:
-    """New differences, unrounded: D0 ← F, D(i+1) ← (Di new − Di old) / gap (docs/algorithm.md, "Finite
-    differences")."""
+    """New differences, unrounded: D0 ← F, D(i+1) ← (Di new − Di old) / gap (docs/algorithm.md)."""
     new = [_wide(orders[-1])]
     for i in range(filled):
         new.append((new[i] - _wide(orders[i])) * inv_gap)

@@ -207,22 +207,15 @@ def test_every_instruction_set_gives_the_same_bits(isa):
     if "native" not in USABLE:
         pytest.skip(f"native: {backend_status('cpu')['native']}")
     script = (
-        "import torch\n"
-        "from hicache_kernels import gated_sum, update_forecast_\n"
-        "torch.manual_seed(0)\n"
-        "for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):\n"
-        "    for backend in ('reference', 'native'):\n"
-        "        torch.manual_seed(1)\n"
-        "        orders = torch.randn(3, 1003).to(dtype)\n"
-        "        row = update_forecast_(orders, torch.tensor(0.3), torch.randn(3), 2, backend=backend)\n"
-        "        base, gates = torch.randn(1, 17, 59).to(dtype), torch.randn(1, 1, 59).to(dtype)\n"
-        "        out = gated_sum(base, orders[:, None], gates, torch.randn(3), backend=backend)\n"
-        "        if backend == 'reference':\n"
-        "            expected = orders, row, out\n"
-        "        else:\n"
-        "            assert all(map(torch.equal, expected, (orders, row, out))), dtype\n"
-        "from hicache_kernels.backends import native\n"
-        "print(native.isa())\n"
+        "import torch\nfrom hicache_kernels import gated_sum, update_forecast_\ntorch.manual_seed(0)\nfor "
+        "dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):\n    for backend in "
+        "('reference', 'native'):\n        torch.manual_seed(1)\n        orders = torch.randn(3, "
+        "1003).to(dtype)\n        row = update_forecast_(orders, torch.tensor(0.3), torch.randn(3), 2, "
+        "backend=backend)\n        base, gates = torch.randn(1, 17, 59).to(dtype), torch.randn(1, 1, "
+        "59).to(dtype)\n        out = gated_sum(base, orders[:, None], gates, torch.randn(3), "
+        "backend=backend)\n        if backend == 'reference':\n            expected = orders, row, out\n    "
+        "    else:\n            assert all(map(torch.equal, expected, (orders, row, out))), dtype\nfrom "
+        "hicache_kernels.backends import native\nprint(native.isa())\n"
     )
     environment = {**os.environ, "HICACHE_CPU_ISA": isa}
     done = subprocess.run(
@@ -254,24 +247,15 @@ def test_threads_follow_torch_and_survive_a_fork():
     if "native" not in USABLE:
         pytest.skip(f"native: {backend_status('cpu')['native']}")
     script = (
-        "import os, torch\n"
-        "from hicache_kernels import forecast\n"
-        "torch.set_num_threads(3)\n"
-        "orders = torch.ones(1, 1 << 20)\n"
-        "count = lambda: len(os.listdir('/proc/self/task'))\n"
-        "before = count()\n"
-        "forecast(orders, torch.ones(1), backend='native')\n"
-        "assert count() == before + 2, (before, count())\n"
-        "torch.set_num_threads(1)\n"
-        "forecast(orders, torch.ones(1), backend='native')\n"
-        "torch.set_num_threads(2)\n"
-        "child = os.fork()\n"
-        "row = forecast(orders, torch.full((1,), 2.0), backend='native')\n"
+        "import os, torch\nfrom hicache_kernels import forecast\ntorch.set_num_threads(3)\norders = "
+        "torch.ones(1, 1 << 20)\ncount = lambda: len(os.listdir('/proc/self/task'))\nbefore = "
+        "count()\nforecast(orders, torch.ones(1), backend='native')\nassert count() == before + 2, (before, "
+        "count())\ntorch.set_num_threads(1)\nforecast(orders, torch.ones(1), "
+        "backend='native')\ntorch.set_num_threads(2)\nchild = os.fork()\nrow = forecast(orders, "
+        "torch.full((1,), 2.0), backend='native')\n"
         # no operator of torch's that wants threads: its OpenMP does not survive a fork
-        "assert set(row.numpy().tolist()) == {2.0}\n"
-        "if child == 0:\n"
-        "    os._exit(0)\n"
-        "assert os.waitpid(child, 0)[1] == 0\n"
+        "assert set(row.numpy().tolist()) == {2.0}\nif child == 0:\n    os._exit(0)\nassert "
+        "os.waitpid(child, 0)[1] == 0\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False

@@ -1,0 +1,95 @@
+"""The command line, run as a user runs it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from hicache import __version__
+from hicache.cli import main
+
+
+def test_generate(tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    prompts = ["a red ring on blue", "a white square on green"]
+    assert main(["generate", *prompts, "--steps", "9", "--interval", "3", "--out", str(out)]) == 0
+    with Image.open(out) as sheet:
+        assert sheet.width > sheet.height > 150
+        assert len(sheet.getcolors(10**6)) > 20
+    printed = capsys.readouterr().out
+    for row in (
+        r"full steps\s*│\s*9 │\s*5 │",
+        r"skipped steps\s*│\s*0 │\s*4 │",
+        r"seconds\s*│\s*\d+\.\d+ │\s*\d+\.\d+ │",
+        r"speed-up, wall clock\s*│\s*1.00x │\s*\d+\.\d+x │",
+        r"bound, steps / full steps\s*│\s*1.00x │\s*1.80x │",
+        r"PSNR against full, mean\s*│\s*│\s*\d+\.\d+ dB │",
+        r"SSIM against full, mean\s*│\s*│\s*0\.\d+ │",
+        r"history\s*│\s*0 bytes │\s*[\d,]+ bytes │",
+    ):
+        assert re.search(row, printed), (row, printed)
+
+
+def test_generate_at_interval_one_is_the_full_run(tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    assert main(["generate", "a red ring on blue", "--steps", "4", "--interval", "1", "--out", str(out)]) == 0
+    assert re.search(r"PSNR against full, mean\s*│\s*│\s*inf dB", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a dragon"], "cannot read the prompt 'a dragon'"),
+        (["--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["--interval", "0"], "interval: expected an int >= 1, got 0"),
+        (["--basis", "cubic"], "unknown basis 'cubic'; known bases: hermite"),
+        (["--backend", "gpu"], "unknown backend 'gpu'; expected one of auto, reference, native"),
+        (["--out", "no/such/folder/x.png"], "--out: expected a file in an existing folder"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments, message, capsys):
+    assert main(["generate", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("hicache generate: ")
+    assert message in error
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert f"hicache              {__version__}".split() in [line.split() for line in printed.splitlines()]
+    assert re.search(r"^torch +\d", printed, re.M)
+    assert re.search(r"^reference on cpu +usable$", printed, re.M)
+    assert re.search(r"^native on cpu +(usable \((avx512|avx2|baseline)\)|not usable: .+)$", printed, re.M)
+
+
+def test_command_and_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "hicache.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == f"hicache {__version__}"
+
+
+def test_info_without_the_extension(tmp_path):
+    """As on a machine that had no compiler: says why, and everything still works on torch."""
+    script = (
+        "import importlib, sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'hicache_kernels._native':\n"
+        "            raise ModuleNotFoundError('No module named ' + name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "from hicache.cli import main\n"
+        "assert main(['info']) == 0\n"
+        f"out = {str(tmp_path / 'x.png')!r}\n"
+        "assert main(['generate', 'a red ring on blue', '--steps', '5', '--out', out]) == 0\n"
+        "assert main(['generate', 'a red ring on blue', '--backend', 'native', '--out', out]) == 2\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "native on cpu     not usable: the native extension is not built" in done.stdout
+    assert "backend 'native' cannot run: the native extension is not built" in done.stderr
