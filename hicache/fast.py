@@ -356,7 +356,10 @@ class Handle:
         self.watch.reset()
         if self.speedup is None:
             return
-        assert num_steps is not None  # apply() asks for a scheduler
+        if num_steps is None:
+            raise ValueError(
+                "hicache: speedup= needs a scheduler that has its `timesteps` after set_timesteps()"
+            )
         self.config_in_use = with_speedup(self.config, self.speedup, num_steps)
         reached = bound(self.config_in_use, num_steps)
         if round(reached, 2) < round(self.speedup, 2):

@@ -16,10 +16,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from hicache_kernels.backends import native, reference
+from hicache_kernels.backends import native, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native}
-_PREFERENCE = ("native", "reference")  # "auto" takes the first that can run
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native, "triton": triton}
+# "auto" takes the first that can run; never Triton's interpreter, which is for tests
+_PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
 
 
 def backend_status(device: torch.device | str = "cpu") -> dict[str, str | None]:
@@ -184,7 +185,7 @@ def gated_sum(
 
 def _pick(op: str, backend: str, orders: Tensor, *dtypes: torch.dtype) -> ModuleType:
     if backend == "auto":
-        for name in _PREFERENCE:
+        for name in _PREFERENCE.get(orders.device.type, ("reference",)):
             module = BACKENDS[name]
             if (module.unavailable(orders.device) or module.unsupported(dtypes, orders.shape[0])) is None:
                 return module

@@ -512,7 +512,11 @@ def test_model_without_a_head_that_adds_between_blocks_is_found_out():
         ({"speedup": 0.5}, ValueError, "expected a finite speedup >= 1, got 0.5"),
         ({"speedup": "4"}, TypeError, "expected speedup to be a number"),
         ({"granularity": "modul"}, ValueError, "unknown granularity 'modul'; expected one of auto, stack"),
-        ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'; expected one of auto, reference, native"),
+        (
+            {"backend": "cuda"},
+            ValueError,
+            "unknown backend 'cuda'; expected one of auto, reference, native, triton",
+        ),
         ({"scheduler": object()}, TypeError, "expected a scheduler with set_timesteps"),
     ],
 )

@@ -141,9 +141,7 @@ class StackAdapter:
         self._iterated = False
         self._entered = False
         self._checked = False
-        self._left: Tensor | None = (
-            None  # what the last block returned, until the next one is seen to take it
-        )
+        self._left: Tensor | None = None  # what a block returned, until the next one is seen to take it
         self._expected: Tensor | None = None  # what the stand-in returned, until it is seen to reach the head
         self._verified = False
 

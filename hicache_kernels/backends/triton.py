@@ -1,0 +1,292 @@
+"""The ops in Triton, one launch each: CUDA tensors, or CPU ones under ``TRITON_INTERPRET=1``.
+
+Every program loads all it needs of its numbers before it stores any, so updates are safe in place.
+Coefficients and gaps are read from device memory, so a captured launch replays with new ones. Addresses are
+64-bit. Loads and stores are 16 bytes wide when base address, order stride and row length are multiples of 16
+numbers, as those of :class:`hicache_kernels.History` are.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+triton: Any
+tl: Any
+_MISSING: str | None
+try:
+    triton = importlib.import_module("triton")
+    tl = importlib.import_module("triton.language")
+    _MISSING = None
+except ImportError as error:
+    _MISSING = f"triton is not installed ({error})"
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_ORDERS = 5
+# 8 numbers a thread: one 16-byte access of a 2-byte dtype, two of fp32.
+BLOCK = 1024
+NUM_WARPS = 4
+# gated_sum: rows of one sample by channels; the gates of a tile are loaded once.
+ROWS, COLUMNS = 4, 256
+# Products and sums stay apart, as in the reference; Triton's own default changes between versions.
+OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+
+if _MISSING is None:
+
+    @triton.jit
+    def _cascade(orders, stride, at, mask, inv_gap, TOP: tl.constexpr, READ: tl.constexpr):
+        """New differences of the numbers at ``at``, stored; returned unrounded, unused ones as the last."""
+        d0 = tl.load(orders + TOP * stride + at, mask=mask).to(tl.float32)
+        d1 = d0
+        d2 = d0
+        d3 = d0
+        d4 = d0
+        if READ >= 1:
+            o0 = tl.load(orders + at, mask=mask).to(tl.float32)
+        if READ >= 2:
+            o1 = tl.load(orders + stride + at, mask=mask).to(tl.float32)
+        if READ >= 3:
+            o2 = tl.load(orders + 2 * stride + at, mask=mask).to(tl.float32)
+        if READ >= 4:
+            o3 = tl.load(orders + 3 * stride + at, mask=mask).to(tl.float32)
+        narrow: tl.constexpr = orders.dtype.element_ty
+        if READ >= 1:
+            d1 = (d0 - o0) * inv_gap
+        if READ >= 2:
+            d2 = (d1 - o1) * inv_gap
+        if READ >= 3:
+            d3 = (d2 - o2) * inv_gap
+        if READ >= 4:
+            d4 = (d3 - o3) * inv_gap
+        tl.store(orders + at, d0.to(narrow), mask=mask)
+        if READ >= 1:
+            tl.store(orders + stride + at, d1.to(narrow), mask=mask)
+        if READ >= 2:
+            tl.store(orders + 2 * stride + at, d2.to(narrow), mask=mask)
+        if READ >= 3:
+            tl.store(orders + 3 * stride + at, d3.to(narrow), mask=mask)
+        if READ >= 4:
+            tl.store(orders + 4 * stride + at, d4.to(narrow), mask=mask)
+        return d0, d1, d2, d3, d4
+
+    @triton.jit
+    def _weigh(d0, d1, d2, d3, d4, coeffs, TERMS: tl.constexpr):
+        """``Σ_k coeffs[k] · d_k``, lowest order first."""
+        total = d0 * tl.load(coeffs).to(tl.float32)
+        if TERMS >= 2:
+            total = total + d1 * tl.load(coeffs + 1).to(tl.float32)
+        if TERMS >= 3:
+            total = total + d2 * tl.load(coeffs + 2).to(tl.float32)
+        if TERMS >= 4:
+            total = total + d3 * tl.load(coeffs + 3).to(tl.float32)
+        if TERMS >= 5:
+            total = total + d4 * tl.load(coeffs + 4).to(tl.float32)
+        return total
+
+    @triton.jit
+    def _kept(orders, stride, at, mask, TERMS: tl.constexpr):
+        """The differences at ``at`` as they stand; unused ones as the first."""
+        d0 = tl.load(orders + at, mask=mask).to(tl.float32)
+        d1 = d0
+        d2 = d0
+        d3 = d0
+        d4 = d0
+        if TERMS >= 2:
+            d1 = tl.load(orders + stride + at, mask=mask).to(tl.float32)
+        if TERMS >= 3:
+            d2 = tl.load(orders + 2 * stride + at, mask=mask).to(tl.float32)
+        if TERMS >= 4:
+            d3 = tl.load(orders + 3 * stride + at, mask=mask).to(tl.float32)
+        if TERMS >= 5:
+            d4 = tl.load(orders + 4 * stride + at, mask=mask).to(tl.float32)
+        return d0, d1, d2, d3, d4
+
+    @triton.jit
+    def _update_kernel(
+        orders, stride, numel, inv_gap, TOP: tl.constexpr, READ: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        _cascade(orders, stride, at, at < numel, tl.load(inv_gap).to(tl.float32), TOP, READ)
+
+    @triton.jit
+    def _forecast_kernel(orders, stride, numel, coeffs, out, TERMS: tl.constexpr, BLOCK: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = at < numel
+        d0, d1, d2, d3, d4 = _kept(orders, stride, at, mask, TERMS)
+        total = _weigh(d0, d1, d2, d3, d4, coeffs, TERMS)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _update_forecast_kernel(
+        orders,
+        stride,
+        numel,
+        inv_gap,
+        coeffs,
+        out,
+        TOP: tl.constexpr,
+        READ: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = at < numel
+        gap = tl.load(inv_gap).to(tl.float32)
+        d0, d1, d2, d3, d4 = _cascade(orders, stride, at, mask, gap, TOP, READ)
+        total = _weigh(d0, d1, d2, d3, d4, coeffs, READ + 1)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+
+    @triton.jit
+    def _gated_sum_kernel(
+        base,
+        orders,
+        stride,
+        term_stride,
+        terms,
+        gates,
+        rows,
+        channels,
+        inv_gap,
+        coeffs,
+        out,
+        TOP: tl.constexpr,
+        TERMS: tl.constexpr,
+        UPDATE: tl.constexpr,
+        GATED: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        sample = tl.program_id(2).to(tl.int64)
+        row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [R, 1]
+        column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]  # [1, C]
+        at = (sample * rows + row) * channels + column  # [R, C]
+        here = column < channels
+        mask = (row < rows) & here
+        total = tl.load(base + at, mask=mask).to(tl.float32)
+        slot = orders
+        gate = gates + sample * channels + column if GATED else gates  # [1, C]
+        for _ in range(terms):
+            if UPDATE:
+                gap = tl.load(inv_gap).to(tl.float32)
+                d0, d1, d2, d3, d4 = _cascade(slot, stride, at, mask, gap, TOP, TERMS - 1)
+            else:
+                d0, d1, d2, d3, d4 = _kept(slot, stride, at, mask, TERMS)
+            value = _weigh(d0, d1, d2, d3, d4, coeffs, TERMS)
+            if GATED:
+                value = value * tl.load(gate, mask=here).to(tl.float32)
+                gate += tl.num_programs(2) * channels
+            total = total + value
+            slot += term_stride
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1`` before import)."""
+    return _MISSING is None and not isinstance(_update_kernel, triton.runtime.JITFunction)
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why this backend cannot run on ``device``; None when it can."""
+    if _MISSING is not None:
+        return _MISSING
+    if interpreted():
+        return None if device.type == "cpu" else "TRITON_INTERPRET=1 runs CPU tensors only"
+    if device.type != "cuda":
+        return (
+            f"it runs on CUDA tensors, and these are on {device.type} (TRITON_INTERPRET=1 takes CPU tensors)"
+        )
+    return None
+
+
+def unsupported(dtypes: tuple[torch.dtype, ...], num_orders: int) -> str | None:
+    """Why this backend cannot take these dtypes and this many orders; None when it can."""
+    for dtype in dtypes:
+        if dtype not in _DTYPES:
+            return f"it takes {', '.join(str(d) for d in _DTYPES)}, not {dtype}"
+    if num_orders > MAX_ORDERS:
+        return f"it is written for at most {MAX_ORDERS} orders, not {num_orders}"
+    return None
+
+
+def _grid(numel: int) -> tuple[int]:
+    return (-(-numel // BLOCK),)
+
+
+def update_(orders: Tensor, inv_gap: Tensor, filled: int) -> None:
+    numel = orders[0].numel()
+    if numel:
+        _update_kernel[_grid(numel)](
+            orders,
+            orders.stride(0),
+            numel,
+            inv_gap,
+            TOP=orders.shape[0] - 1,
+            READ=filled,
+            BLOCK=BLOCK,
+            **OPTIONS,
+        )
+
+
+def forecast(orders: Tensor, coeffs: Tensor, out: Tensor) -> None:
+    numel = out.numel()
+    if numel:
+        _forecast_kernel[_grid(numel)](
+            orders, orders.stride(0), numel, coeffs, out, TERMS=len(coeffs), BLOCK=BLOCK, **OPTIONS
+        )
+
+
+def update_forecast_(orders: Tensor, inv_gap: Tensor, coeffs: Tensor, filled: int, out: Tensor) -> None:
+    numel = out.numel()
+    if numel:
+        _update_forecast_kernel[_grid(numel)](
+            orders,
+            orders.stride(0),
+            numel,
+            inv_gap,
+            coeffs,
+            out,
+            TOP=orders.shape[0] - 1,
+            READ=filled,
+            BLOCK=BLOCK,
+            **OPTIONS,
+        )
+
+
+def gated_sum(
+    base: Tensor,
+    orders: Tensor,
+    gates: Tensor | None,
+    coeffs: Tensor,
+    inv_gap: Tensor | None,
+    filled: int,
+    out: Tensor,
+) -> None:
+    if not base.numel():
+        return
+    # without gates a row has no meaning: one long row keeps the tiles whole
+    batch, channels = (1, base.numel()) if gates is None else (base.shape[0], base.shape[-1])
+    rows = base.numel() // (batch * channels)
+    tile_rows, columns = (1, ROWS * COLUMNS) if gates is None else (ROWS, COLUMNS)
+    grid = (-(-channels // columns), -(-rows // tile_rows), batch)
+    _gated_sum_kernel[grid](
+        base,
+        orders,
+        orders.stride(0),
+        orders.stride(1),
+        orders.shape[1],
+        gates,
+        rows,
+        channels,
+        inv_gap,
+        coeffs,
+        out,
+        TOP=orders.shape[0] - 1,
+        TERMS=len(coeffs),
+        UPDATE=inv_gap is not None,
+        GATED=gates is not None,
+        ROWS=tile_rows,
+        COLUMNS=columns,
+        **OPTIONS,
+    )

@@ -1,0 +1,126 @@
+"""What Triton makes of the kernels for Ampere, Hopper and Blackwell, read without a GPU.
+
+16-byte loads and stores, no local memory (spills), at most 128 registers, products and sums kept apart.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from hicache_kernels.backends import triton as backend  # noqa: E402
+
+if backend.interpreted():
+    pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+ARCHITECTURES = (80, 90, 100)
+POINTERS = {"orders", "base", "gates", "out", "inv_gap", "coeffs"}
+WIDE = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+
+CASES = [
+    *(
+        ("_update_kernel", dtype, {"TOP": 4 if read == 4 else 2, "READ": read})
+        for dtype in WIDE
+        for read in (0, 2, 4)
+    ),
+    *(("_forecast_kernel", dtype, {"TERMS": terms}) for dtype in WIDE for terms in (1, 3, 5)),
+    *(
+        ("_update_forecast_kernel", dtype, {"TOP": max(read, 2), "READ": read})
+        for dtype in WIDE
+        for read in (0, 2, 4)
+    ),
+    *(
+        ("_gated_sum_kernel", dtype, {"TOP": terms - 1, "TERMS": terms, "UPDATE": update, "GATED": gated})
+        for dtype in WIDE
+        for terms in (1, 3, 5)
+        for update in (False, True)
+        for gated in (False, True)
+    ),
+]
+
+
+def compiled(name: str, dtype: str, constants: dict, arch: int):
+    """A kernel as its launcher compiles it for tensors of a History: everything a multiple of 16."""
+    kernel = getattr(backend, name)
+    constants = dict(constants)
+    if name == "_gated_sum_kernel":
+        gated = constants["GATED"]
+        constants["ROWS"] = backend.ROWS if gated else 1
+        constants["COLUMNS"] = backend.COLUMNS if gated else backend.ROWS * backend.COLUMNS
+        if not gated:
+            constants["gates"] = None
+        if not constants["UPDATE"]:
+            constants["inv_gap"] = None
+    else:
+        constants["BLOCK"] = backend.BLOCK
+    signature, attributes = {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+            continue
+        if argument in POINTERS:
+            signature[argument] = "*fp32" if argument in ("inv_gap", "coeffs") else WIDE[dtype]
+        else:
+            signature[argument] = "i32" if argument in ("terms", "rows") else "i64"
+        if argument != "terms" and argument != "rows":
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(backend.OPTIONS))
+
+
+def accesses(ptx: str, operation: str) -> list[int]:
+    """Bytes of every global load or store of tensors in PTX; scalars (coefficients, gaps) are left out."""
+    widths = []
+    for line in ptx.splitlines():
+        found = re.search(rf"\b{operation}\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)\b", line)
+        if found:
+            widths.append(int(found.group(1) or 1) * int(found.group(2)) // 8)
+    return widths
+
+
+def resources(cubin: bytes, tmp_path: Path) -> str:
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda a: f"sm_{a}")
+@pytest.mark.parametrize(
+    ("name", "dtype", "constants"),
+    CASES,
+    ids=lambda v: "-".join(f"{k}{int(x)}" for k, x in v.items()) if isinstance(v, dict) else v,
+)
+def test_wide_accesses_and_no_spills(name, dtype, constants, arch, tmp_path):
+    kernel = compiled(name, dtype, constants, arch)
+    ptx = kernel.asm["ptx"]
+    loads = [width for width in accesses(ptx, "ld") if width > 4]
+    stores = accesses(ptx, "st")
+    assert loads, "no tensor is loaded"
+    assert stores, "nothing is stored"
+    # a tile's gates are one row, shared by all its threads: their loads may be half as wide
+    gates = constants.get("GATED", False)
+    assert set(loads) - ({8} if gates else set()) == {16}, loads
+    assert loads.count(8) <= gates
+    assert set(stores) == {16}, stores
+    narrow = sum(width <= 4 for width in accesses(ptx, "ld"))
+    scalars = constants.get("TERMS", constants.get("READ", 0) + 1) + 1
+    assert narrow <= scalars * (2 if name == "_gated_sum_kernel" else 1), (
+        "a tensor is loaded in narrow pieces"
+    )
+    assert not re.search(r"\bfma\.rn\.f32\b", ptx), "products and sums are fused"
+    usage = resources(kernel.asm["cubin"], tmp_path)
+    [registers] = map(int, re.findall(r"REG:(\d+)", usage))
+    [stack] = map(int, re.findall(r"STACK:(\d+)", usage))
+    [local] = map(int, re.findall(r"LOCAL:(\d+)", usage))
+    assert 0 < registers <= 128
+    assert stack == local == 0, usage
