@@ -1,4 +1,4 @@
-"""The public ops: each validates its arguments, picks a backend and calls it.
+"""The public ops: each validates its arguments and calls the registered op, which picks a backend.
 
 Everywhere, ``orders`` is ``[K, ...]``: K = O + 1 rows of one history, row ``k`` the k-th finite difference,
 each row contiguous. The last row is also the inbox, where a full step writes its new features (see
@@ -11,21 +11,14 @@ for float64) and rounded once, on store.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from hicache_kernels.backends import native, reference, triton
+from hicache_kernels.library import BACKENDS, backend_status
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "native": native, "triton": triton}
-# "auto" takes the first that can run; never Triton's interpreter, which is for tests
-_PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
+__all__ = ["BACKENDS", "backend_status", "forecast", "gated_sum", "update_", "update_forecast_"]
 
-
-def backend_status(device: torch.device | str = "cpu") -> dict[str, str | None]:
-    """Name of every backend → why it cannot run on ``device``, or None when it can."""
-    return {name: module.unavailable(torch.device(device)) for name, module in BACKENDS.items()}
+_OPS = torch.ops.hicache
 
 
 def update_(orders: Tensor, inv_gap: Tensor, filled: int, *, backend: str = "auto") -> None:
@@ -48,7 +41,7 @@ def update_(orders: Tensor, inv_gap: Tensor, filled: int, *, backend: str = "aut
     _check_orders("update_", orders)
     _check_number("update_", "inv_gap", inv_gap, orders)
     _check_filled("update_", filled, orders)
-    _pick("update_", backend, orders, orders.dtype).update_(orders, inv_gap, filled)
+    _OPS.update_.default(orders, inv_gap, filled, backend)
 
 
 def forecast(orders: Tensor, coeffs: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -70,8 +63,8 @@ def forecast(orders: Tensor, coeffs: Tensor, *, out: Tensor | None = None, backe
     """
     _check_orders("forecast", orders)
     _check_coeffs("forecast", coeffs, orders, None)
-    out = _output("forecast", out, orders[0], orders)
-    _pick("forecast", backend, orders, orders.dtype).forecast(orders, coeffs, out)
+    out = _output("forecast", out, orders[0])
+    _OPS.forecast.default(orders, coeffs, out, backend)
     return out
 
 
@@ -105,9 +98,8 @@ def update_forecast_(
     _check_number("update_forecast_", "inv_gap", inv_gap, orders)
     _check_filled("update_forecast_", filled, orders)
     _check_coeffs("update_forecast_", coeffs, orders, filled + 1)
-    out = _output("update_forecast_", out, orders[0], orders)
-    chosen = _pick("update_forecast_", backend, orders, orders.dtype)
-    chosen.update_forecast_(orders, inv_gap, coeffs, filled, out)
+    out = _output("update_forecast_", out, orders[0])
+    _OPS.update_forecast_.default(orders, inv_gap, coeffs, filled, out, backend)
     return out
 
 
@@ -177,25 +169,12 @@ def gated_sum(
     elif filled:
         raise ValueError(f"gated_sum: expected filled=0 when inv_gap is None, got {filled}")
     _check_coeffs("gated_sum", coeffs, orders, None if inv_gap is None else filled + 1)
-    out = _output("gated_sum", out, base, orders)
-    chosen = _pick("gated_sum", backend, orders, orders.dtype, base.dtype)
-    chosen.gated_sum(base, orders, gates, coeffs, inv_gap, filled, out)
+    out = _output("gated_sum", out, base)
+    if inv_gap is None:
+        _OPS.gated_sum.default(base, orders, gates, coeffs, out, backend)
+    else:
+        _OPS.gated_sum_update_.default(base, orders, gates, coeffs, inv_gap, filled, out, backend)
     return out
-
-
-def _pick(op: str, backend: str, orders: Tensor, *dtypes: torch.dtype) -> ModuleType:
-    if backend == "auto":
-        for name in _PREFERENCE.get(orders.device.type, ("reference",)):
-            module = BACKENDS[name]
-            if (module.unavailable(orders.device) or module.unsupported(dtypes, orders.shape[0])) is None:
-                return module
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: unknown backend {backend!r}; expected auto, {', '.join(BACKENDS)}")
-    module = BACKENDS[backend]
-    reason = module.unavailable(orders.device) or module.unsupported(dtypes, orders.shape[0])
-    if reason is not None:
-        raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
-    return module
 
 
 def _check_orders(op: str, orders: Tensor) -> None:
@@ -244,7 +223,7 @@ def _check_coeffs(op: str, coeffs: Tensor, orders: Tensor, expected: int | None)
     _check_device(op, "coeffs", coeffs, orders)
 
 
-def _output(op: str, out: Tensor | None, like: Tensor, orders: Tensor) -> Tensor:
+def _output(op: str, out: Tensor | None, like: Tensor) -> Tensor:
     if out is None:
         return torch.empty_like(like)
     if (
@@ -257,9 +236,4 @@ def _output(op: str, out: Tensor | None, like: Tensor, orders: Tensor) -> Tensor
             f"{op}: expected a contiguous out of shape {tuple(like.shape)}, {like.dtype} on {like.device}, "
             f"got {tuple(out.shape)}, {out.dtype} on {out.device} with strides {out.stride()}"
         )
-    begin, end = out.data_ptr(), out.data_ptr() + out.nbytes
-    past = orders.data_ptr()
-    past_end = past + (orders.stride(0) * (orders.shape[0] - 1) + orders[0].numel()) * orders.itemsize
-    if begin < past_end and past < end:
-        raise ValueError(f"{op}: expected out not to overlap orders in memory")
     return out

@@ -237,8 +237,7 @@ class StackAdapter:
     def _changed(self) -> RuntimeError:
         return RuntimeError(
             f"hicache: {self.name} changes the hidden state between its blocks, so they cannot be skipped "
-            f"as a "
-            f"whole; {_UNCACHED}"
+            f"as a whole; {_UNCACHED}"
         )
 
     def _read_layout(self, hidden: Tensor, named: Mapping[str, Any], output: Any) -> tuple[str | None, ...]:

@@ -1,0 +1,128 @@
+"""The ops as ``torch.ops.hicache.*``: which backend runs them, and what torch.compile must know of them.
+
+Schemas state mutation exactly; every result is written into an ``out`` the caller allocates. Arguments are
+validated by :mod:`hicache_kernels.ops`, which is what to call; only what needs addresses is checked here,
+where tensors have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from hicache_kernels.backends import native, reference, triton
+
+BACKENDS: Final[dict[str, ModuleType]] = {"reference": reference, "native": native, "triton": triton}
+# "auto" takes the first that can run; never Triton's interpreter, which is for tests
+_PREFERENCE: Final = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
+
+# define/impl rather than custom_op: cheaper to call, and these are called once a step
+_LIBRARY: Final = torch.library.Library("hicache", "DEF")
+
+
+def backend_status(device: torch.device | str = "cpu") -> dict[str, str | None]:
+    """Name of every backend → why it cannot run on ``device``, or None when it can."""
+    return {name: module.unavailable(torch.device(device)) for name, module in BACKENDS.items()}
+
+
+def pick(op: str, backend: str, orders: Tensor, *dtypes: torch.dtype) -> ModuleType:
+    """The backend to run ``op``: the one asked for, or the first of the device's that can.
+
+    Raises:
+        ValueError: no such backend.
+        RuntimeError: the backend asked for cannot run these tensors.
+    """
+    if backend == "auto":
+        for name in _PREFERENCE.get(orders.device.type, ("reference",)):
+            module = BACKENDS[name]
+            if (module.unavailable(orders.device) or module.unsupported(dtypes, orders.shape[0])) is None:
+                return module
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: unknown backend {backend!r}; expected auto, {', '.join(BACKENDS)}")
+    module = BACKENDS[backend]
+    reason = module.unavailable(orders.device) or module.unsupported(dtypes, orders.shape[0])
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
+    return module
+
+
+def _register(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
+        name = schema.split("(")[0]
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        # nothing is returned, so there is no shape to derive
+        torch.library.register_fake(f"hicache::{name}", _nothing, lib=_LIBRARY)
+        return function
+
+    return register
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+@_register("update_(Tensor(a!) orders, Tensor inv_gap, int filled, str backend) -> ()")
+def _update(orders: Tensor, inv_gap: Tensor, filled: int, backend: str) -> None:
+    pick("update_", backend, orders, orders.dtype).update_(orders, inv_gap, filled)
+
+
+@_register("forecast(Tensor orders, Tensor coeffs, Tensor(a!) out, str backend) -> ()")
+def _forecast(orders: Tensor, coeffs: Tensor, out: Tensor, backend: str) -> None:
+    _check_apart("forecast", out, orders)
+    pick("forecast", backend, orders, orders.dtype).forecast(orders, coeffs, out)
+
+
+@_register(
+    "update_forecast_(Tensor(a!) orders, Tensor inv_gap, Tensor coeffs, int filled, Tensor(b!) out, "
+    "str backend) -> ()"
+)
+def _update_forecast(
+    orders: Tensor, inv_gap: Tensor, coeffs: Tensor, filled: int, out: Tensor, backend: str
+) -> None:
+    _check_apart("update_forecast_", out, orders)
+    module = pick("update_forecast_", backend, orders, orders.dtype)
+    module.update_forecast_(orders, inv_gap, coeffs, filled, out)
+
+
+@_register(
+    "gated_sum(Tensor base, Tensor orders, Tensor? gates, Tensor coeffs, Tensor(a!) out, str backend) -> ()"
+)
+def _gated_sum(
+    base: Tensor, orders: Tensor, gates: Tensor | None, coeffs: Tensor, out: Tensor, backend: str
+) -> None:
+    _check_apart("gated_sum", out, orders)
+    module = pick("gated_sum", backend, orders, orders.dtype, base.dtype)
+    module.gated_sum(base, orders, gates, coeffs, None, 0, out)
+
+
+@_register(
+    "gated_sum_update_(Tensor base, Tensor(a!) orders, Tensor? gates, Tensor coeffs, Tensor inv_gap, "
+    "int filled, Tensor(b!) out, str backend) -> ()"
+)
+def _gated_sum_update(
+    base: Tensor,
+    orders: Tensor,
+    gates: Tensor | None,
+    coeffs: Tensor,
+    inv_gap: Tensor,
+    filled: int,
+    out: Tensor,
+    backend: str,
+) -> None:
+    _check_apart("gated_sum", out, orders)
+    _check_apart("gated_sum", base, orders, "base")
+    module = pick("gated_sum", backend, orders, orders.dtype, base.dtype)
+    module.gated_sum(base, orders, gates, coeffs, inv_gap, filled, out)
+
+
+def _check_apart(op: str, tensor: Tensor, orders: Tensor, name: str = "out") -> None:
+    """Raise ValueError when a contiguous tensor shares memory with the span of the orders."""
+    begin, past = tensor.data_ptr(), orders.data_ptr()
+    past_end = past + (orders.stride(0) * (orders.shape[0] - 1) + orders[0].numel()) * orders.itemsize
+    if begin < past_end and past < begin + tensor.nbytes:
+        raise ValueError(f"{op}: expected {name} not to overlap orders in memory")
