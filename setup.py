@@ -8,6 +8,7 @@ without the extension and runs on torch alone; ``HICACHE_FORCE_NATIVE_BUILD=1`` 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -43,7 +44,11 @@ class CMakeBuild(build_ext):
     def cmake(self, target: Path) -> None:
         import pybind11
 
+        # From nothing each time: an older cache names the ninja of a build environment that is gone, and an
+        # older extension must not pass for a new one.
         build = (Path(self.build_temp) / "native").resolve()
+        shutil.rmtree(build, ignore_errors=True)
+        target.unlink(missing_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",

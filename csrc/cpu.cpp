@@ -5,6 +5,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(HICACHE_X86)
+#include <cpuid.h>
+#endif
+
 #include "hicache/cpu.h"
 #include "hicache/launch.h"
 #include "hicache/parallel.h"
@@ -28,6 +32,13 @@ namespace {
 // Numbers a thread is woken for: waking one costs tens of microseconds, the time to move about 256 KiB.
 constexpr int64_t kGrain = 1 << 16;
 
+#if defined(HICACHE_X86)
+bool has_f16c() {  // __builtin_cpu_supports knows the name only in recent compilers
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+}
+#endif
+
 const kernel_table& pick() {
 #if defined(HICACHE_X86)
   // HICACHE_CPU_ISA caps the choice, so that every build can be tested on one machine.
@@ -40,7 +51,7 @@ const kernel_table& pick() {
   if (limit == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) {
     return avx512::kernels();
   }
-  if (limit != "baseline" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
+  if (limit != "baseline" && __builtin_cpu_supports("avx2") && has_f16c()) {
     return avx2::kernels();
   }
 #endif

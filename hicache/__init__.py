@@ -1,7 +1,7 @@
 """hicache: diffusion transformers that skip most of their steps and still draw the same picture.
 
-import hicache.fast
-hicache.fast.apply(pipe)
+>>> import hicache.fast                  # doctest: +SKIP
+>>> handle = hicache.fast.apply(pipe)    # doctest: +SKIP
 """
 
 from hicache._version import __version__

@@ -69,6 +69,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 def generate(options: argparse.Namespace) -> int:
     """Draw, save the picture and print the table."""
     try:
+        from PIL import Image
         from rich.console import Console
         from rich.table import Table
 
@@ -82,6 +83,8 @@ def generate(options: argparse.Namespace) -> int:
         raise ValueError(f"--steps: expected at least 1, got {options.steps}")
     if options.repeats < 1:
         raise ValueError(f"--repeats: expected at least 1, got {options.repeats}")
+    if options.out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out: expected the name of a picture such as hicache.png, got {options.out}")
     if not options.out.parent.is_dir():
         raise ValueError(f"--out: expected a file in an existing folder, got {options.out}")
     config = HiCacheConfig(
@@ -93,6 +96,7 @@ def generate(options: argparse.Namespace) -> int:
         last_step_full=options.last_step_full,
     )
     pipe = hicache.demo.load()
+    pipe.set_progress_bar_config(desc="denoising", leave=False)
     result = compare(
         pipe,
         options.prompts,

@@ -9,6 +9,7 @@ import torch
 
 from hicache.basis import get_basis
 
+HISTORY_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_ORDER = 4  # the kernels are compiled for up to five orders of differences
 
 
@@ -58,10 +59,9 @@ class HiCacheConfig:
                 f"HiCacheConfig.last_step_full: expected True or False, got {self.last_step_full!r}"
             )
         dtype = self.history_dtype
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(
-                f"HiCacheConfig.history_dtype: expected a floating-point torch.dtype or None, got {dtype!r}"
-            )
+        if dtype is not None and dtype not in HISTORY_DTYPES:
+            names = ", ".join(str(known) for known in HISTORY_DTYPES)
+            raise TypeError(f"HiCacheConfig.history_dtype: expected {names} or None, got {dtype!r}")
 
 
 def _whole(name: str, value: int, low: int, high: int | None) -> None:

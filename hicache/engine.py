@@ -62,17 +62,12 @@ class Engine:
         """Free the history and forget the run's state."""
         self.history = None
         self._numbers.clear()
-        self.reset()
+        self.reset(num_steps=self.num_steps)
 
     @property
     def nbytes(self) -> int:
         """Bytes of history held."""
         return 0 if self.history is None else self.history.nbytes
-
-    @property
-    def ready(self) -> bool:
-        """Whether a full step has been recorded in this run."""
-        return self.last_full is not None
 
     def is_full(self, step: int) -> bool:
         """Whether the transformer runs at this step."""

@@ -54,24 +54,29 @@ class Stats:
 
     @property
     def full_steps(self) -> int:
-        """Full steps of the context that had most steps."""
-        return self._longest.full_steps
+        """Full steps of the run: of each denoiser's longest context."""
+        return sum(context.full_steps for context in self._longest)
 
     @property
     def skipped_steps(self) -> int:
-        """Skipped steps of the context that had most steps."""
-        return self._longest.skipped_steps
+        """Skipped steps of the run: of each denoiser's longest context."""
+        return sum(context.skipped_steps for context in self._longest)
 
     @property
     def bound(self) -> float:
         """Steps / full steps: the speed-up if skipped steps took no time."""
-        longest = self._longest
-        return (longest.full_steps + longest.skipped_steps) / max(1, longest.full_steps)
+        return (self.full_steps + self.skipped_steps) / max(1, self.full_steps)
 
     @property
-    def _longest(self) -> ContextStats:
-        none = ContextStats(0, 0, 0)
-        return max(self.contexts.values(), key=lambda c: c.full_steps + c.skipped_steps, default=none)
+    def _longest(self) -> list[ContextStats]:
+        """Of every denoiser the context that had most steps: denoisers take turns, contexts share steps."""
+        longest: dict[str, ContextStats] = {}
+        for label, context in self.contexts.items():
+            denoiser = label.split("[")[0]
+            held = longest.setdefault(denoiser, context)
+            if context.full_steps + context.skipped_steps > held.full_steps + held.skipped_steps:
+                longest[denoiser] = context
+        return list(longest.values())
 
     def __str__(self) -> str:
         lines = [
@@ -190,9 +195,9 @@ class _Denoiser:
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         self.skipping = False
         self._current = None
-        self.adapter.begin(checked=False)
-        if module.training and torch.is_grad_enabled():
-            self._warn("is in training mode with gradients on: it runs uncached")
+        self.adapter.end()
+        if torch.is_grad_enabled() and (module.training or _requires_grad(named)):
+            self._warn("is called for its gradients: it runs uncached")
             return None
         clock = self.handle.clock
         clock.tick(module, named)
@@ -252,7 +257,7 @@ class _Denoiser:
             return
         started = self.handle.watch.start(hidden.device)
         with torch.no_grad():
-            torch.sub(hidden, base, out=slot)
+            torch.sub(hidden.to(slot.device), base, out=slot)
         context.engine.commit(self._local_step)
         self.handle.watch.stop(started)
         self._recorded = True
@@ -269,13 +274,22 @@ class _Denoiser:
         context, skipping = self._current, self.skipping
         self._current = self._base = self._slot = None
         self.skipping = False
-        if context is None or output is None:  # None: the call raised
+        iterated = self.adapter.iterated
+        self.adapter.end()
+        if output is None:  # the call raised
+            self.handle.clock.abort()
+            return
+        if context is None:
             return
         if skipping:
             context.skipped_steps += 1
             return
         context.full_steps += 1
-        self.adapter.check_full()
+        if not iterated:
+            raise RuntimeError(
+                f"hicache: {type(module).__name__} runs without iterating over its blocks, so they cannot be "
+                "skipped; call Handle.remove() to run it uncached"
+            )
         if not self._recorded:
             raise RuntimeError(
                 f"hicache: {type(module).__name__} ran without its blocks or its head being seen, so "
@@ -317,6 +331,10 @@ class _Denoiser:
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(f"hicache: {type(self.module).__name__} {what}", RuntimeWarning, stacklevel=4)
+
+
+def _requires_grad(named: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in named.values())
 
 
 def _signature(named: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -373,8 +391,9 @@ class Handle:
     def restart(self) -> None:
         """Start a new run at the next call.
 
-        A pipeline does this by itself; a user's own loop around a bare transformer need only where a new run
-        would begin at the very timestep the last one stopped at.
+        A pipeline does this by itself. In a loop of your own without a scheduler, a run that goes on in the
+        direction the last one's timesteps ran (that one stopped early, this one starts later) looks like the
+        same run: call this before it.
         """
         self.clock.restart()
 
@@ -416,7 +435,13 @@ class Handle:
         self.clock.detach()
 
     def __enter__(self) -> Handle:
+        if not self.active:
+            raise RuntimeError("hicache: this handle was removed; call apply() for a new one")
         return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # its hooks reach into the pipeline, and a copy's would still reach into the original
+        raise TypeError("hicache: a cached pipeline cannot be copied or pickled; call remove() first")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -444,7 +469,8 @@ def apply(
             module.
         config: the cache's settings; the defaults of :class:`HiCacheConfig` when None.
         speedup: bound to reach, steps / full steps, >= 1: picks the interval from each run's own step count,
-            in place of the config's.
+            in place of the config's. A pipeline that changes denoisers in a run warms up with each of them,
+            and stays below.
         scheduler: what counts the steps, where it is not ``pipe.scheduler``. A bare transformer without one
             counts by its ``timestep`` argument.
         granularity: what is cached: ``"stack"``, the residual of all blocks together; ``"auto"`` chooses.
@@ -460,13 +486,9 @@ def apply(
     config = _check_config(config)
     _check_choice("granularity", granularity, GRANULARITIES)
     _check_choice("backend", backend, ("auto", *BACKENDS))
-    if (
-        backend != "auto"
-        and (reason := backend_status()[backend]) is not None
-        and not torch.cuda.is_available()
-    ):
-        raise ValueError(f"hicache: backend {backend!r} cannot run: {reason}")
     modules = _denoisers(pipe)
+    for module in modules.values():
+        _check_backend(backend, module)
     clock_source = _scheduler_source(pipe, scheduler)
     _check_speedup(speedup, clock_source is not None)
     adapters = {name: StackAdapter(module) for name, module in modules.items()}
@@ -475,6 +497,7 @@ def apply(
         previous = module.__dict__.get(_ATTRIBUTE)
         if previous is not None:
             previous.remove()
+    # everything that can fail has been checked: from here on the pipeline is changed
     clock = TimestepClock() if clock_source is None else SchedulerClock(clock_source)
     handle = Handle(clock, config, speedup, backend)
     try:
@@ -499,6 +522,19 @@ def _check_config(config: HiCacheConfig | None) -> HiCacheConfig:
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"hicache: unknown {name} {value!r}; expected one of {', '.join(known)}")
+
+
+def _check_backend(backend: str, module: nn.Module) -> None:
+    if backend == "auto":
+        return
+    # where the weights are, or where offloading will take them
+    devices = {parameter.device.type for parameter in module.parameters()} | {"cpu"}
+    if torch.cuda.is_available():
+        devices.add("cuda")
+    reasons = {device: backend_status(device)[backend] for device in sorted(devices - {"meta"})}
+    if None not in reasons.values():
+        why = "; ".join(str(reason) for reason in reasons.values())
+        raise ValueError(f"hicache: backend {backend!r} cannot run: {why}")
 
 
 def _check_speedup(speedup: float | None, counted: bool) -> None:

@@ -57,14 +57,14 @@ class SchedulerClock:
         source: gives the scheduler in use, so that one put in its place later is found.
 
     Raises:
-        TypeError: it has no ``set_timesteps`` or ``step``.
+        TypeError: it cannot be watched.
     """
 
     def __init__(self, source: Callable[[], Any]) -> None:
         self._source = source
         self.run = 0
         self.step = 0
-        self._watched: list[_Watched] = []
+        self._watched: list[tuple[_Watched, Callable[[], None]]] = []
         self._attach(source())
 
     @staticmethod
@@ -76,9 +76,15 @@ class SchedulerClock:
                 "hicache: expected a scheduler with set_timesteps() and step(), got "
                 f"{type(scheduler).__name__} without {' and '.join(missing)}"
             )
+        if not hasattr(scheduler, "__dict__"):
+            raise TypeError(
+                "hicache: expected a scheduler whose methods can be watched, got "
+                f"{type(scheduler).__name__} with __slots__"
+            )
 
     def _attach(self, scheduler: Any) -> None:
         self.check(scheduler)
+        self.detach()
         self._scheduler = scheduler
         for name, watcher in zip(_METHODS, (self._on_run, self._on_step), strict=True):
             watched = scheduler.__dict__.get(name)
@@ -86,7 +92,7 @@ class SchedulerClock:
                 watched = _Watched(scheduler, name)
                 scheduler.__dict__[name] = watched
             watched.watchers.append(watcher)
-            self._watched.append(watched)
+            self._watched.append((watched, watcher))
 
     def _on_run(self) -> None:
         self.run += 1
@@ -97,19 +103,28 @@ class SchedulerClock:
 
     @property
     def num_steps(self) -> int | None:
-        """Steps of the run: the scheduler's timesteps, less those an image-to-image pipeline leaves out."""
+        """Steps of the run: the scheduler's timesteps, less those before its ``begin_index``.
+
+        Image-to-image pipelines that leave out steps set that; a loop over a slice of the timesteps has to.
+        """
         timesteps = getattr(self._scheduler, "timesteps", None)
-        if timesteps is None:
+        if timesteps is None or len(timesteps) == 0:
             return None
         return len(timesteps) - (getattr(self._scheduler, "begin_index", None) or 0)
 
     def tick(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
-        """Called before every call of a denoiser: follow the pipeline if it uses another scheduler now."""
+        """Called before every call of a denoiser: follow the pipeline, should it use another scheduler
+        now."""
         current = self._source()
         if current is not self._scheduler:
-            self.detach()
             self._attach(current)
             self._on_run()
+        elif self.num_steps is not None and self.step >= self.num_steps:
+            # past the last step without set_timesteps: another picture, not one more step of the last
+            self._on_run()
+
+    def abort(self) -> None:
+        """A call raised: nothing to do, the next run begins with ``set_timesteps``."""
 
     def restart(self) -> None:
         """Start a new run at the next call."""
@@ -117,7 +132,7 @@ class SchedulerClock:
 
     def detach(self) -> None:
         """Leave the scheduler as it was."""
-        for watched, watcher in zip(self._watched, (self._on_run, self._on_step), strict=True):
+        for watched, watcher in self._watched:
             watched.watchers.remove(watcher)
             if not watched.watchers:
                 watched.restore()
@@ -177,6 +192,10 @@ class TimestepClock:
             return
         self._direction = move
         self.step += 1
+
+    def abort(self) -> None:
+        """A call raised: what comes next is a new run."""
+        self.restart()
 
     def detach(self) -> None:
         """Nothing is held."""

@@ -13,10 +13,10 @@ ALIGNMENT = 128  # bytes: one cache line of a GPU's L2, and every 16-byte vector
 class History:
     """Finite differences of a fixed set of features, as one tensor ``orders[K, numel]`` with fixed addresses.
 
-    Row ``k`` holds the k-th difference of every feature, each in its own 128-byte aligned slot; a whole
-    history is updated or forecast in one launch. The row of the highest order doubles as the inbox: a new
-    feature is written there, and :func:`hicache_kernels.update_` turns it into differences (the old highest
-    difference never enters the recursion, so nothing is lost). The memory is not initialised.
+    Row ``k`` holds the k-th difference of every feature, each in a slot of its own, at a multiple of 128
+    bytes; a whole history is updated or forecast in one launch. The row of the highest order doubles as the
+    inbox: a new feature is written there, and :func:`hicache_kernels.update_` turns it into differences (the
+    old highest difference never enters the recursion, so nothing is lost). The memory is not initialised.
 
     Args:
         shapes: shape of each feature, in slot order.
@@ -49,7 +49,10 @@ class History:
         for shape in self.shapes:
             self._offsets.append(end)
             end += math.ceil(shape.numel() / per_line) * per_line
-        self.orders = torch.empty(order + 1, end, dtype=dtype, device=device)  # [K, numel]
+        # A history outlives the mode of the run that made it: an inference tensor could not be updated
+        # outside.
+        with torch.inference_mode(False):
+            self.orders = torch.empty(order + 1, end, dtype=dtype, device=device)  # [K, numel]
         # padding is read by kernels that work on whole rows; stale bytes there must not raise or slow
         # arithmetic
         for offset, shape, stop in zip(self._offsets, self.shapes, [*self._offsets[1:], end], strict=True):

@@ -95,7 +95,7 @@ def _update_forecast(
 def _gated_sum(
     base: Tensor, orders: Tensor, gates: Tensor | None, coeffs: Tensor, out: Tensor, backend: str
 ) -> None:
-    _check_apart("gated_sum", out, orders)
+    _check_sum(base, orders, gates, out)
     module = pick("gated_sum", backend, orders, orders.dtype, base.dtype)
     module.gated_sum(base, orders, gates, coeffs, None, 0, out)
 
@@ -114,15 +114,25 @@ def _gated_sum_update(
     out: Tensor,
     backend: str,
 ) -> None:
-    _check_apart("gated_sum", out, orders)
+    _check_sum(base, orders, gates, out)
     _check_apart("gated_sum", base, orders, "base")
     module = pick("gated_sum", backend, orders, orders.dtype, base.dtype)
     module.gated_sum(base, orders, gates, coeffs, inv_gap, filled, out)
 
 
-def _check_apart(op: str, tensor: Tensor, orders: Tensor, name: str = "out") -> None:
-    """Raise ValueError when a contiguous tensor shares memory with the span of the orders."""
-    begin, past = tensor.data_ptr(), orders.data_ptr()
-    past_end = past + (orders.stride(0) * (orders.shape[0] - 1) + orders[0].numel()) * orders.itemsize
+def _check_sum(base: Tensor, orders: Tensor, gates: Tensor | None, out: Tensor) -> None:
+    _check_apart("gated_sum", out, orders)
+    if out.data_ptr() != base.data_ptr():  # in place is fine, every number is read before it is written
+        _check_apart("gated_sum", out, base[None], other="base")
+    if gates is not None:
+        _check_apart("gated_sum", out, gates, other="gates")
+
+
+def _check_apart(op: str, tensor: Tensor, rows: Tensor, name: str = "out", other: str = "orders") -> None:
+    """Raise ValueError when a contiguous tensor shares memory with the span of some rows."""
+    if not tensor.numel() or not rows.numel():
+        return
+    begin, past = tensor.data_ptr(), rows.data_ptr()
+    past_end = past + (rows.stride(0) * (rows.shape[0] - 1) + rows[0].numel()) * rows.itemsize
     if begin < past_end and past < begin + tensor.nbytes:
-        raise ValueError(f"{op}: expected {name} not to overlap orders in memory")
+        raise ValueError(f"{op}: expected {name} not to overlap {other} in memory")

@@ -141,8 +141,10 @@ def gated_sum(
         RuntimeError: the named backend cannot run here.
     """
     _check_orders("gated_sum", orders)
-    if orders.ndim != 3:
-        raise ValueError(f"gated_sum: expected orders [K, terms, slot], got shape {tuple(orders.shape)}")
+    if orders.ndim != 3 or orders.shape[1] < 1:
+        raise ValueError(
+            f"gated_sum: expected orders [K, terms, slot] with terms >= 1, got shape {tuple(orders.shape)}"
+        )
     if base.ndim < 2 or not base.is_contiguous():
         raise ValueError(
             f"gated_sum: expected a contiguous base [batch, ..., channels], got shape {tuple(base.shape)} "

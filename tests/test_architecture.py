@@ -1,5 +1,4 @@
-"""Imports go one way: hicache_kernels knows nothing of hicache or diffusers, and lower modules nothing of "
-"higher."""
+"""Imports go one way: hicache_kernels knows nothing of hicache or diffusers, no module of a higher one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""hicache.fast on whole pipelines: same pictures where nothing is skipped, no block where something is, "
-"exact undo."""
+"""hicache.fast on whole pipelines: what is drawn, what runs, and that all is undone."""
 
 from __future__ import annotations
 
@@ -547,7 +546,7 @@ def test_transformer_whose_scheduler_is_not_counted_stays_right():
 def test_training_is_left_alone():
     transformer = tiny.flux_transformer().train()
     with hicache.fast.apply(transformer, HiCacheConfig(warmup=1)) as handle:
-        with pytest.warns(RuntimeWarning, match="training mode"):
+        with pytest.warns(RuntimeWarning, match="is called for its gradients"):
             for sigma in (1.0, 0.9, 0.8):
                 transformer(**flux_call(tiny.noise(1, 16, 4), torch.tensor(sigma)))[0].sum().backward()
         assert handle.stats.contexts == {}
@@ -588,3 +587,182 @@ def test_narrow_history():
         assert handle.stats.history_bytes == 3 * 16 * 32 * 2
     assert outputs[-1].dtype == torch.float32
     assert (outputs[-1] - outputs[0]).norm() <= 0.02 * outputs[0].norm()
+
+
+def test_a_run_in_inference_mode_does_not_spoil_the_next():
+    pipe, arguments = tiny.flux()
+    with hicache.fast.apply(pipe, EVERY_THIRD):
+        with torch.inference_mode():
+            first = tiny.draw(pipe, arguments).clone()
+        assert torch.equal(tiny.draw(pipe, arguments), first)
+        with torch.inference_mode():
+            assert torch.equal(tiny.draw(pipe, arguments), first)
+
+
+def test_scheduler_used_for_two_pictures_without_a_new_run():
+    """set_timesteps once, the loop twice: the second picture owes nothing to the first."""
+    transformer, scheduler = tiny.flux_transformer(), CountingScheduler()
+
+    def loop(latents):
+        with torch.no_grad():
+            for sigma in torch.linspace(1, 0.1, 12):
+                latents = latents - transformer(**flux_call(latents, sigma))[0] / 12
+                scheduler.step()
+        return latents
+
+    with hicache.fast.apply(transformer, EVERY_THIRD, scheduler=scheduler):
+        scheduler.set_timesteps(12)
+        loop(tiny.noise(1, 16, 4) * 3)
+        second = loop(tiny.noise(1, 16, 4))
+        scheduler.set_timesteps(12)
+        assert torch.equal(loop(tiny.noise(1, 16, 4)), second)
+
+
+def test_own_loop_aborted_in_a_call_starts_anew():
+    transformer = tiny.flux_transformer()
+    config = HiCacheConfig(interval=3, warmup=1)
+
+    def later_half():
+        latents = tiny.noise(1, 16, 4)
+        with torch.no_grad():
+            for sigma in torch.linspace(0.5, 0.1, 6):
+                latents = latents - transformer(**flux_call(latents, sigma))[0] / 12
+        return latents
+
+    with hicache.fast.apply(transformer, config) as handle:
+        fresh = later_half()
+        failing = transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            transformer(**flux_call(tiny.noise(1, 16, 4) * 5, torch.tensor(0.9)))
+        failing.remove()
+        assert torch.equal(later_half(), fresh)
+        transformer(
+            **flux_call(tiny.noise(1, 16, 4) * 5, torch.tensor(0.9))
+        )  # left by the caller: it cannot know
+        handle.restart()
+        assert torch.equal(later_half(), fresh)
+
+
+def test_a_cached_pipeline_is_not_copied():
+    pipe, arguments = tiny.flux()
+    with hicache.fast.apply(pipe, EVERY_THIRD):
+        with pytest.raises(TypeError, match=r"cannot be copied or pickled; call remove\(\) first"):
+            copy.deepcopy(pipe.transformer)
+    twin = copy.deepcopy(pipe)
+    assert torch.equal(tiny.draw(twin, arguments, 3), tiny.draw(pipe, arguments, 3))
+
+
+def test_a_scheduler_that_cannot_be_watched_changes_nothing():
+    class Slotted:
+        __slots__ = ()
+
+        def set_timesteps(self, count): ...
+
+        def step(self): ...
+
+    pipe, arguments = tiny.flux()
+    with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
+        with pytest.raises(TypeError, match="Slotted with __slots__"):
+            hicache.fast.apply(pipe, scheduler=Slotted())
+        scheduler, pipe.scheduler = pipe.scheduler, None
+        with pytest.raises(TypeError, match="got NoneType without set_timesteps and step"):
+            pipe.transformer(**flux_call(tiny.noise(1, 16, 4), torch.tensor(0.5)))
+        pipe.scheduler = scheduler
+        tiny.draw(pipe, arguments)
+        assert handle.stats.skipped_steps == 6
+    assert "step" not in vars(scheduler)
+
+
+def test_schedulers_shared_by_two_handles_removed_in_either_order():
+    for first_out in (0, 1):
+        (one, arguments), (two, _) = tiny.flux(), tiny.flux()
+        two.scheduler = one.scheduler
+        handles = [hicache.fast.apply(one, EVERY_THIRD), hicache.fast.apply(two, EVERY_THIRD)]
+        tiny.draw(one, arguments)
+        handles[first_out].remove()
+        left = (two, one)[first_out]
+        tiny.draw(left, arguments)
+        assert handles[1 - first_out].stats.skipped_steps == 6
+        handles[1 - first_out].remove()
+        assert not {"step", "set_timesteps"} & set(vars(one.scheduler))
+
+
+def test_nothing_of_a_call_is_held_after_it():
+    pipe, arguments = tiny.flux()
+    with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
+        tiny.draw(pipe, arguments)
+        adapter = handle._denoisers[0].adapter
+        assert adapter._left is None
+        assert adapter._expected is None
+
+
+def test_gradients_through_inputs_run_uncached():
+    transformer = tiny.flux_transformer().eval()
+    latents = tiny.noise(1, 16, 4).requires_grad_()
+    with hicache.fast.apply(transformer, HiCacheConfig(warmup=1)):
+        with pytest.warns(RuntimeWarning, match="is called for its gradients"):
+            for sigma in (1.0, 0.9, 0.8):
+                [grad] = torch.autograd.grad(
+                    transformer(**flux_call(latents, torch.tensor(sigma)))[0].sum(), latents
+                )
+                assert grad.any()
+
+
+def test_bound_of_two_denoisers_counts_both():
+    pipe, arguments = tiny.wan(two=True)
+    with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
+        tiny.draw(pipe, arguments)
+        stats = handle.stats
+    assert stats.full_steps + stats.skipped_steps == 12
+    assert stats.bound == 12 / stats.full_steps
+
+
+def test_release_in_the_middle_of_a_run_keeps_the_last_step_full():
+    pipe, arguments = tiny.flux()
+    counter = BlockCounter(pipe)
+    with hicache.fast.apply(pipe, HiCacheConfig(interval=5, last_step_full=True)) as handle:
+
+        def release(pipe, step, timestep, tensors):
+            if step == 8:
+                handle.release()
+            return tensors
+
+        tiny.draw(pipe, arguments, 13, callback_on_step_end=release)
+    assert [step for step, count in enumerate(counter.calls) if count] == [0, 1, 2, 7, 9, 12]
+
+
+def test_image_to_image_counts_only_its_own_steps():
+    pipe, _ = tiny.flux()
+    with hicache.fast.apply(pipe, HiCacheConfig(interval=5, last_step_full=True)) as handle:
+        pipe.scheduler.set_timesteps(20)
+        pipe.scheduler.set_begin_index(8)
+        latents = tiny.noise(1, 16, 4)
+        with torch.no_grad():
+            for timestep in pipe.scheduler.timesteps[8:]:
+                velocity = pipe.transformer(**flux_call(latents, timestep / 1000))[0]
+                latents = pipe.scheduler.step(velocity, timestep, latents)[0]
+        assert handle.stats.full_steps == len(full_steps(HiCacheConfig(interval=5, last_step_full=True), 12))
+
+
+def test_a_removed_handle_is_not_entered():
+    pipe, _ = tiny.flux()
+    handle = hicache.fast.apply(pipe)
+    handle.remove()
+    with pytest.raises(RuntimeError, match="this handle was removed"), handle:
+        pass
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"],
+)
+def test_other_schedulers(scheduler):
+    pipe, arguments = tiny.pixart()
+    pipe.scheduler = getattr(diffusers, scheduler)()
+    plain = tiny.draw(pipe, arguments, 8)
+    with hicache.fast.apply(pipe, HiCacheConfig(interval=1)):
+        assert torch.equal(tiny.draw(pipe, arguments, 8), plain)
+    with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
+        tiny.draw(pipe, arguments, 8)
+        assert handle.stats.full_steps == len(full_steps(EVERY_THIRD, 8))
+    assert torch.equal(tiny.draw(pipe, arguments, 8), plain)

@@ -132,8 +132,7 @@ def test_hermite_weights():
     [(1, [1.06888, -0.06633, -0.00255]), (3, [1.23214, -0.25, 0.01786]), (6, [1.51531, -0.60204, 0.08673])],
 )
 def test_weights_on_snapshots(x, weights):
-    """The recursion run on unit vectors: what each of the last three full steps contributes; they sum to "
-    "one."""
+    """The recursion run on unit vectors: what each of the last three full steps contributes."""
     found = []
     for kept in (16, 9, 2):
         values = [float(s == kept) for s in range(17 + x)]
@@ -195,7 +194,7 @@ def test_engine_of_many_features_and_uneven_gaps():
                 torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     assert together.nbytes == together.history.nbytes > 0
     together.release()
-    assert (together.nbytes, together.ready) == (0, False)
+    assert (together.nbytes, together.last_full) == (0, None)
 
 
 def test_lazy_update_equals_an_immediate_one():
@@ -268,7 +267,12 @@ def test_a_basis_that_returns_nonsense_is_an_error():
         ),
         ({"basis": None}, TypeError, "basis: expected the name"),
         ({"last_step_full": 1}, TypeError, "last_step_full: expected True or False, got 1"),
-        ({"history_dtype": torch.int8}, TypeError, "history_dtype: expected a floating-point torch.dtype"),
+        (
+            {"history_dtype": torch.int8},
+            TypeError,
+            r"history_dtype: expected torch.float64, .* got torch.int8",
+        ),
+        ({"history_dtype": torch.float8_e4m3fn}, TypeError, "got torch.float8_e4m3fn"),
         ({"intervall": 3}, TypeError, "intervall"),
     ],
 )

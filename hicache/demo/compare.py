@@ -63,11 +63,10 @@ def compare(
     backend: str = "auto",
     repeats: int = 1,
 ) -> Comparison:
-    """Run the pipeline in full and with HiCache, alternating ``repeats`` times, and keep each kind's fastest
-    time.
+    """Run the pipeline in full and with HiCache, in turn, ``repeats`` times; the fastest of each kind counts.
 
-    Arguments are those of :func:`hicache.fast.apply` and of the pipeline. A short run of each comes first,
-    untimed: memory is allocated and threads are started there.
+    Arguments are those of :func:`hicache.fast.apply` and of the pipeline. One step comes first, untimed:
+    threads are started there.
     """
 
     def draw(count: int) -> Run:
@@ -82,8 +81,6 @@ def compare(
 
     def draw_cached(count: int) -> tuple[Run, hicache.fast.Stats]:
         with hicache.fast.apply(pipe, config, speedup=speedup, backend=backend) as handle:
-            if count > 1:
-                draw(1)  # allocates the history
             return draw(count), handle.stats
 
     draw(1)

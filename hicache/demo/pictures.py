@@ -1,9 +1,9 @@
 """The picture world of the bundled model: captions, their encoding, and a renderer.
 
-A caption names one coloured shape on a coloured background, and may say its size and its place:
-``"a red ring on blue"``, ``"a small white cross at the top left on green"``. A place not said is the center,
-a size not said lies between small and large. Pictures are drawn from signed
-distance functions, so a batch is a few tensor operations and every edge is anti-aliased.
+A caption names one coloured shape on a coloured background, and may say its size and its place: ``"a red ring
+on blue"``, ``"a small white cross at the top left on green"``. A place not said is the center, a size not
+said lies between small and large. Pictures are drawn from signed distance functions, so a batch is a few
+tensor operations and every edge is anti-aliased.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class ShapesPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Set to True in a callback to skip the steps that remain."""
+        """Set ``_interrupt`` to True in a callback to leave out the steps that remain, as in diffusers."""
         return self._interrupt
 
     @torch.no_grad()

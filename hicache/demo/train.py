@@ -2,10 +2,9 @@
 
 Flow matching (velocity = noise − picture) on the procedural pictures of :mod:`hicache.demo.pictures`, with
 10% of the captions dropped for classifier-free guidance. Times are logit-normal, shifted towards noise as
-Stable Diffusion 3
-does: flat pictures are decided early. The same seed, thread count and torch version give the same weights.
-    The
-bundled weights are this script's defaults: 7,000 steps of batch 64, a little over an hour on two CPU cores.
+Stable Diffusion 3 does: flat pictures are decided early. The same seed, thread count and torch version give
+the same weights. The bundled weights are this script's defaults: 7,000 steps of batch 64, a little over an
+hour on two CPU cores.
 """
 
 from __future__ import annotations

@@ -138,9 +138,7 @@ class StackAdapter:
         self._layout: tuple[str | None, ...] | None = None
         self._recorder: Recorder | None = None
         self._undo: list[Callable[[], None]] = []
-        self._iterated = False
-        self._entered = False
-        self._checked = False
+        self._active = self._checked = self._iterated = self._entered = False
         self._left: Tensor | None = None  # what a block returned, until the next one is seen to take it
         self._expected: Tensor | None = None  # what the stand-in returned, until it is seen to reach the head
         self._verified = False
@@ -169,32 +167,28 @@ class StackAdapter:
         while self._undo:
             self._undo.pop()()
         self._recorder = None
-        self._expected = self._left = None
+        self.end()
 
     def begin(self, checked: bool) -> None:
-        """A call of the model starts.
+        """A call of the model starts; :meth:`end` ends it. Between calls the hooks do nothing.
 
         Args:
             checked: on a full step, make sure that nothing but the blocks changes the hidden state. Not so
                 with arguments that are known to be added between blocks, and dropped on skipped steps.
         """
+        self.end()
+        self._active = True
         self._checked = checked
-        self._left = None
-        self._iterated = False
-        self._entered = False
-        self._expected = None
 
-    def check_full(self) -> None:
-        """A full step has ended: could the same model have been skipped?
+    def end(self) -> None:
+        """A call has ended, or never came to its end: let go of its tensors."""
+        self._active = self._checked = self._iterated = self._entered = False
+        self._left = self._expected = None
 
-        Raises:
-            RuntimeError: the model does not iterate over its blocks, so it cannot be skipped.
-        """
-        if not self._iterated:
-            raise RuntimeError(
-                f"hicache: {self.name} runs without iterating over its blocks, so they cannot be skipped; "
-                f"{_UNCACHED}"
-            )
+    @property
+    def iterated(self) -> bool:
+        """Whether the current call has iterated over a list of blocks: only such models can be skipped."""
+        return self._iterated
 
     def _stand_in(self, position: int) -> list[Any] | None:
         self._iterated = True
@@ -214,7 +208,7 @@ class StackAdapter:
         return hidden, named
 
     def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._recorder is None:
+        if self._recorder is None or not self._active:
             return
         hidden, _ = self._hidden(args, kwargs)
         if not self._entered:
@@ -229,6 +223,8 @@ class StackAdapter:
     def _after_block(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
+        if not self._active:
+            return
         if self._layout is None:
             self._layout = self._read_layout(*self._hidden(args, kwargs), output)
         if self._checked:

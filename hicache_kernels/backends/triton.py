@@ -9,6 +9,7 @@ numbers, as those of :class:`hicache_kernels.History` are.
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,13 +33,17 @@ NUM_WARPS = 4
 # gated_sum: rows of one sample by channels; the gates of a tile are loaded once.
 ROWS, COLUMNS = 4, 256
 # Products and sums stay apart, as in the reference; Triton's own default changes between versions.
-OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+OPTIONS: dict[str, int | bool] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+# Left to itself ptxas keeps the largest of these at 64 registers and spills 8 bytes; told that it may use 128, it
+# takes 96 and spills none.
+UPDATING_OPTIONS = {**OPTIONS, "maxnreg": 128}
 
 if _MISSING is None:
 
     @triton.jit
     def _cascade(orders, stride, at, mask, inv_gap, TOP: tl.constexpr, READ: tl.constexpr):
-        """New differences of the numbers at ``at``, stored; returned unrounded, unused ones as the last."""
+        """New differences of the numbers at ``at``, stored; returned unrounded, unused ones as the first."""
+        stride = tl.cast(stride, tl.int64)  # three orders of FLUX are more numbers than 32 bits count
         d0 = tl.load(orders + TOP * stride + at, mask=mask).to(tl.float32)
         d1 = d0
         d2 = d0
@@ -89,6 +94,7 @@ if _MISSING is None:
     @triton.jit
     def _kept(orders, stride, at, mask, TERMS: tl.constexpr):
         """The differences at ``at`` as they stand; unused ones as the first."""
+        stride = tl.cast(stride, tl.int64)
         d0 = tl.load(orders + at, mask=mask).to(tl.float32)
         d1 = d0
         d2 = d0
@@ -210,47 +216,41 @@ def unsupported(dtypes: tuple[torch.dtype, ...], num_orders: int) -> str | None:
     return None
 
 
+def _on(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's device current: Triton launches there, whatever device its arguments are on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 def _grid(numel: int) -> tuple[int]:
     return (-(-numel // BLOCK),)
 
 
 def update_(orders: Tensor, inv_gap: Tensor, filled: int) -> None:
     numel = orders[0].numel()
-    if numel:
-        _update_kernel[_grid(numel)](
-            orders,
-            orders.stride(0),
-            numel,
-            inv_gap,
-            TOP=orders.shape[0] - 1,
-            READ=filled,
-            BLOCK=BLOCK,
-            **OPTIONS,
-        )
+    if not numel:
+        return
+    constants = {"TOP": orders.shape[0] - 1, "READ": filled, "BLOCK": BLOCK}
+    with _on(orders):
+        _update_kernel[_grid(numel)](orders, orders.stride(0), numel, inv_gap, **constants, **OPTIONS)
 
 
 def forecast(orders: Tensor, coeffs: Tensor, out: Tensor) -> None:
     numel = out.numel()
-    if numel:
-        _forecast_kernel[_grid(numel)](
-            orders, orders.stride(0), numel, coeffs, out, TERMS=len(coeffs), BLOCK=BLOCK, **OPTIONS
-        )
+    if not numel:
+        return
+    constants = {"TERMS": len(coeffs), "BLOCK": BLOCK}
+    with _on(orders):
+        _forecast_kernel[_grid(numel)](orders, orders.stride(0), numel, coeffs, out, **constants, **OPTIONS)
 
 
 def update_forecast_(orders: Tensor, inv_gap: Tensor, coeffs: Tensor, filled: int, out: Tensor) -> None:
     numel = out.numel()
-    if numel:
+    if not numel:
+        return
+    constants = {"TOP": orders.shape[0] - 1, "READ": filled, "BLOCK": BLOCK}
+    with _on(orders):
         _update_forecast_kernel[_grid(numel)](
-            orders,
-            orders.stride(0),
-            numel,
-            inv_gap,
-            coeffs,
-            out,
-            TOP=orders.shape[0] - 1,
-            READ=filled,
-            BLOCK=BLOCK,
-            **OPTIONS,
+            orders, orders.stride(0), numel, inv_gap, coeffs, out, **constants, **OPTIONS
         )
 
 
@@ -270,23 +270,17 @@ def gated_sum(
     rows = base.numel() // (batch * channels)
     tile_rows, columns = (1, ROWS * COLUMNS) if gates is None else (ROWS, COLUMNS)
     grid = (-(-channels // columns), -(-rows // tile_rows), batch)
-    _gated_sum_kernel[grid](
-        base,
-        orders,
-        orders.stride(0),
-        orders.stride(1),
-        orders.shape[1],
-        gates,
-        rows,
-        channels,
-        inv_gap,
-        coeffs,
-        out,
-        TOP=orders.shape[0] - 1,
-        TERMS=len(coeffs),
-        UPDATE=inv_gap is not None,
-        GATED=gates is not None,
-        ROWS=tile_rows,
-        COLUMNS=columns,
-        **OPTIONS,
-    )
+    constants = {
+        "TOP": orders.shape[0] - 1,
+        "TERMS": len(coeffs),
+        "UPDATE": inv_gap is not None,
+        "GATED": gates is not None,
+        "ROWS": tile_rows,
+        "COLUMNS": columns,
+    }
+    options = OPTIONS if inv_gap is None else UPDATING_OPTIONS
+    strides = orders.stride(0), orders.stride(1), orders.shape[1]
+    with _on(orders):
+        _gated_sum_kernel[grid](
+            base, orders, *strides, gates, rows, channels, inv_gap, coeffs, out, **constants, **options
+        )

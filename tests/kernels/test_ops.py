@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 
 import oracle
 import pytest
@@ -319,6 +320,7 @@ def test_bad_history(arguments, message):
 
 ORDERS = torch.zeros(3, 8)
 ONE, THREE = torch.ones(()), torch.ones(3)
+WHOLE, GATES = torch.ones(16), torch.ones(1, 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -390,6 +392,21 @@ ONE, THREE = torch.ones(()), torch.ones(3)
             r"contiguous gates \(1, 2, 4\) of torch.float32, got shape \(1, 4\)",
         ),
         (
+            lambda: gated_sum(torch.ones(1, 8), torch.zeros(3, 0, 8), None, THREE),
+            ValueError,
+            "terms >= 1",
+        ),
+        (
+            lambda: gated_sum(WHOLE[:8].view(2, 4), ORDERS[:, None], None, THREE, out=WHOLE[2:10].view(2, 4)),
+            ValueError,
+            "gated_sum: expected out not to overlap base",
+        ),
+        (
+            lambda: gated_sum(torch.ones(2, 4), ORDERS[:, None], GATES, THREE, out=GATES[0]),
+            ValueError,
+            "gated_sum: expected out not to overlap gates",
+        ),
+        (
             lambda: gated_sum(torch.ones(2, 4), ORDERS[:, None], None, THREE, filled=2),
             ValueError,
             "expected filled=0 when inv_gap is None",
@@ -407,6 +424,34 @@ def test_a_named_backend_never_falls_back():
     ):
         forecast(torch.zeros(6, 8), torch.ones(6), backend="native")
     assert (forecast(torch.ones(6, 8), torch.ones(6)) == 6).all()  # auto finds one that can
+
+
+@backends
+def test_gated_sum_in_place(backend):
+    orders = torch.randn(3, 1, 48)
+    base = torch.randn(2, 24)
+    expected = gated_sum(base, orders, None, THREE, backend=backend)
+    assert torch.equal(gated_sum(base, orders, None, THREE, out=base, backend=backend), expected)
+
+
+@backends
+def test_addresses_past_32_bits(backend):
+    """Rows further apart than 2³¹ numbers, in a file with holes: only the rows themselves take memory."""
+    apart, numel = 2**31 + 64, 33
+    with tempfile.NamedTemporaryFile() as file:
+        whole = torch.from_file(file.name, shared=True, size=2 * apart + numel, dtype=torch.bfloat16)
+        orders = whole.as_strided((3, numel), (apart, 1))
+        small = torch.randn(3, numel).bfloat16()
+        orders.copy_(small)
+        weights = torch.tensor([1.0, 0.5, 0.25])
+        out = update_forecast_(orders, torch.tensor(0.5), weights, 2, backend=backend)
+        expected = update_forecast_(small, torch.tensor(0.5), weights, 2, backend=backend)
+        assert torch.equal(out, expected)
+        assert torch.equal(orders, small)
+        terms = whole.as_strided((3, 1, numel), (apart, numel, 1))
+        base = torch.ones(1, numel).bfloat16()
+        summed = gated_sum(base, terms, None, weights, backend=backend)
+        assert torch.equal(summed, gated_sum(base, small[:, None], None, weights, backend=backend))
 
 
 def test_triton_without_a_gpu_says_why():

@@ -47,7 +47,7 @@ CASES = [
 ]
 
 
-def compiled(name: str, dtype: str, constants: dict, arch: int):
+def compiled(name: str, dtype: str, constants: dict, arch: int, integers: str = "i32"):
     """A kernel as its launcher compiles it for tensors of a History: everything a multiple of 16."""
     kernel = getattr(backend, name)
     constants = dict(constants)
@@ -69,11 +69,12 @@ def compiled(name: str, dtype: str, constants: dict, arch: int):
         if argument in POINTERS:
             signature[argument] = "*fp32" if argument in ("inv_gap", "coeffs") else WIDE[dtype]
         else:
-            signature[argument] = "i32" if argument in ("terms", "rows") else "i64"
+            signature[argument] = integers
         if argument != "terms" and argument != "rows":
             attributes[(index,)] = [["tt.divisibility", 16]]
+    options = backend.UPDATING_OPTIONS if constants.get("UPDATE") else backend.OPTIONS
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(backend.OPTIONS))
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
 
 
 def accesses(ptx: str, operation: str) -> list[int]:
@@ -92,6 +93,18 @@ def resources(cubin: bytes, tmp_path: Path) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     done = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True)
     return done.stdout
+
+
+@pytest.mark.parametrize("name", sorted({name for name, *_ in CASES}))
+@pytest.mark.parametrize("integers", ["i32", "i64"])
+def test_row_addresses_are_64_bit(name, integers):
+    """A stride that fits 32 bits, times an order, may not: no 32-bit product but the small ones of tiles."""
+    constants = next(c for n, _, c in reversed(CASES) if n == name)
+    ttir = compiled(name, "bf16", constants, 90, integers).asm["ttir"]
+    stride = re.search(r"%stride: (i32|i64)", ttir)
+    assert stride.group(1) == integers
+    products = re.findall(r"arith\.muli %stride\b.*: (i\d+)", ttir)
+    assert "i32" not in products, products
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda a: f"sm_{a}")
