@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import platform
 import sys
 from pathlib import Path
 
 import torch
 
 import hicache.demo
+from benchmarks.machine import device_name, versions
 from benchmarks.timing import time_together
 from hicache import HiCacheConfig
 from hicache.cli import PROMPTS
@@ -86,23 +86,12 @@ def main() -> None:
     for name, value, unit in rows:
         print(f"{name:<40} {value:10.3f} {unit}")
     if options.csv:
-        where = f"{cpu_name()}, {torch.get_num_threads()} threads"
-        versions = f"torch {torch.__version__}, python {platform.python_version()}"
+        where = device_name("cpu")
         with options.csv.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["measure", "value", "unit", "device", "versions"])
-            writer.writerows([name, f"{value:.4g}", unit, where, versions] for name, value, unit in rows)
+            writer.writerows([name, f"{value:.4g}", unit, where, versions()] for name, value, unit in rows)
         print(f"saved {options.csv}", file=sys.stderr)
-
-
-def cpu_name() -> str:
-    """The processor's name, as the kernel gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

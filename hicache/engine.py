@@ -109,11 +109,13 @@ class Engine:
             raise ValueError(f"Engine: expected a step after the last full step {self.last_full}, got {step}")
         # Differences are taken from the last warm-up step on (docs/algorithm.md, "Finite differences").
         takes = step > self.config.warmup - 2 and self.last_full is not None
-        self._pending = min(self.filled, self.config.order) if takes else 0
+        taken = min(self.filled, self.config.order) if takes else 0
         if takes and self.last_full is not None:
             self._gaps = [step - self.last_full, *self._gaps][: self.config.order]
         self.last_full = step
-        self.filled = self._pending + 1
+        self.filled = taken + 1
+        # at order 0 the inbox is D0 itself: nothing waits
+        self._pending = taken if self.config.order else None
 
     def record(self, step: int, features: Sequence[Tensor]) -> None:
         """Record the features of a full step: tensors of any shapes, of one dtype and device.

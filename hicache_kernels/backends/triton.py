@@ -34,8 +34,8 @@ NUM_WARPS = 4
 ROWS, COLUMNS = 4, 256
 # Products and sums stay apart, as in the reference; Triton's own default changes between versions.
 OPTIONS: dict[str, int | bool] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
-# Left to itself ptxas keeps the largest of these at 64 registers and spills 8 bytes; told that it may use 128, it
-# takes 96 and spills none.
+# Left to itself ptxas keeps the largest of these at 64 registers and spills 8 bytes; told it may use 128,
+# it takes 96 and spills none.
 UPDATING_OPTIONS = {**OPTIONS, "maxnreg": 128}
 
 if _MISSING is None:
