@@ -8,385 +8,34 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import time
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hicache.config import HiCacheConfig
-from hicache.engine import Engine
-from hicache.models.generic import BLOCK_ONLY_ARGUMENTS, StackAdapter
-from hicache.schedule import bound, with_speedup
+from hicache.denoiser import Denoiser, Session
+from hicache.models.generic import StackAdapter
+from hicache.stats import ContextStats, Stats
 from hicache.tracker import SchedulerClock, TimestepClock
 from hicache_kernels import BACKENDS, backend_status
 
+__all__ = ["ContextStats", "Handle", "Stats", "apply"]
+
 GRANULARITIES: Final = ("auto", "stack")
-_MAX_CONTEXTS: Final = 16  # calls of one denoiser in one step; more means that the step is not being counted
 _ATTRIBUTE: Final = "_hicache_handle"
-
-
-@dataclass
-class ContextStats:
-    """One context: one call of a denoiser in every step (conditional, unconditional, …)."""
-
-    full_steps: int
-    skipped_steps: int
-    history_bytes: int
-
-
-@dataclass
-class Stats:
-    """What the cache did in the current run, or in the last one if none is going on."""
-
-    config: HiCacheConfig  # as used: with speedup=, the interval it chose
-    granularity: str
-    backend: str
-    contexts: dict[str, ContextStats] = field(default_factory=dict)
-    history_bytes: int = 0  # held, all contexts together, those the run no longer uses included
-    cache_ms: float = 0.0  # time in recording and forecasting
-
-    @property
-    def full_steps(self) -> int:
-        """Full steps of the run: of each denoiser's longest context."""
-        return sum(context.full_steps for context in self._longest)
-
-    @property
-    def skipped_steps(self) -> int:
-        """Skipped steps of the run: of each denoiser's longest context."""
-        return sum(context.skipped_steps for context in self._longest)
-
-    @property
-    def bound(self) -> float:
-        """Steps / full steps: the speed-up if skipped steps took no time."""
-        return (self.full_steps + self.skipped_steps) / max(1, self.full_steps)
-
-    @property
-    def _longest(self) -> list[ContextStats]:
-        """Of every denoiser the context that had most steps: denoisers take turns, contexts share steps."""
-        longest: dict[str, ContextStats] = {}
-        for label, context in self.contexts.items():
-            denoiser = label.split("[")[0]
-            held = longest.setdefault(denoiser, context)
-            if context.full_steps + context.skipped_steps > held.full_steps + held.skipped_steps:
-                longest[denoiser] = context
-        return list(longest.values())
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.granularity} granularity, {self.backend} backend, {self.config}",
-            *(
-                f"  {name}: {context.full_steps} full, {context.skipped_steps} skipped, "
-                f"{context.history_bytes:,} bytes"
-                for name, context in self.contexts.items()
-            ),
-            f"  bound {self.bound:.2f}x, cache {self.cache_ms:.2f} ms",
-        ]
-        return "\n".join(lines)
-
-
-class _Stopwatch:
-    """Milliseconds spent in the cache, without waiting for a GPU until they are asked for."""
-
-    def __init__(self) -> None:
-        self._ms = 0.0
-        self._events: list[tuple[Any, Any]] = []
-
-    def start(self, device: torch.device) -> Any:
-        if device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def stop(self, started: Any) -> None:
-        if isinstance(started, float):
-            self._ms += (time.perf_counter() - started) * 1e3
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._events.append((started, event))
-
-    def read(self) -> float:
-        for started, stopped in self._events:
-            stopped.synchronize()
-            self._ms += started.elapsed_time(stopped)
-        self._events.clear()
-        return self._ms
-
-    def reset(self) -> None:
-        self._ms = 0.0
-        self._events.clear()
-
-
-class _Context:
-    """One call of a denoiser in every step: its own history, its own count of steps."""
-
-    def __init__(self, label: str, engine: Engine, first_step: int) -> None:
-        self.label = label
-        self.engine = engine
-        self.restart(first_step)
-
-    def restart(self, first_step: int) -> None:
-        self.first_step = (
-            first_step  # the schedule counts from here: a second denoiser warms up when it starts
-        )
-        self.full_steps = 0
-        self.skipped_steps = 0
-
-
-class _Denoiser:
-    """One hooked transformer: decides about every call, and records or forecasts."""
-
-    def __init__(self, name: str, module: nn.Module, adapter: StackAdapter, handle: Handle) -> None:
-        self.name = name
-        self.module = module
-        self.adapter = adapter
-        self.handle = handle
-        self.contexts: dict[Any, _Context] = {}
-        self._idle: dict[Any, _Context] = {}  # of the last run: their memory is kept for one run
-        self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
-        self._run = -1
-        self._step = -1
-        self._ordinal = 0
-        self._current: _Context | None = None
-        self._local_step = 0
-        self._base: Tensor | None = None
-        self._slot: Tensor | None = None
-        self._recorded = False
-        self._warned: set[str] = set()
-        self.skipping = False
-        self._hooks: list[Any] = []
-
-    def install(self) -> None:
-        self._hooks = [
-            self.module.register_forward_pre_hook(self._before, with_kwargs=True),
-            # also after an exception: nothing of a call may reach the next one
-            self.module.register_forward_hook(self._after, always_call=True),
-        ]
-        self.adapter.install(self)
-        self.module.__dict__[_ATTRIBUTE] = self.handle
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self.adapter.remove()
-        self.module.__dict__.pop(_ATTRIBUTE, None)
-
-    def release(self) -> None:
-        self._idle.clear()
-        for context in self.contexts.values():
-            context.engine.release()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(context.engine.nbytes for context in (*self.contexts.values(), *self._idle.values()))
-
-    # What a call of the transformer goes through, in order.
-
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        self.skipping = False
-        self._current = None
-        self.adapter.end()
-        if torch.is_grad_enabled() and (module.training or _requires_grad(named)):
-            self._warn("is called for its gradients: it runs uncached")
-            return None
-        clock = self.handle.clock
-        clock.tick(module, named)
-        if self._run != clock.run:
-            self._start_run()
-        if self._step != clock.step:
-            self._step, self._ordinal = clock.step, 0
-        else:
-            self._ordinal += 1
-        if self._ordinal >= _MAX_CONTEXTS:
-            self._warn(
-                f"was called more than {_MAX_CONTEXTS} times without a step of the scheduler: these calls "
-                "run uncached; is this the scheduler of the run? (see apply(..., scheduler=...))"
-            )
-            return None
-        dropped = {name for name in BLOCK_ONLY_ARGUMENTS if named.get(name) is not None}
-        self.adapter.begin(checked=not dropped)
-        context = self._context(named)
-        self._current = context
-        self._local_step = clock.step - context.first_step
-        self._recorded = False
-        if context.engine.is_full(self._local_step):
-            return None
-        self.skipping = True
-        if not dropped:
-            return None
-        return (
-            tuple(None if name in dropped else value for name, value in zip(self._names, args, strict=False)),
-            {name: None if name in dropped else value for name, value in kwargs.items()},
-        )
-
-    def base(self, hidden: Tensor) -> None:
-        context = self._current
-        if context is None:
-            return
-        started = self.handle.watch.start(hidden.device)
-        with torch.no_grad():
-            [slot] = context.engine.open([hidden.shape], hidden.dtype, hidden.device)
-            # A copy: blocks may work in place. The inbox has room for it unless it would round.
-            exact = torch.promote_types(slot.dtype, hidden.dtype) == slot.dtype
-            self._base = slot.copy_(hidden) if exact else hidden.detach().clone()
-            self._slot = slot
-        self.handle.watch.stop(started)
-
-    def result(self, hidden: Tensor) -> None:
-        context, base, slot = self._current, self._base, self._slot
-        self._base = self._slot = None
-        if context is None or base is None or slot is None:
-            return
-        if hidden.shape != base.shape:
-            self._warn(
-                f"gives its head a hidden state {tuple(hidden.shape)} that is not of the shape of its first "
-                f"block's, {tuple(base.shape)}: this call runs uncached"
-            )
-            context.engine.reset(num_steps=context.engine.num_steps)
-            self._recorded = True
-            return
-        started = self.handle.watch.start(hidden.device)
-        with torch.no_grad():
-            torch.sub(hidden.to(slot.device), base, out=slot)
-        context.engine.commit(self._local_step)
-        self.handle.watch.stop(started)
-        self._recorded = True
-
-    def forecast(self, base: Tensor) -> Tensor:
-        assert self._current is not None
-        started = self.handle.watch.start(base.device)
-        with torch.no_grad():
-            out = self._current.engine.gated_sum(self._local_step, base)
-        self.handle.watch.stop(started)
-        return out
-
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        context, skipping = self._current, self.skipping
-        self._current = self._base = self._slot = None
-        self.skipping = False
-        iterated = self.adapter.iterated
-        self.adapter.end()
-        if output is None:  # the call raised
-            self.handle.clock.abort()
-            return
-        if context is None:
-            return
-        if skipping:
-            context.skipped_steps += 1
-            return
-        context.full_steps += 1
-        if not iterated:
-            raise RuntimeError(
-                f"hicache: {type(module).__name__} runs without iterating over its blocks, so they cannot be "
-                "skipped; call Handle.remove() to run it uncached"
-            )
-        if not self._recorded:
-            raise RuntimeError(
-                f"hicache: {type(module).__name__} ran without its blocks or its head being seen, so "
-                "nothing could be recorded; call Handle.remove() to run it uncached"
-            )
-
-    # Contexts and runs.
-
-    def _start_run(self) -> None:
-        clock = self.handle.clock
-        self._run = clock.run
-        self._step = -1
-        self._idle = {key: c for key, c in self.contexts.items() if c.full_steps}
-        self.contexts = {}
-        self.handle.start_run(clock.run, clock.num_steps)
-
-    def _context(self, named: Mapping[str, Any]) -> _Context:
-        key = (self._ordinal, *_signature(named))
-        context = self.contexts.get(key)
-        if context is None:
-            handle = self.handle
-            context = self._idle.pop(key, None)
-            label = f"{self.name}[{self._ordinal}]"
-            twins = sum(c.label.split(" ")[0] == label for c in self.contexts.values())
-            label += f" #{twins + 1}" if twins else ""
-            if context is None:
-                # other shapes than in the last run: that memory will not be wanted
-                self._idle = {k: c for k, c in self._idle.items() if k[0] != self._ordinal}
-                context = _Context(label, Engine(handle.config_in_use, handle.backend), self._step)
-            context.label = label
-            context.restart(self._step)
-            num_steps = handle.clock.num_steps
-            left = None if num_steps is None else num_steps - self._step
-            context.engine.reset(handle.config_in_use, left)
-            self.contexts[key] = context
-        return context
-
-    def _warn(self, what: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            warnings.warn(f"hicache: {type(self.module).__name__} {what}", RuntimeWarning, stacklevel=4)
-
-
-def _requires_grad(named: Mapping[str, Any]) -> bool:
-    return any(isinstance(value, Tensor) and value.requires_grad for value in named.values())
-
-
-def _signature(named: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Shapes, dtypes and devices of the tensors in a call; a context's history fits no others."""
-    seen: list[Any] = []
-    for name, value in named.items():
-        tensors = value if isinstance(value, (list, tuple)) else (value,)
-        seen.extend((name, t.shape, t.dtype, t.device) for t in tensors if isinstance(t, Tensor))
-    return tuple(seen)
 
 
 class Handle:
     """A cached pipeline: leave the ``with`` block or call :meth:`remove` to get it back as it was."""
 
-    def __init__(
-        self,
-        clock: SchedulerClock | TimestepClock,
-        config: HiCacheConfig,
-        speedup: float | None,
-        backend: str,
-    ) -> None:
-        self.clock = clock
-        self.config = config
-        self.speedup = speedup
-        self.backend = backend
-        self.config_in_use = config
-        self.watch = _Stopwatch()
-        self._run = -1
-        self._denoisers: list[_Denoiser] = []
+    def __init__(self, session: Session, denoisers: list[Denoiser]) -> None:
+        self._session = session
+        self._denoisers = denoisers
         self._final: Stats | None = None
-
-    def start_run(self, run: int, num_steps: int | None) -> None:
-        """Called by every denoiser at its first call in a run."""
-        if run == self._run:
-            return
-        self._run = run
-        self.watch.reset()
-        if self.speedup is None:
-            return
-        if num_steps is None:
-            raise ValueError(
-                "hicache: speedup= needs a scheduler that has its `timesteps` after set_timesteps()"
-            )
-        self.config_in_use = with_speedup(self.config, self.speedup, num_steps)
-        reached = bound(self.config_in_use, num_steps)
-        if round(reached, 2) < round(self.speedup, 2):
-            warnings.warn(
-                f"hicache: speedup={self.speedup} is out of reach in {num_steps} steps with warmup="
-                f"{self.config.warmup}: this run's bound is {reached:.2f}",
-                RuntimeWarning,
-                stacklevel=6,
-            )
 
     def restart(self) -> None:
         """Start a new run at the next call.
@@ -395,7 +44,7 @@ class Handle:
         direction the last one's timesteps ran (that one stopped early, this one starts later) looks like the
         same run: call this before it.
         """
-        self.clock.restart()
+        self._session.clock.restart()
 
     @property
     def active(self) -> bool:
@@ -416,7 +65,8 @@ class Handle:
             for context in denoiser.contexts.values()
         }
         held = sum(denoiser.nbytes for denoiser in self._denoisers)
-        return Stats(self.config_in_use, "stack", self.backend, contexts, held, self.watch.read())
+        session = self._session
+        return Stats(session.config, "stack", session.backend, contexts, held, session.watch.read())
 
     def release(self) -> None:
         """Free the memory of all histories. The pipeline stays cached: its next run allocates anew."""
@@ -431,8 +81,9 @@ class Handle:
         for denoiser in self._denoisers:
             denoiser.remove()
             denoiser.release()
+            denoiser.module.__dict__.pop(_ATTRIBUTE, None)
         self._denoisers.clear()
-        self.clock.detach()
+        self._session.clock.detach()
 
     def __enter__(self) -> Handle:
         if not self.active:
@@ -499,11 +150,12 @@ def apply(
             previous.remove()
     # everything that can fail has been checked: from here on the pipeline is changed
     clock = TimestepClock() if clock_source is None else SchedulerClock(clock_source)
-    handle = Handle(clock, config, speedup, backend)
+    session = Session(clock, config, speedup, backend)
+    denoisers = [Denoiser(name, module, adapters[name], session) for name, module in modules.items()]
+    handle = Handle(session, denoisers)
     try:
-        for name, module in modules.items():
-            denoiser = _Denoiser(name, module, adapters[name], handle)
-            handle._denoisers.append(denoiser)
+        for denoiser in denoisers:
+            denoiser.module.__dict__[_ATTRIBUTE] = handle
             denoiser.install()
     except BaseException:
         handle.remove()

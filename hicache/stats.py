@@ -1,0 +1,104 @@
+"""What a cache reports of itself."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hicache.config import HiCacheConfig
+
+
+@dataclass
+class ContextStats:
+    """One context: one call of a denoiser in every step (conditional, unconditional, …)."""
+
+    full_steps: int
+    skipped_steps: int
+    history_bytes: int
+
+
+@dataclass
+class Stats:
+    """What the cache did in the current run, or in the last one if none is going on."""
+
+    config: HiCacheConfig  # as used: with speedup=, the interval it chose
+    granularity: str
+    backend: str
+    contexts: dict[str, ContextStats] = field(default_factory=dict)
+    history_bytes: int = 0  # held, all contexts together, those the run no longer uses included
+    cache_ms: float = 0.0  # time in recording and forecasting
+
+    @property
+    def full_steps(self) -> int:
+        """Full steps of the run: of each denoiser's longest context."""
+        return sum(context.full_steps for context in self._longest)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Skipped steps of the run: of each denoiser's longest context."""
+        return sum(context.skipped_steps for context in self._longest)
+
+    @property
+    def bound(self) -> float:
+        """Steps / full steps: the speed-up if skipped steps took no time."""
+        return (self.full_steps + self.skipped_steps) / max(1, self.full_steps)
+
+    @property
+    def _longest(self) -> list[ContextStats]:
+        """Of every denoiser the context that had most steps: denoisers take turns, contexts share steps."""
+        longest: dict[str, ContextStats] = {}
+        for label, context in self.contexts.items():
+            denoiser = label.split("[")[0]
+            held = longest.setdefault(denoiser, context)
+            if context.full_steps + context.skipped_steps > held.full_steps + held.skipped_steps:
+                longest[denoiser] = context
+        return list(longest.values())
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.granularity} granularity, {self.backend} backend, {self.config}",
+            *(
+                f"  {name}: {context.full_steps} full, {context.skipped_steps} skipped, "
+                f"{context.history_bytes:,} bytes"
+                for name, context in self.contexts.items()
+            ),
+            f"  bound {self.bound:.2f}x, cache {self.cache_ms:.2f} ms",
+        ]
+        return "\n".join(lines)
+
+
+class Stopwatch:
+    """Milliseconds spent in the cache, without waiting for a GPU until they are asked for."""
+
+    def __init__(self) -> None:
+        self._ms = 0.0
+        self._events: list[tuple[Any, Any]] = []
+
+    def start(self, device: torch.device) -> Any:
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self, started: Any) -> None:
+        if isinstance(started, float):
+            self._ms += (time.perf_counter() - started) * 1e3
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append((started, event))
+
+    def read(self) -> float:
+        for started, stopped in self._events:
+            stopped.synchronize()
+            self._ms += started.elapsed_time(stopped)
+        self._events.clear()
+        return self._ms
+
+    def reset(self) -> None:
+        self._ms = 0.0
+        self._events.clear()
