@@ -15,7 +15,7 @@ _TILE: Final = 160  # pixels a side of one picture
 _GAP: Final = 12
 _TEXT: Final = 40  # pixels for a caption
 _HEADER: Final = 34
-_COLUMNS: Final = 3  # pairs in a row
+_COLUMNS: Final = 4  # pairs in a row
 
 
 def side_by_side(prompts: Sequence[str], result: Comparison) -> Image.Image:

@@ -24,7 +24,7 @@ from hicache.demo import packing, pictures
 WARMUP_STEPS = 300
 EMA_DECAY = 0.999
 CAPTION_DROPOUT = 0.1
-SHIFT = 3.0  # of training times and of the scheduler: t -> 3 t / (1 + 2 t)
+SHIFT = 3.0  # of training times towards noise: t -> 3 t / (1 + 2 t)
 
 
 def build_transformer() -> FluxTransformer2DModel:
@@ -82,9 +82,7 @@ def save(transformer: FluxTransformer2DModel, out: Path) -> None:
     from hicache.demo.pipeline import ShapesPipeline
 
     half = copy.deepcopy(transformer).half()
-    ShapesPipeline(transformer=half, scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT)).save_pretrained(
-        out
-    )
+    ShapesPipeline(transformer=half, scheduler=FlowMatchEulerDiscreteScheduler()).save_pretrained(out)
 
 
 def train(out: Path, steps: int, batch: int, peak: float, seed: int, every: int) -> None:
