@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind; the fastest counts")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each kind; medians count")
     parser.add_argument("--csv", type=Path, help="also write the rows here")
     options = parser.parse_args()
     rows = kernel_rows() + pipeline_rows(options.repeats)

@@ -29,8 +29,8 @@ const kernel_table& kernels();
 
 namespace {
 
-// Numbers a thread is woken for: waking one costs tens of microseconds, the time to move about 256 KiB.
-constexpr int64_t kGrain = 1 << 16;
+constexpr int64_t kGrain = 1 << 11;  // ranges start at whole blocks of gated_sum
+constexpr int64_t kLeast = 1 << 17;  // numbers a thread is woken for
 
 #if defined(HICACHE_X86)
 bool has_f16c() {  // __builtin_cpu_supports knows the name only in recent compilers
@@ -64,7 +64,7 @@ const kernel_table& table() {
 }
 
 void launch(cascade_fn kernel, const cascade_args& args, int threads) {
-  parallel_for(args.numel, kGrain, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  parallel_for(args.numel, kGrain, kLeast, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 }  // namespace
@@ -88,7 +88,7 @@ void cpu_gated_sum(const sum_args& args, int threads) {
       table().gated_sum[static_cast<int>(args.past.type)][static_cast<int>(args.base_type)][args.orders_used - 1];
   if (kernel == nullptr) throw std::invalid_argument("gated_sum: no native kernel for this pair of dtypes");
   const int64_t numel = args.batch * args.rows * args.channels;
-  parallel_for(numel, kGrain, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  parallel_for(numel, kGrain, kLeast, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 }  // namespace hicache

@@ -80,6 +80,7 @@ class Context:
         self.first_step = first_step
         self.full_steps = 0
         self.skipped_steps = 0
+        self.remembered: list[Any] = []  # rotary embeddings of the last full step
 
 
 class Denoiser:
@@ -123,6 +124,7 @@ class Denoiser:
         self._idle.clear()
         for context in self.contexts.values():
             context.engine.release()
+            context.remembered.clear()
 
     @property
     def nbytes(self) -> int:
@@ -167,6 +169,10 @@ class Denoiser:
             tuple(None if name in dropped else value for name, value in zip(self._names, args, strict=False)),
             {name: None if name in dropped else value for name, value in kwargs.items()},
         )
+
+    @property
+    def remembered(self) -> list[Any]:
+        return [] if self._current is None else self._current.remembered
 
     def base(self, hidden: Tensor) -> None:
         context = self._current

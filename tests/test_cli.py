@@ -16,7 +16,10 @@ from hicache.cli import main
 def test_generate(tmp_path, capsys):
     out = tmp_path / "sheet.png"
     prompts = ["a red ring on blue", "a white square on green"]
-    assert main(["generate", *prompts, "--steps", "9", "--interval", "3", "--out", str(out)]) == 0
+    assert (
+        main(["generate", *prompts, "--steps", "9", "--interval", "3", "--repeats", "1", "--out", str(out)])
+        == 0
+    )
     with Image.open(out) as sheet:
         assert sheet.width > sheet.height > 150
         assert len(sheet.getcolors(10**6)) > 20
@@ -36,7 +39,23 @@ def test_generate(tmp_path, capsys):
 
 def test_generate_at_interval_one_is_the_full_run(tmp_path, capsys):
     out = tmp_path / "sheet.png"
-    assert main(["generate", "a red ring on blue", "--steps", "4", "--interval", "1", "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "a red ring on blue",
+                "--steps",
+                "4",
+                "--interval",
+                "1",
+                "--repeats",
+                "1",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert re.search(r"PSNR against full, mean\s*│\s*│\s*inf dB", capsys.readouterr().out)
 
 

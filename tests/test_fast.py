@@ -766,3 +766,19 @@ def test_other_schedulers(scheduler):
         tiny.draw(pipe, arguments, 8)
         assert handle.stats.full_steps == len(full_steps(EVERY_THIRD, 8))
     assert torch.equal(tiny.draw(pipe, arguments, 8), plain)
+
+
+def test_rotary_embeddings_are_not_computed_on_skipped_steps():
+    pipe, arguments = tiny.flux_cfg()
+    inner = type(pipe.transformer.pos_embed)
+    with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
+        calls = []
+        forward = inner.forward
+        inner.forward = lambda self, ids: calls.append(1) or forward(self, ids)
+        try:
+            tiny.draw(pipe, arguments)
+        finally:
+            inner.forward = forward
+        assert len(calls) == 2 * handle.stats.full_steps == 12
+        assert type(pipe.transformer.pos_embed) is not inner
+    assert type(pipe.transformer.pos_embed) is inner

@@ -17,6 +17,8 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from hicache.models import rotary
+
 # In run order; the names diffusers and most others use.
 BLOCK_LISTS: Final = (
     "joint_transformer_blocks",
@@ -58,6 +60,10 @@ class Recorder(Protocol):
     @property
     def skipping(self) -> bool:
         """Whether the current call is a skipped step."""
+
+    @property
+    def remembered(self) -> list[Any]:
+        """What the model's rotary embeddings gave at the context's last full step, call by call."""
 
     def base(self, hidden: Tensor) -> None:
         """Full step: the hidden state that enters the first block."""
@@ -139,6 +145,7 @@ class StackAdapter:
         self._recorder: Recorder | None = None
         self._undo: list[Callable[[], None]] = []
         self._active = self._checked = self._iterated = self._entered = False
+        self._recalled = 0  # rotary embeddings asked for in this call
         self._left: Tensor | None = None  # what a block returned, until the next one is seen to take it
         self._expected: Tensor | None = None  # what the stand-in returned, until it is seen to reach the head
         self._verified = False
@@ -151,6 +158,7 @@ class StackAdapter:
             block_list.__class__ = _skippable(type(block_list))
             block_list.__dict__["_hicache_stand_in"] = functools.partial(self._stand_in, position)
             self._undo.append(functools.partial(block_list.__dict__.pop, "_hicache_stand_in"))
+        self._undo += rotary.hook(self.module, self._recall)
         # on every block of the first list: skip-layer guidance may leave out the very first
         for block in list(self.lists[0]):
             self._undo.append(block.register_forward_pre_hook(self._before_block, with_kwargs=True).remove)
@@ -184,6 +192,7 @@ class StackAdapter:
         """A call has ended, or never came to its end: let go of its tensors."""
         self._active = self._checked = self._iterated = self._entered = False
         self._left = self._expected = None
+        self._recalled = 0
 
     @property
     def iterated(self) -> bool:
@@ -195,6 +204,17 @@ class StackAdapter:
         if self._recorder is None or not self._recorder.skipping:
             return None
         return [_StandIn(self)] if position == 0 else []
+
+    def _recall(self, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._recorder is None or not self._active:
+            return compute(*args, **kwargs)
+        remembered = self._recorder.remembered
+        if not self._recorder.skipping:
+            remembered[self._recalled :] = [compute(*args, **kwargs)]
+        elif self._recalled >= len(remembered):
+            return compute(*args, **kwargs)
+        self._recalled += 1
+        return remembered[self._recalled - 1]
 
     def _hidden(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -19,8 +20,10 @@ namespace hicache {
 
 class thread_pool {
  public:
-  // Runs task(0) … task(count − 1), each once, on this thread and count − 1 of the pool's; returns when all are done.
-  void run(int count, const std::function<void(int)>& task) {
+  // Runs task() on this thread and, as they wake up, on up to count − 1 of the pool's; returns when it has ended on
+  // all of them. A task shares out work of its own and ends when none is left, so a thread that wakes too late does
+  // nothing, and nobody waits for it: waking takes tens of microseconds, as long as a small kernel.
+  void run(int count, const std::function<void()>& task) {
     std::lock_guard<std::mutex> one_caller(callers_);
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -30,13 +33,13 @@ class thread_pool {
       }
       task_ = &task;
       helpers_ = count - 1;
-      pending_ = count - 1;
       ++round_;
     }
     wake_.notify_all();
-    task(0);
+    task();
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return pending_ == 0; });
+    task_ = nullptr;
+    done_.wait(lock, [this] { return active_ == 0; });
   }
 
   ~thread_pool() {
@@ -68,37 +71,42 @@ class thread_pool {
       wake_.wait(lock, [&] { return stop_ || round_ != seen; });
       if (stop_) return;
       seen = round_;
-      if (index >= helpers_) continue;
+      if (task_ == nullptr || index >= helpers_) continue;
       const auto* task = task_;
+      ++active_;
       lock.unlock();
-      (*task)(index + 1);
+      (*task)();
       lock.lock();
-      if (--pending_ == 0) done_.notify_one();
+      if (--active_ == 0) done_.notify_one();
     }
   }
 
   std::mutex callers_, mutex_;
   std::condition_variable wake_, done_;
   std::vector<std::thread> threads_;
-  const std::function<void(int)>* task_ = nullptr;
+  const std::function<void()>* task_ = nullptr;
   uint64_t round_ = 0;
-  int helpers_ = 0, pending_ = 0;
+  int helpers_ = 0, active_ = 0;
   bool stop_ = false;
 };
 
-// Splits [0, count) into one range a thread, at multiples of `grain`; few numbers stay on the calling thread.
+// Shares [0, count) out in pieces, multiples of `grain`, to as many threads as have `least` numbers each.
 template <class Body>
-void parallel_for(int64_t count, int64_t grain, int threads, Body body) {
-  const int64_t grains = (count + grain - 1) / grain;
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, grains));
+void parallel_for(int64_t count, int64_t grain, int64_t least, int threads, Body body) {
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, count / least));
   if (parts == 1) {
     if (count > 0) body(int64_t{0}, count);
     return;
   }
-  thread_pool::shared().run(static_cast<int>(parts), [&](int part) {
-    const int64_t begin = grains * part / parts * grain;
-    const int64_t end = std::min(count, grains * (part + 1) / parts * grain);
-    if (begin < end) body(begin, end);
+  constexpr int64_t kPieces = 8;  // a thread: a late or slow one leaves its share to the others
+  const int64_t piece = std::max<int64_t>(1, count / (parts * kPieces * grain)) * grain;
+  std::atomic<int64_t> next{0};
+  thread_pool::shared().run(static_cast<int>(parts), [&] {
+    for (;;) {
+      const int64_t begin = next.fetch_add(piece);
+      if (begin >= count) return;
+      body(begin, std::min(count, begin + piece));
+    }
   });
 }
 
