@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hicache.config import HiCacheConfig
 from hicache.engine import Engine
-from hicache.models.generic import BLOCK_ONLY_ARGUMENTS, StackAdapter
+from hicache.models.generic import BLOCK_ONLY_ARGUMENTS, UNCACHED, StackAdapter
 from hicache.schedule import bound, with_speedup
 from hicache.stats import Stopwatch
 from hicache.tracker import SchedulerClock, TimestepClock
@@ -70,12 +70,11 @@ class Session:
 class Context:
     """One call of a denoiser in every step: its own history, its own count of steps."""
 
-    def __init__(self, label: str, engine: Engine, first_step: int) -> None:
-        self.label = label
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.restart(first_step)
 
-    def restart(self, first_step: int) -> None:
+    def restart(self, label: str, first_step: int) -> None:
+        self.label = label
         # the schedule counts from here: a second denoiser warms up when it starts
         self.first_step = first_step
         self.full_steps = 0
@@ -233,12 +232,12 @@ class Denoiser:
         if not iterated:
             raise RuntimeError(
                 f"hicache: {type(module).__name__} runs without iterating over its blocks, so they cannot be "
-                "skipped; call Handle.remove() to run it uncached"
+                f"skipped; {UNCACHED}"
             )
         if not self._recorded:
             raise RuntimeError(
                 f"hicache: {type(module).__name__} ran without its blocks or its head being seen, so "
-                "nothing could be recorded; call Handle.remove() to run it uncached"
+                f"nothing could be recorded; {UNCACHED}"
             )
 
     # Contexts and runs.
@@ -263,9 +262,8 @@ class Denoiser:
             if context is None:
                 # other shapes than in the last run: that memory will not be wanted
                 self._idle = {k: c for k, c in self._idle.items() if k[0] != self._ordinal}
-                context = Context(label, Engine(session.config, session.backend), self._step)
-            context.label = label
-            context.restart(self._step)
+                context = Context(Engine(session.config, session.backend))
+            context.restart(label, self._step)
             num_steps = session.clock.num_steps
             left = None if num_steps is None else num_steps - self._step
             context.engine.reset(session.config, left)

@@ -92,11 +92,9 @@ def compare(
             return draw(count), handle.stats
 
     draw(1)
-    full, cached, stats = [], [], hicache.fast.Stats(config or HiCacheConfig(), "stack", backend)
-    for _ in range(repeats):
-        full.append(draw(steps))
-        run, stats = draw_cached(steps)
-        cached.append(run)
+    pairs = [(draw(steps), draw_cached(steps)) for _ in range(repeats)]
+    full, cached = [full for full, _ in pairs], [run for _, (run, _) in pairs]
+    _, (_, stats) = pairs[-1]
     return Comparison(_median(full), _median(cached), stats)
 
 

@@ -51,7 +51,7 @@ _IMAGE_INDEX: Final = {
     "HunyuanVideo15TransformerBlock": 0,
 }
 
-_UNCACHED: Final = "call Handle.remove() to run it uncached"
+UNCACHED: Final = "call Handle.remove() to run it uncached"
 
 
 class Recorder(Protocol):
@@ -253,7 +253,7 @@ class StackAdapter:
     def _changed(self) -> RuntimeError:
         return RuntimeError(
             f"hicache: {self.name} changes the hidden state between its blocks, so they cannot be skipped "
-            f"as a whole; {_UNCACHED}"
+            f"as a whole; {UNCACHED}"
         )
 
     def _read_layout(self, hidden: Tensor, named: Mapping[str, Any], output: Any) -> tuple[str | None, ...]:
@@ -295,7 +295,7 @@ class StackAdapter:
                 f"{[tuple(o.shape) if isinstance(o, Tensor) else o for o in output]} for a hidden state "
                 f"{tuple(hidden.shape)}"
                 + (f" and further streams {', '.join(streams)}" if streams else "")
-                + f"; {_UNCACHED}"
+                + f"; {UNCACHED}"
             )
         return tuple(layout)
 
