@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hicache_kernels import tiles
+from hicache_kernels.tiles import Tile
+
 triton: Any
 tl: Any
 _MISSING: str | None
@@ -27,16 +30,6 @@ except ImportError as error:
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ORDERS = 5
-# 8 numbers a thread: one 16-byte access of a 2-byte dtype, two of fp32.
-BLOCK = 1024
-NUM_WARPS = 4
-# gated_sum: rows of one sample by channels; the gates of a tile are loaded once.
-ROWS, COLUMNS = 4, 256
-# Products and sums stay apart, as in the reference; Triton's own default changes between versions.
-OPTIONS: dict[str, int | bool] = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
-# Left to itself ptxas keeps the largest of these at 64 registers and spills 8 bytes; told it may use 128,
-# it takes 96 and spills none.
-UPDATING_OPTIONS = {**OPTIONS, "maxnreg": 128}
 
 if _MISSING is None:
 
@@ -163,6 +156,7 @@ if _MISSING is None:
         GATED: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
+        STAGES: tl.constexpr,
     ):
         sample = tl.program_id(2).to(tl.int64)
         row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [R, 1]
@@ -173,7 +167,7 @@ if _MISSING is None:
         total = tl.load(base + at, mask=mask).to(tl.float32)
         slot = orders
         gate = gates + sample * channels + column if GATED else gates  # [1, C]
-        for _ in range(terms):
+        for _ in tl.range(terms, num_stages=STAGES):
             if UPDATE:
                 gap = tl.load(inv_gap).to(tl.float32)
                 d0, d1, d2, d3, d4 = _cascade(slot, stride, at, mask, gap, TOP, TERMS - 1)
@@ -221,36 +215,49 @@ def _on(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def _grid(numel: int) -> tuple[int]:
-    return (-(-numel // BLOCK),)
+def options(tile: Tile, updating: bool = False) -> dict[str, int | bool]:
+    """How a kernel is compiled. ``updating``: a ``gated_sum`` with an update pending."""
+    # Products and sums stay apart, as in the reference; Triton's own default changes between versions.
+    chosen: dict[str, int | bool] = {"num_warps": tile.num_warps, "enable_fp_fusion": False}
+    if updating and tile.num_warps <= 8:
+        # Left to itself ptxas keeps the largest of these at 64 registers and spills 8 bytes; told it may use
+        # 128, it takes 96 and spills none.
+        chosen["maxnreg"] = 128
+    return chosen
 
 
 def update_(orders: Tensor, inv_gap: Tensor, filled: int) -> None:
     numel = orders[0].numel()
     if not numel:
         return
-    constants = {"TOP": orders.shape[0] - 1, "READ": filled, "BLOCK": BLOCK}
+    tile = tiles.tile("update_", filled + 1, orders.itemsize, 1)
+    constants = {"TOP": orders.shape[0] - 1, "READ": filled, "BLOCK": tile.block}
+    grid = (-(-numel // tile.block),)
     with _on(orders):
-        _update_kernel[_grid(numel)](orders, orders.stride(0), numel, inv_gap, **constants, **OPTIONS)
+        _update_kernel[grid](orders, orders.stride(0), numel, inv_gap, **constants, **options(tile))
 
 
 def forecast(orders: Tensor, coeffs: Tensor, out: Tensor) -> None:
     numel = out.numel()
     if not numel:
         return
-    constants = {"TERMS": len(coeffs), "BLOCK": BLOCK}
+    tile = tiles.tile("forecast", len(coeffs), orders.itemsize, 1)
+    constants = {"TERMS": len(coeffs), "BLOCK": tile.block}
+    grid = (-(-numel // tile.block),)
     with _on(orders):
-        _forecast_kernel[_grid(numel)](orders, orders.stride(0), numel, coeffs, out, **constants, **OPTIONS)
+        _forecast_kernel[grid](orders, orders.stride(0), numel, coeffs, out, **constants, **options(tile))
 
 
 def update_forecast_(orders: Tensor, inv_gap: Tensor, coeffs: Tensor, filled: int, out: Tensor) -> None:
     numel = out.numel()
     if not numel:
         return
-    constants = {"TOP": orders.shape[0] - 1, "READ": filled, "BLOCK": BLOCK}
+    tile = tiles.tile("update_forecast_", filled + 1, orders.itemsize, 1)
+    constants = {"TOP": orders.shape[0] - 1, "READ": filled, "BLOCK": tile.block}
+    grid = (-(-numel // tile.block),)
     with _on(orders):
-        _update_forecast_kernel[_grid(numel)](
-            orders, orders.stride(0), numel, inv_gap, coeffs, out, **constants, **OPTIONS
+        _update_forecast_kernel[grid](
+            orders, orders.stride(0), numel, inv_gap, coeffs, out, **constants, **options(tile)
         )
 
 
@@ -268,19 +275,32 @@ def gated_sum(
     # without gates a row has no meaning: one long row keeps the tiles whole
     batch, channels = (1, base.numel()) if gates is None else (base.shape[0], base.shape[-1])
     rows = base.numel() // (batch * channels)
-    tile_rows, columns = (1, ROWS * COLUMNS) if gates is None else (ROWS, COLUMNS)
+    updating = inv_gap is not None
+    op = "gated_sum_update_" if updating else "gated_sum"
+    tile = tiles.tile(op, len(coeffs), orders.itemsize, orders.shape[1])
+    tile_rows, columns = (1, tile.block) if gates is None else (tile.rows, tile.columns)
     grid = (-(-channels // columns), -(-rows // tile_rows), batch)
     constants = {
         "TOP": orders.shape[0] - 1,
         "TERMS": len(coeffs),
-        "UPDATE": inv_gap is not None,
+        "UPDATE": updating,
         "GATED": gates is not None,
         "ROWS": tile_rows,
         "COLUMNS": columns,
+        "STAGES": tile.num_stages,
     }
-    options = OPTIONS if inv_gap is None else UPDATING_OPTIONS
     strides = orders.stride(0), orders.stride(1), orders.shape[1]
     with _on(orders):
         _gated_sum_kernel[grid](
-            base, orders, *strides, gates, rows, channels, inv_gap, coeffs, out, **constants, **options
+            base,
+            orders,
+            *strides,
+            gates,
+            rows,
+            channels,
+            inv_gap,
+            coeffs,
+            out,
+            **constants,
+            **options(tile, updating),
         )

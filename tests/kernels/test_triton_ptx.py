@@ -14,6 +14,7 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from hicache_kernels.backends import triton as backend  # noqa: E402
+from hicache_kernels.tiles import Tile, default  # noqa: E402
 
 if backend.interpreted():
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
@@ -47,20 +48,31 @@ CASES = [
 ]
 
 
-def compiled(name: str, dtype: str, constants: dict, arch: int, integers: str = "i32"):
+def rows_read(constants: dict) -> int:
+    return constants.get("TERMS", constants.get("READ", 0) + 1)
+
+
+def default_tile(dtype: str, constants: dict) -> Tile:
+    return default(rows_read(constants), 4 if dtype == "fp32" else 2)
+
+
+def compiled(
+    name: str, dtype: str, constants: dict, arch: int, integers: str = "i32", tile: Tile | None = None
+):
     """A kernel as its launcher compiles it for tensors of a History: everything a multiple of 16."""
     kernel = getattr(backend, name)
     constants = dict(constants)
+    tile = tile or default_tile(dtype, constants)
     if name == "_gated_sum_kernel":
         gated = constants["GATED"]
-        constants["ROWS"] = backend.ROWS if gated else 1
-        constants["COLUMNS"] = backend.COLUMNS if gated else backend.ROWS * backend.COLUMNS
+        constants["ROWS"], constants["COLUMNS"] = (tile.rows, tile.columns) if gated else (1, tile.block)
+        constants["STAGES"] = tile.num_stages
         if not gated:
             constants["gates"] = None
         if not constants["UPDATE"]:
             constants["inv_gap"] = None
     else:
-        constants["BLOCK"] = backend.BLOCK
+        constants["BLOCK"] = tile.block
     signature, attributes = {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -72,9 +84,9 @@ def compiled(name: str, dtype: str, constants: dict, arch: int, integers: str = 
             signature[argument] = integers
         if argument != "terms" and argument != "rows":
             attributes[(index,)] = [["tt.divisibility", 16]]
-    options = backend.UPDATING_OPTIONS if constants.get("UPDATE") else backend.OPTIONS
+    options = backend.options(tile, updating=constants.get("UPDATE", False))
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def accesses(ptx: str, operation: str) -> list[int]:
@@ -126,7 +138,7 @@ def test_wide_accesses_and_no_spills(name, dtype, constants, arch, tmp_path):
     assert loads.count(8) <= gates
     assert set(stores) == {16}, stores
     narrow = sum(width <= 4 for width in accesses(ptx, "ld"))
-    scalars = constants.get("TERMS", constants.get("READ", 0) + 1) + 1
+    scalars = rows_read(constants) + 1
     assert narrow <= scalars * (2 if name == "_gated_sum_kernel" else 1), (
         "a tensor is loaded in narrow pieces"
     )
@@ -137,3 +149,36 @@ def test_wide_accesses_and_no_spills(name, dtype, constants, arch, tmp_path):
     [local] = map(int, re.findall(r"LOCAL:(\d+)", usage))
     assert 0 < registers <= 128
     assert stack == local == 0, usage
+
+
+# Bytes that must be in flight on one multiprocessor for full bandwidth: the vendor's bandwidth ÷ multiprocessors
+# × 0.7 µs, a generous latency of memory under load. sm_80: A100 80 GB; sm_90: H200; sm_100: B200.
+NEEDED = {80: 2.0e12 / 108 * 0.7e-6, 90: 4.8e12 / 132 * 0.7e-6, 100: 8.0e12 / 148 * 0.7e-6}
+THREADS = 2048  # of one multiprocessor, on all three
+REGISTERS = 65536
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda a: f"sm_{a}")
+@pytest.mark.parametrize(("name", "dtype", "constants"), [c for c in CASES if c[1] != "fp16"], ids=str)
+def test_enough_bytes_in_flight(name, dtype, constants, arch, tmp_path):
+    """Little's law for the default tile: all loads of a tile are issued before the first is waited for."""
+    kernel = compiled(name, dtype, constants, arch)
+    usage = resources(kernel.asm["cubin"], tmp_path)
+    registers = -(-int(re.search(r"REG:(\d+)", usage).group(1)) // 8) * 8
+    tile = default_tile(dtype, constants)
+    threads = 32 * tile.num_warps
+    blocks = min(THREADS // threads, REGISTERS // (registers * threads), 32)
+    in_flight = blocks * tile.block * rows_read(constants) * (4 if dtype == "fp32" else 2)
+    assert in_flight >= NEEDED[arch], (in_flight, registers)
+
+
+@pytest.mark.parametrize("arch", [90, 100], ids=lambda a: f"sm_{a}")
+@pytest.mark.parametrize("update", [False, True], ids=["settled", "pending"])
+def test_pipelined_terms(arch, update, tmp_path):
+    """With several stages the loads of coming terms are asynchronous copies, and nothing spills."""
+    constants = {"TOP": 2, "TERMS": 3, "UPDATE": update, "GATED": True}
+    kernel = compiled("_gated_sum_kernel", "bf16", constants, arch, tile=Tile(num_stages=3))
+    assert "cp.async" in kernel.asm["ptx"]
+    usage = resources(kernel.asm["cubin"], tmp_path)
+    assert re.search(r"STACK:0\b", usage), usage
+    assert re.search(r"LOCAL:0\b", usage), usage

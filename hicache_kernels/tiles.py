@@ -1,0 +1,88 @@
+"""How much one program of a Triton kernel works on: a default, or a table measured on the card at hand.
+
+The default is not a guess: with it the compiled kernels keep more bytes in flight on every multiprocessor
+than Little's law asks for (bandwidth × latency; tests/kernels/test_triton_ptx.py reads it off the binaries).
+A table, written by ``python -m benchmarks.gpu``, takes its place where ``HICACHE_TILES`` names one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The work of one program, and how it is compiled."""
+
+    block: int = 1024  # numbers, where rows have no meaning; 8 a thread: one 16-byte access of a 2-byte dtype
+    rows: int = 4  # gated_sum with gates: rows of one sample …
+    columns: int = 256  # … by channels; the gates of a tile are loaded once
+    num_warps: int = 4
+    num_stages: int = 1  # gated_sum: terms whose loads are in flight at once; over 1, through shared memory
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            power_of_two = isinstance(value, int) and value > 0 and value & (value - 1) == 0
+            if not power_of_two and not (name == "num_stages" and isinstance(value, int) and value > 0):
+                raise ValueError(f"Tile: expected {name} to be a positive power of two, got {value!r}")
+
+
+_override: Mapping[str, Tile] | None = None
+
+
+def key(op: str, orders_used: int, itemsize: int, terms: int) -> str:
+    """The class of problems that share a tile, as in a table: op, orders, bytes a number, one term or many."""
+    return f"{op} K={orders_used} bytes={itemsize} terms={'1' if terms == 1 else 'many'}"
+
+
+def default(orders_used: int, itemsize: int) -> Tile:
+    """The tile without a table: twice the numbers where a thread would have one load in flight only."""
+    return Tile(block=2048, rows=8) if orders_used == 1 and itemsize == 2 else Tile()
+
+
+def tile(op: str, orders_used: int, itemsize: int, terms: int) -> Tile:
+    """The tile for an op. A table is read once a process and never inside a capture."""
+    table = _table() if _override is None else _override
+    return table.get(key(op, orders_used, itemsize, terms)) or default(orders_used, itemsize)
+
+
+@contextmanager
+def override(table: Mapping[str, Tile]) -> Iterator[None]:
+    """Use this table, by :func:`key`, inside the ``with`` block: for measuring one."""
+    global _override
+    before, _override = _override, table
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def read_table(path: Path) -> dict[str, Tile]:
+    """A measured table: JSON, :func:`key` → the fields of :class:`Tile`.
+
+    Raises:
+        ValueError: the file is not such a table.
+    """
+    try:
+        entries = json.loads(path.read_text())
+        return {name: Tile(**entry) for name, entry in entries.items()}
+    except (OSError, AttributeError, TypeError, ValueError) as error:
+        known = ", ".join(field.name for field in fields(Tile))
+        raise ValueError(f"{path}: expected a JSON table of tiles with {known}: {error}") from error
+
+
+def write_table(path: Path, table: Mapping[str, Tile]) -> None:
+    """Write a table that :func:`read_table` reads."""
+    path.write_text(json.dumps({name: asdict(tile) for name, tile in table.items()}, indent=1) + "\n")
+
+
+@lru_cache(maxsize=1)
+def _table() -> dict[str, Tile]:
+    path = os.environ.get("HICACHE_TILES")
+    return read_table(Path(path)) if path else {}
