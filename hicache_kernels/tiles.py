@@ -37,13 +37,15 @@ _override: Mapping[str, Tile] | None = None
 
 
 def key(op: str, orders_used: int, itemsize: int, terms: int) -> str:
-    """The class of problems that share a tile, as in a table: op, orders, bytes a number, one term or many."""
+    """Problems that share a tile, as a table names them: op, orders, bytes a number, one term or many."""
     return f"{op} K={orders_used} bytes={itemsize} terms={'1' if terms == 1 else 'many'}"
 
 
 def default(orders_used: int, itemsize: int) -> Tile:
-    """The tile without a table: twice the numbers where a thread would have one load in flight only."""
-    return Tile(block=2048, rows=8) if orders_used == 1 and itemsize == 2 else Tile()
+    """The tile without a table: more numbers where a program would load one row of them only."""
+    if orders_used > 1:
+        return Tile()
+    return Tile(block=2048, rows=8) if itemsize >= 4 else Tile(block=4096, rows=16)
 
 
 def tile(op: str, orders_used: int, itemsize: int, terms: int) -> Tile:
