@@ -68,11 +68,13 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 @_register("update_(Tensor(a!) orders, Tensor inv_gap, int filled, str backend) -> ()")
 def _update(orders: Tensor, inv_gap: Tensor, filled: int, backend: str) -> None:
+    _check_aligned("update_", orders=orders, inv_gap=inv_gap)
     pick("update_", backend, orders, orders.dtype).update_(orders, inv_gap, filled)
 
 
 @_register("forecast(Tensor orders, Tensor coeffs, Tensor(a!) out, str backend) -> ()")
 def _forecast(orders: Tensor, coeffs: Tensor, out: Tensor, backend: str) -> None:
+    _check_aligned("forecast", orders=orders, coeffs=coeffs, out=out)
     _check_apart("forecast", out, orders)
     pick("forecast", backend, orders, orders.dtype).forecast(orders, coeffs, out)
 
@@ -84,6 +86,7 @@ def _forecast(orders: Tensor, coeffs: Tensor, out: Tensor, backend: str) -> None
 def _update_forecast(
     orders: Tensor, inv_gap: Tensor, coeffs: Tensor, filled: int, out: Tensor, backend: str
 ) -> None:
+    _check_aligned("update_forecast_", orders=orders, inv_gap=inv_gap, coeffs=coeffs, out=out)
     _check_apart("update_forecast_", out, orders)
     module = pick("update_forecast_", backend, orders, orders.dtype)
     module.update_forecast_(orders, inv_gap, coeffs, filled, out)
@@ -95,6 +98,7 @@ def _update_forecast(
 def _gated_sum(
     base: Tensor, orders: Tensor, gates: Tensor | None, coeffs: Tensor, out: Tensor, backend: str
 ) -> None:
+    _check_aligned("gated_sum", base=base, orders=orders, gates=gates, coeffs=coeffs, out=out)
     _check_sum(base, orders, gates, out)
     module = pick("gated_sum", backend, orders, orders.dtype, base.dtype)
     module.gated_sum(base, orders, gates, coeffs, None, 0, out)
@@ -114,10 +118,23 @@ def _gated_sum_update(
     out: Tensor,
     backend: str,
 ) -> None:
+    _check_aligned(
+        "gated_sum", base=base, orders=orders, gates=gates, coeffs=coeffs, inv_gap=inv_gap, out=out
+    )
     _check_sum(base, orders, gates, out)
     _check_apart("gated_sum", base, orders, "base")
     module = pick("gated_sum", backend, orders, orders.dtype, base.dtype)
     module.gated_sum(base, orders, gates, coeffs, inv_gap, filled, out)
+
+
+def _check_aligned(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError for a tensor that starts in the middle of a number: a GPU cannot load it."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.numel() and tensor.data_ptr() % tensor.itemsize:
+            raise ValueError(
+                f"{op}: expected {name} at an address divisible by its {tensor.itemsize} bytes a number, got "
+                f"{tensor.data_ptr():#x}"
+            )
 
 
 def _check_sum(base: Tensor, orders: Tensor, gates: Tensor | None, out: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -416,6 +417,35 @@ WHOLE, GATES = torch.ones(16), torch.ones(1, 2, 4)
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def misaligned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor that starts one byte into a buffer, as one read from a file may."""
+    count = math.prod(shape)
+    memory = bytearray(count * dtype.itemsize + dtype.itemsize)
+    odd = torch.frombuffer(memory, dtype=dtype, count=count, offset=1).view(shape)
+    assert odd.data_ptr() % dtype.itemsize
+    return odd
+
+
+ODD_GATES = misaligned(1, 2, 4)
+
+
+@backends
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("orders", lambda b: update_(misaligned(3, 8), ONE, 2, backend=b)),
+        ("inv_gap", lambda b: update_(ORDERS.clone(), misaligned(), 2, backend=b)),
+        ("out", lambda b: forecast(ORDERS, THREE, out=misaligned(8), backend=b)),
+        ("coeffs", lambda b: update_forecast_(ORDERS.clone(), ONE, misaligned(3), 2, backend=b)),
+        ("base", lambda b: gated_sum(misaligned(2, 4), ORDERS[:, None], None, THREE, backend=b)),
+        ("gates", lambda b: gated_sum(torch.ones(2, 4), ORDERS[:, None], ODD_GATES, THREE, backend=b)),
+    ],
+)  # fmt: skip
+def test_misaligned_memory_is_refused(name, call, backend):
+    with pytest.raises(ValueError, match=rf"expected {name} at an address divisible by its 4 bytes a number"):
+        call(backend)
 
 
 def test_a_named_backend_never_falls_back():
