@@ -27,6 +27,7 @@ LAYERS = [
     {"hicache.tracker", "hicache.models", "hicache.stats"},
     {"hicache.denoiser"},
     {"hicache.fast"},
+    {"hicache.reference"},
     {"hicache.demo"},
     {"hicache.cli"},
 ]

@@ -1,0 +1,143 @@
+"""``hicache.reference.apply(pipe)``: HiCache as the paper has it, eagerly, module by module.
+
+Every attention and MLP output is cached before its gate, of the image and the text stream, for every
+context; on skipped steps every block still runs, with forecasts in place of its attention and MLP and with
+the gates of the current timestep. It shares no arithmetic with :mod:`hicache.fast`: it is what that is
+compared with, for parity and for speed.
+
+>>> import hicache.reference                                        # doctest: +SKIP
+>>> with hicache.reference.apply(pipe) as handle:                   # doctest: +SKIP
+...     image = pipe("a red ring on blue").images[0]
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Final
+
+from torch import nn
+
+from hicache.config import HiCacheConfig
+from hicache.denoiser import Session
+from hicache.fast import _check_config, _denoisers, _scheduler_source
+from hicache.reference.blocks import cached_parts
+from hicache.reference.denoiser import FAST_ATTRIBUTE, Denoiser
+from hicache.stats import Stats
+from hicache.tracker import SchedulerClock, TimestepClock
+
+__all__ = ["Handle", "apply"]
+
+_ATTRIBUTE: Final = "_hicache_reference_handle"
+
+
+class Handle:
+    """A cached pipeline: leave the ``with`` block or call :meth:`remove` to get it back as it was."""
+
+    def __init__(self, session: Session, denoisers: list[Denoiser]) -> None:
+        self._session = session
+        self._denoisers = denoisers
+        self._final: Stats | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether the pipeline is cached."""
+        return self._final is None
+
+    @property
+    def stats(self) -> Stats:
+        """Full and skipped steps by context, bytes held and cache milliseconds of the current or last run.
+
+        After :meth:`remove`, as they stood then.
+        """
+        if self._final is not None:
+            return self._final
+        contexts = {
+            context.label: context.stats
+            for denoiser in self._denoisers
+            for context in denoiser.contexts.values()
+        }
+        held = sum(context.history_bytes for context in contexts.values())
+        session = self._session
+        return Stats(session.config, "module", session.backend, contexts, held, session.watch.read())
+
+    def restart(self) -> None:
+        """Start a new run at the next call; see :meth:`hicache.fast.Handle.restart`."""
+        self._session.clock.restart()
+
+    def release(self) -> None:
+        """Free the memory of all histories. The pipeline stays cached: its next step is a full one."""
+        for denoiser in self._denoisers:
+            denoiser.release()
+
+    def remove(self) -> None:
+        """Leave the pipeline exactly as :func:`apply` found it. Calling it again does nothing."""
+        if self._final is not None:
+            return
+        self._final = self.stats
+        for denoiser in self._denoisers:
+            denoiser.remove()
+            denoiser.release()
+            denoiser.module.__dict__.pop(_ATTRIBUTE, None)
+        self._session.clock.detach()
+
+    def __enter__(self) -> Handle:
+        if not self.active:
+            raise RuntimeError("hicache: this handle was removed; call apply() for a new one")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # its hooks reach into the pipeline, and a copy's would still reach into the original
+        raise TypeError("hicache: a cached pipeline cannot be copied or pickled; call remove() first")
+
+
+def apply(pipe: Any, config: HiCacheConfig | None = None, *, scheduler: Any = None) -> Handle:
+    """Cache a diffusers pipeline, or a bare transformer, as the paper has it: slow, and to the letter.
+
+    Applying again replaces the settings.
+
+    Args:
+        pipe: a ``DiffusionPipeline``, any object with ``transformer`` and ``scheduler``, or a transformer
+            module.
+        config: the cache's settings; the defaults of :class:`~hicache.HiCacheConfig` when None.
+        scheduler: what counts the steps, where it is not ``pipe.scheduler``. A bare transformer without one
+            counts by its ``timestep`` argument.
+
+    Returns:
+        Handle: its ``remove()`` restores everything.
+
+    Raises:
+        TypeError: bad arguments.
+        ValueError: a model that is not in the table of :mod:`hicache.reference.blocks`, a compiled one, or
+            one that :mod:`hicache.fast` caches at the moment. The pipeline is left as it was.
+    """
+    config = _check_config(config)
+    modules = _denoisers(pipe)
+    for name, module in modules.items():
+        _check_module(pipe if isinstance(pipe, nn.Module) else getattr(pipe, name), module)
+    source = _scheduler_source(pipe, scheduler)
+    clock = TimestepClock() if source is None else SchedulerClock(source)
+    session = Session(clock, config, None, "reference")
+    handle = Handle(session, [Denoiser(name, module, session) for name, module in modules.items()])
+    for denoiser in handle._denoisers:
+        previous = denoiser.module.__dict__.get(_ATTRIBUTE)
+        if previous is not None:
+            previous.remove()
+        denoiser.module.__dict__[_ATTRIBUTE] = handle
+        denoiser.install()
+    return handle
+
+
+def _check_module(held: Any, module: nn.Module) -> None:
+    name = type(module).__name__
+    if FAST_ATTRIBUTE in module.__dict__:
+        raise ValueError(
+            f"hicache: {name} is cached by hicache.fast; remove() that before hicache.reference.apply()"
+        )
+    if held is not module or any(part._compiled_call_impl is not None for part in module.modules()):
+        raise ValueError(f"hicache.reference: expected {name} to run eagerly, got it compiled")
+    cached_parts(module)  # refuses models it does not know

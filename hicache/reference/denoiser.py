@@ -1,0 +1,276 @@
+"""One transformer cached module by module: what becomes of every call of it, and of its submodules."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from hicache.config import HiCacheConfig
+from hicache.denoiser import _MAX_CONTEXTS, Session, _requires_grad, _signature
+from hicache.reference.blocks import Part, cached_parts
+from hicache.reference.history import Feature
+from hicache.schedule import is_full
+from hicache.stats import ContextStats, Stopwatch
+
+FAST_ATTRIBUTE: Final = "_hicache_handle"  # where hicache.fast leaves its handle
+
+# (path of a submodule, how often it had run before in this call of the transformer)
+_Key = tuple[str, int]
+
+
+class Context:
+    """One call of a transformer in every step: the histories of its features, its own count of steps.
+
+    Args:
+        config: the cache's settings.
+        label: how :class:`~hicache.stats.Stats` names it.
+        first_step: the step it starts at; its schedule counts from there.
+        num_steps: steps from there to the end of the run, if known.
+    """
+
+    def __init__(self, config: HiCacheConfig, label: str, first_step: int, num_steps: int | None) -> None:
+        self.config = config
+        self.label = label
+        self.first_step = first_step
+        self.num_steps = num_steps
+        self.last_full: int | None = None
+        self.full_steps = 0
+        self.skipped_steps = 0
+        self.features: dict[_Key, Feature] = {}
+
+    def release(self) -> None:
+        self.features.clear()
+        self.last_full = None
+
+    @property
+    def stats(self) -> ContextStats:
+        held = sum(feature.nbytes for feature in self.features.values())
+        return ContextStats(self.full_steps, self.skipped_steps, held)
+
+    def is_full(self, step: int) -> bool:
+        return is_full(self.config, step, self.last_full, self.num_steps)
+
+    def record(self, step: int, outputs: dict[_Key, Any]) -> None:
+        """Take in what the submodules gave at a full step."""
+        # a submodule that did not run this time starts anew when it does: its history would have a hole
+        self.features = {key: self.features.get(key) or Feature(self.config) for key in outputs}
+        for key, output in outputs.items():
+            self.features[key].record(step, output)
+        self.last_full = step
+
+    def forecast(self, step: int, key: _Key) -> Any:
+        """What a submodule would give at a skipped step."""
+        if key not in self.features:
+            path, ordinal = key
+            raise RuntimeError(
+                f"hicache.reference: {path} was called {ordinal + 1} times in a skipped step, {ordinal} times "
+                "in the full step before it: there is nothing to forecast from"
+            )
+        return self.features[key].forecast(step)
+
+
+class _Call:
+    """A call of the transformer that goes on: its submodules report to it."""
+
+    def __init__(self, context: Context, step: int, watch: Stopwatch) -> None:
+        self.context = context
+        self.step = step  # of the context
+        self.full = context.is_full(step)
+        self.outputs: dict[_Key, Any] = {}
+        self._runs: Counter[str] = Counter()
+        self._watch = watch
+
+    def feature(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A submodule whose output is cached is called."""
+        key = path, self._runs[path]
+        self._runs[path] += 1
+        if not self.full:
+            started = self._watch.start(_device(args, kwargs))
+            with torch.no_grad():
+                forecast = self.context.forecast(self.step, key)
+            self._watch.stop(started)
+            return forecast
+        output = forward(*args, **kwargs)
+        self.outputs[key] = _copy(path, output)
+        return output
+
+    def idle(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A submodule that only feeds a cached one is called."""
+        if self.full:
+            return forward(*args, **kwargs)
+        # Nobody reads it, so what came in will do, streams in the order in which attention gives them back.
+        named = dict(kwargs)
+        hidden = args[0] if args else named["hidden_states"]
+        text = named.get("encoder_hidden_states")
+        return hidden if text is None else (hidden, text)
+
+
+class Denoiser:
+    """One hooked transformer.
+
+    Between its calls, two hooks on it are all that is changed; while it runs, the submodules of the table
+    have another ``forward``.
+
+    Args:
+        name: of the pipeline's component.
+        module: the transformer.
+        session: the clock and the settings.
+    """
+
+    def __init__(self, name: str, module: nn.Module, session: Session) -> None:
+        self.name = name
+        self.module = module
+        self.contexts: dict[Any, Context] = {}
+        self._session = session
+        self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        self._run = -1
+        self._step = -1
+        self._ordinal = 0
+        self._call: _Call | None = None
+        self._undo: list[Callable[[], None]] = []  # of the call that goes on
+        self._warned: set[str] = set()
+        self._hooks: list[Any] = []
+
+    def install(self) -> None:
+        self._hooks = [
+            self.module.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.module.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        self._end()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def release(self) -> None:
+        for context in self.contexts.values():
+            context.release()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if FAST_ATTRIBUTE in module.__dict__:
+            raise RuntimeError(
+                f"hicache: {type(module).__name__} is cached by hicache.fast and by hicache.reference: "
+                "remove() one of the two"
+            )
+        if self._call is not None:
+            # an interrupt, unlike an exception, ends a call without the hook after it
+            self._end()
+            self._abort()
+        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if torch.is_grad_enabled() and (module.training or _requires_grad(named)):
+            self._warn("is called for its gradients: it runs uncached")
+            return
+        self._session.clock.tick(module, named)
+        self._count()
+        if self._ordinal >= _MAX_CONTEXTS:
+            self._warn(
+                f"was called more than {_MAX_CONTEXTS} times without a step of the scheduler: these calls "
+                "run uncached; is this the scheduler of the run? (see apply(..., scheduler=...))"
+            )
+            return
+        context = self._context((self._ordinal, *_signature(named)))
+        self._call = _Call(context, self._step - context.first_step, self._session.watch)
+        for part in cached_parts(module):  # looked up anew: adapters may have replaced some since
+            self._undo.append(_replace_forward(part, self._call))
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        call = self._call
+        self._end()
+        if output is None:  # the call raised
+            self._abort()
+            return
+        if call is None:
+            return
+        if not call.full:
+            call.context.skipped_steps += 1
+            return
+        watch = self._session.watch
+        started = watch.start(next(module.parameters()).device)
+        with torch.no_grad():
+            call.context.record(call.step, call.outputs)
+        watch.stop(started)
+        call.context.full_steps += 1
+
+    def _end(self) -> None:
+        self._call = None
+        while self._undo:
+            self._undo.pop()()
+
+    def _abort(self) -> None:
+        self.contexts.clear()
+        self._session.clock.abort()
+
+    def _count(self) -> None:
+        """Which run, step and call of the step this is."""
+        clock = self._session.clock
+        if self._run != clock.run:
+            self._run, self._step = clock.run, -1
+            self.contexts.clear()
+            self._session.start_run(clock.run, clock.num_steps)
+        if self._step != clock.step:
+            self._step, self._ordinal = clock.step, 0
+        else:
+            self._ordinal += 1
+
+    def _context(self, key: tuple[Any, ...]) -> Context:
+        if key not in self.contexts:
+            label = f"{self.name}[{self._ordinal}]"
+            twins = sum(context.label.split(" ")[0] == label for context in self.contexts.values())
+            num_steps = self._session.clock.num_steps
+            self.contexts[key] = Context(
+                self._session.config,
+                f"{label} #{twins + 1}" if twins else label,
+                self._step,
+                None if num_steps is None else num_steps - self._step,
+            )
+        return self.contexts[key]
+
+    def _warn(self, what: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(f"hicache: {type(self.module).__name__} {what}", RuntimeWarning, stacklevel=4)
+
+
+def _replace_forward(part: Part, call: _Call) -> Callable[[], None]:
+    """Let a submodule's calls go to ``call``; returns what undoes it exactly."""
+    attributes = part.module.__dict__
+    forward = part.module.forward  # the class's, or what offloading has put in its place
+
+    def cached_forward(*args: Any, **kwargs: Any) -> Any:
+        if part.is_feature:
+            return call.feature(part.path, forward, args, kwargs)
+        return call.idle(forward, args, kwargs)
+
+    def undo() -> None:
+        if shadowed:
+            attributes["forward"] = forward
+        else:
+            del attributes["forward"]
+
+    shadowed = "forward" in attributes
+    attributes["forward"] = cached_forward
+    return undo
+
+
+def _copy(path: str, output: Any) -> Any:
+    """A copy of what a submodule gave: blocks may go on with it in place."""
+    if isinstance(output, Tensor):
+        return output.detach().clone()
+    elements = output if isinstance(output, (tuple, list)) else (output,)
+    if not all(element is None or isinstance(element, Tensor) for element in elements):
+        raise RuntimeError(
+            f"hicache.reference: expected {path} to give a tensor or a tuple of tensors, got "
+            f"{[type(element).__name__ for element in elements]}"
+        )
+    return tuple(None if element is None else element.detach().clone() for element in elements)
+
+
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    return next(value.device for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
