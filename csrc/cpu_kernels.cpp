@@ -30,6 +30,14 @@ inline void put(T* to, vector_t<accumulate_t<T>> value, int count) {
   }
 }
 
+// A result nobody reads here: its line is asked for early, because a store that misses holds up the loads behind it.
+template <bool TAIL, class T>
+inline void put_fresh(T* to, vector_t<accumulate_t<T>> value, int count) {
+  constexpr int kAhead = 1024;
+  __builtin_prefetch(to + kAhead, 1);  // any address may be named
+  put<TAIL>(to, value, count);
+}
+
 // body(tail, i, count) for every vector of [begin, end), the last one perhaps partial.
 template <int LANES, class Body>
 inline void for_each_vector(int64_t begin, int64_t end, Body body) {
@@ -78,7 +86,7 @@ void update_forecast(const cascade_args& a, int64_t begin, int64_t end) {
     constexpr bool TAIL = decltype(tail)::value;
     vector_t<A> d[READ + 1];
     cascade_at<TAIL, READ>(orders, a.past.order_stride, a.past.top, i, count, inv_gap, d);
-    put<TAIL>(out + i, evaluate<READ + 1>(d, coeffs.values), count);
+    put_fresh<TAIL>(out + i, evaluate<READ + 1>(d, coeffs.values), count);
   });
 }
 
@@ -92,7 +100,7 @@ void forecast(const cascade_args& a, int64_t begin, int64_t end) {
     constexpr bool TAIL = decltype(tail)::value;
     vector_t<A> d[TERMS];
     for (int k = 0; k < TERMS; ++k) d[k] = get<TAIL>(orders + k * a.past.order_stride + i, count);
-    put<TAIL>(out + i, evaluate<TERMS>(d, coeffs.values), count);
+    put_fresh<TAIL>(out + i, evaluate<TERMS>(d, coeffs.values), count);
   });
 }
 
@@ -117,6 +125,9 @@ void gated_sum(const sum_args& a, int64_t begin, int64_t end) {
     for (int64_t term = 0; term < a.terms; ++term) {
       T* const slot = orders + term * a.term_stride;
       const bool first = term == 0, last = term == a.terms - 1;
+      // The processor's own prefetcher follows a stream within a page, and a block ends with its page: it is told what
+      // comes next, the block of the next term or the next block. A prefetch may name any address.
+      const T* const next = last ? orders + kBlock : slot + a.term_stride;
       for (int64_t row = block; row < block_end;) {
         const int64_t channel = row % channels;
         const int64_t row_end = smaller(block_end, row - channel + channels);
@@ -130,11 +141,12 @@ void gated_sum(const sum_args& a, int64_t begin, int64_t end) {
           } else {
             for (int k = 0; k < ORDERS; ++k) d[k] = get<TAIL>(slot + k * a.past.order_stride + i, count);
           }
+          for (int k = 0; k < ORDERS; ++k) __builtin_prefetch(next + k * a.past.order_stride + i);
           vector_t<A> value = evaluate<ORDERS>(d, coeffs.values);
           if (gate) value = value * get<TAIL>(gate + i, count);
           value = value + (first ? get<TAIL>(base + i, count) : load(sums + (i - block)));
           if (last) {
-            put<TAIL>(out + i, value, count);
+            put_fresh<TAIL>(out + i, value, count);
           } else {
             store(sums + (i - block), value);
           }

@@ -55,20 +55,51 @@ inline void store(A* to, vector_t<A> value) {
   std::memcpy(to, &value, sizeof value);
 }
 
+// Stores round to nearest, ties to even, and keep a nan a nan. Left to itself the compiler converts between vectors of
+// halves and of words by quarters, which makes these kernels slower than memory.
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+inline vector_t<float> load(const bf16* from) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
+inline void store(bf16* to, vector_t<float> value) {
+  const __m512i bits = _mm512_castps_si512(value), upper = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __m512i out = _mm512_mask_or_epi32(_mm512_srli_epi32(sum, 16), nan, upper, _mm512_set1_epi32(0x40));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(out));
+}
+#elif defined(__AVX2__)
+inline vector_t<float> load(const bf16* from) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+}
+inline void store(bf16* to, vector_t<float> value) {
+  const __m256i bits = _mm256_castps_si256(value), upper = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+  const __m256i quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+  const __m256i out = _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), quiet, nan);
+  // packing works within 128 bits: the numbers end up in quarters 0 and 2
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(out, out), 0b1000);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+}
+#else
 inline vector_t<float> load(const bf16* from) {
   halves raw;
   std::memcpy(&raw, from, sizeof raw);
   return reinterpret_cast<vector_t<float>>(__builtin_convertvector(raw, words) << 16);
 }
-
 inline void store(bf16* to, vector_t<float> value) {
-  const words bits = reinterpret_cast<words>(value);
-  const words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const words nan = (bits >> 16) | 0x40u;
-  const words is_nan = reinterpret_cast<words>((bits & 0x7fffffffu) > 0x7f800000u);
-  const halves out = __builtin_convertvector((is_nan & nan) | (~is_nan & rounded), halves);
+  const words bits = reinterpret_cast<words>(value), upper = bits >> 16;
+  const words rounded = (bits + 0x7fffu + (upper & 1u)) >> 16;
+  const words nan = reinterpret_cast<words>(value != value);
+  const halves out = __builtin_convertvector((nan & (upper | 0x40u)) | (~nan & rounded), halves);
   std::memcpy(to, &out, sizeof out);
 }
+#endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 inline vector_t<float> load(const fp16* from) {
