@@ -43,6 +43,7 @@ class Context:
         self.full_steps = 0
         self.skipped_steps = 0
         self.features: dict[_Key, Feature] = {}
+        self.pairs: set[str] = set()  # paths of idle submodules that give a pair of streams
 
     def release(self) -> None:
         self.features.clear()
@@ -69,8 +70,8 @@ class Context:
         if key not in self.features:
             path, ordinal = key
             raise RuntimeError(
-                f"hicache.reference: {path} was called {ordinal + 1} times in a skipped step, {ordinal} times "
-                "in the full step before it: there is nothing to forecast from"
+                f"hicache.reference: {path} was called {ordinal + 1} times in a skipped step, {ordinal} "
+                "times in the full step before it: there is nothing to forecast from"
             )
         return self.features[key].forecast(step)
 
@@ -100,15 +101,16 @@ class _Call:
         self.outputs[key] = _copy(path, output)
         return output
 
-    def idle(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def idle(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A submodule that only feeds a cached one is called."""
         if self.full:
-            return forward(*args, **kwargs)
-        # Nobody reads it, so what came in will do, streams in the order in which attention gives them back.
-        named = dict(kwargs)
-        hidden = args[0] if args else named["hidden_states"]
-        text = named.get("encoder_hidden_states")
-        return hidden if text is None else (hidden, text)
+            output = forward(*args, **kwargs)
+            if not isinstance(output, Tensor):
+                self.context.pairs.add(path)
+            return output
+        # nobody reads it, so what came in will do
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, kwargs["encoder_hidden_states"]) if path in self.context.pairs else hidden
 
 
 class Denoiser:
@@ -246,7 +248,7 @@ def _replace_forward(part: Part, call: _Call) -> Callable[[], None]:
     def cached_forward(*args: Any, **kwargs: Any) -> Any:
         if part.is_feature:
             return call.feature(part.path, forward, args, kwargs)
-        return call.idle(forward, args, kwargs)
+        return call.idle(part.path, forward, args, kwargs)
 
     def undo() -> None:
         if shadowed:
