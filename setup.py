@@ -2,7 +2,9 @@
 
 It needs no torch, so it builds in pip's isolated build. Without a working C++ compiler the package installs
 without the extension and runs on torch alone; ``HICACHE_FORCE_NATIVE_BUILD=1`` makes that an error, and
-``HICACHE_SKIP_NATIVE_BUILD=1`` does not try.
+``HICACHE_SKIP_NATIVE_BUILD=1`` does not try. The CUDA kernels are part of it where nvcc is found:
+csrc/cuda.cmake names the options. Without ``HICACHE_FORCE_CUDA_BUILD=1``, an nvcc that fails leaves the
+CPU kernels.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -34,14 +37,23 @@ class CMakeBuild(build_ext):
         if flag("HICACHE_SKIP_NATIVE_BUILD"):
             print("hicache: HICACHE_SKIP_NATIVE_BUILD=1: no native extension", file=sys.stderr)
             return
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        cpu_only = flag("HICACHE_SKIP_CUDA_BUILD")
+        forced_cuda = flag("HICACHE_FORCE_CUDA_BUILD")
         try:
-            self.cmake(Path(self.get_ext_fullpath(ext.name)).resolve())
+            try:
+                self.cmake(target, os.environ)
+            except subprocess.CalledProcessError as error:
+                if cpu_only or forced_cuda:
+                    raise
+                print(f"hicache: the build failed, trying again without CUDA: {error}", file=sys.stderr)
+                self.cmake(target, {**os.environ, "HICACHE_SKIP_CUDA_BUILD": "1"})
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
-            if flag("HICACHE_FORCE_NATIVE_BUILD"):
+            if flag("HICACHE_FORCE_NATIVE_BUILD") or forced_cuda:
                 raise
             print(f"hicache: built without the native extension: {error}", file=sys.stderr)
 
-    def cmake(self, target: Path) -> None:
+    def cmake(self, target: Path, environment: Mapping[str, str]) -> None:
         import pybind11
 
         # From nothing each time: an older cache names the ninja of a build environment that is gone, and an
@@ -60,8 +72,8 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
         ]  # fmt: skip
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        subprocess.run(configure, check=True, env=environment)
+        subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)
 
 
 setup(

@@ -1,10 +1,10 @@
-// Python bindings: addresses, sizes and numbers. No torch: the extension works with any version of it.
+// Python bindings: addresses, sizes and dtype codes. No torch: the extension works with any version of it.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
-#include <vector>
+#include <string>
 
 #include "hicache/launch.h"
 
@@ -15,47 +15,72 @@ namespace {
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-history past(uintptr_t orders, int64_t order_stride, int num_orders, int type) {
-  if (num_orders < 1 || num_orders > kMaxOrders) throw std::invalid_argument("expected 1 to 5 orders");
-  if (type < 0 || type > 3) throw std::invalid_argument("unknown dtype code");
-  return {pointer(orders), order_stride, num_orders - 1, static_cast<dtype>(type)};
-}
-
 // Every table index is checked here once more: a wrong one would call a wild pointer.
 int checked(int value, int low, int high, const char* name) {
   if (value < low || value > high) throw std::invalid_argument(std::string("out of range: ") + name);
   return value;
 }
 
-void update(uintptr_t orders, int64_t order_stride, int num_orders, int type, int64_t numel, int read, double inv_gap,
-            int threads) {
-  const auto args = cascade_args{past(orders, order_stride, num_orders, type), numel,
-                                 checked(read, 0, num_orders - 1, "filled"), inv_gap, nullptr, nullptr};
-  py::gil_scoped_release release;
-  cpu_update(args, threads);
+history past(uintptr_t orders, int64_t order_stride, int num_orders, int type) {
+  return {pointer(orders), order_stride, checked(num_orders, 1, kMaxOrders, "orders") - 1,
+          static_cast<dtype>(checked(type, 0, 3, "dtype"))};
 }
 
-void forecast(uintptr_t orders, int64_t order_stride, int num_orders, int type, int64_t numel,
-              const std::vector<double>& coeffs, uintptr_t out, int threads) {
-  const int last = checked(static_cast<int>(coeffs.size()), 1, num_orders, "coeffs") - 1;
-  const auto args = cascade_args{past(orders, order_stride, num_orders, type), numel, last, 0.0, coeffs.data(),
-                                 pointer(out)};
-  py::gil_scoped_release release;
-  cpu_forecast(args, threads);
+scalars numbers(uintptr_t address, int type) {
+  if (type != static_cast<int>(dtype::f32) && type != static_cast<int>(dtype::f64)) {
+    throw std::invalid_argument("expected coefficients and gaps of float32 or float64");
+  }
+  return {pointer(address), static_cast<dtype>(type)};
 }
 
-void update_forecast(uintptr_t orders, int64_t order_stride, int num_orders, int type, int64_t numel, int read,
-                     double inv_gap, const std::vector<double>& coeffs, uintptr_t out, int threads) {
-  checked(static_cast<int>(coeffs.size()) - 1, read, read, "coeffs");
-  const auto args = cascade_args{past(orders, order_stride, num_orders, type), numel,
-                                 checked(read, 0, num_orders - 1, "filled"), inv_gap, coeffs.data(), pointer(out)};
+// LAUNCH runs the op, and Where says where: threads on the CPU; a device and a stream on CUDA.
+
+template <auto LAUNCH, class... Where>
+void update(uintptr_t orders, int64_t order_stride, int num_orders, int type, int64_t numel, int read,
+            uintptr_t inv_gap, int inv_gap_type, Where... where) {
+  cascade_args args = {};
+  args.past = past(orders, order_stride, num_orders, type);
+  args.numel = numel;
+  args.read = checked(read, 0, num_orders - 1, "filled");
+  args.inv_gap = numbers(inv_gap, inv_gap_type);
   py::gil_scoped_release release;
-  cpu_update_forecast(args, threads);
+  LAUNCH(args, where...);
 }
 
+template <auto LAUNCH, class... Where>
+void forecast(uintptr_t orders, int64_t order_stride, int num_orders, int type, int64_t numel, uintptr_t coeffs,
+              int coeffs_type, int num_coeffs, uintptr_t out, Where... where) {
+  cascade_args args = {};
+  args.past = past(orders, order_stride, num_orders, type);
+  args.numel = numel;
+  args.read = checked(num_coeffs, 1, num_orders, "coeffs") - 1;
+  args.coeffs = numbers(coeffs, coeffs_type);
+  args.out = pointer(out);
+  py::gil_scoped_release release;
+  LAUNCH(args, where...);
+}
+
+template <auto LAUNCH, class... Where>
+void update_forecast(uintptr_t orders, int64_t order_stride, int num_orders, int type, int64_t numel,
+                     uintptr_t inv_gap, int inv_gap_type, uintptr_t coeffs, int coeffs_type, int num_coeffs,
+                     uintptr_t out, Where... where) {
+  cascade_args args = {};
+  args.past = past(orders, order_stride, num_orders, type);
+  args.numel = numel;
+  args.read = checked(num_coeffs, 1, num_orders, "coeffs") - 1;
+  args.inv_gap = numbers(inv_gap, inv_gap_type);
+  args.coeffs = numbers(coeffs, coeffs_type);
+  args.out = pointer(out);
+  py::gil_scoped_release release;
+  LAUNCH(args, where...);
+}
+
+// An inv_gap of 0 is none: no update is pending. Gates of 0 are none: every gate is one.
+template <auto LAUNCH, class... Where>
 void gated_sum(uintptr_t orders, int64_t order_stride, int num_orders, int type, int64_t term_stride, int64_t terms,
                int64_t batch, int64_t rows, int64_t channels, int base_type, uintptr_t base, uintptr_t gates,
-               const std::vector<double>& coeffs, uintptr_t out, bool update, double inv_gap, int threads) {
+               uintptr_t inv_gap, int inv_gap_type, uintptr_t coeffs, int coeffs_type, int num_coeffs, uintptr_t out,
+               Where... where) {
   sum_args args = {};
   args.past = past(orders, order_stride, num_orders, type);
   args.term_stride = term_stride;
@@ -67,22 +92,38 @@ void gated_sum(uintptr_t orders, int64_t order_stride, int num_orders, int type,
   args.base = pointer(base);
   args.gates = pointer(gates);
   args.out = pointer(out);
-  args.orders_used = checked(static_cast<int>(coeffs.size()), 1, num_orders, "coeffs");
-  args.coeffs = coeffs.data();
-  args.update = update;
-  args.inv_gap = inv_gap;
+  args.orders_used = checked(num_coeffs, 1, num_orders, "coeffs");
+  args.coeffs = numbers(coeffs, coeffs_type);
+  args.update = inv_gap != 0;
+  args.inv_gap = numbers(inv_gap, inv_gap_type);
   py::gil_scoped_release release;
-  cpu_gated_sum(args, threads);
+  LAUNCH(args, where...);
+}
+
+py::tuple archs() {
+#if defined(HICACHE_CUDA)
+  return py::tuple(py::cast(cuda_archs()));
+#else
+  return py::tuple();
+#endif
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "HiCache kernels for the CPU, on raw addresses. Use hicache_kernels, which validates.";
+  m.doc() = "HiCache kernels on raw addresses. Use hicache_kernels, which validates.";
   m.attr("MAX_ORDERS") = kMaxOrders;
+  m.def("launches", [] { return launch_count.load(); }, "CPU kernel calls and CUDA launches of this process so far.");
   m.def("cpu_isa", &cpu_isa);
-  m.def("update_", &update);
-  m.def("forecast", &forecast);
-  m.def("update_forecast_", &update_forecast);
-  m.def("gated_sum", &gated_sum);
+  m.def("update_", &update<cpu_update, int>);
+  m.def("forecast", &forecast<cpu_forecast, int>);
+  m.def("update_forecast_", &update_forecast<cpu_update_forecast, int>);
+  m.def("gated_sum", &gated_sum<cpu_gated_sum, int>);
+  m.def("cuda_archs", &archs, "Compute capabilities compiled for, such as 90; none when built without CUDA.");
+#if defined(HICACHE_CUDA)
+  m.def("cuda_update_", &update<cuda_update, int, uintptr_t>);
+  m.def("cuda_forecast", &forecast<cuda_forecast, int, uintptr_t>);
+  m.def("cuda_update_forecast_", &update_forecast<cuda_update_forecast, int, uintptr_t>);
+  m.def("cuda_gated_sum", &gated_sum<cuda_gated_sum, int, uintptr_t>);
+#endif
 }

@@ -63,8 +63,11 @@ const kernel_table& table() {
   return chosen;
 }
 
-void launch(cascade_fn kernel, const cascade_args& args, int threads) {
-  parallel_for(args.numel, kGrain, kLeast, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+template <class Kernel, class Args>
+void launch(Kernel kernel, const Args& args, int64_t numel, int threads) {
+  if (numel == 0) return;
+  ++launch_count;
+  parallel_for(numel, kGrain, kLeast, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 }  // namespace
@@ -72,23 +75,22 @@ void launch(cascade_fn kernel, const cascade_args& args, int threads) {
 const char* cpu_isa() { return table().name; }
 
 void cpu_update(const cascade_args& args, int threads) {
-  launch(table().update[static_cast<int>(args.past.type)][args.read], args, threads);
+  launch(table().update[static_cast<int>(args.past.type)][args.read], args, args.numel, threads);
 }
 
 void cpu_update_forecast(const cascade_args& args, int threads) {
-  launch(table().update_forecast[static_cast<int>(args.past.type)][args.read], args, threads);
+  launch(table().update_forecast[static_cast<int>(args.past.type)][args.read], args, args.numel, threads);
 }
 
 void cpu_forecast(const cascade_args& args, int threads) {
-  launch(table().forecast[static_cast<int>(args.past.type)][args.read], args, threads);
+  launch(table().forecast[static_cast<int>(args.past.type)][args.read], args, args.numel, threads);
 }
 
 void cpu_gated_sum(const sum_args& args, int threads) {
   const sum_fn kernel =
       table().gated_sum[static_cast<int>(args.past.type)][static_cast<int>(args.base_type)][args.orders_used - 1];
   if (kernel == nullptr) throw std::invalid_argument("gated_sum: no native kernel for this pair of dtypes");
-  const int64_t numel = args.batch * args.rows * args.channels;
-  parallel_for(numel, kGrain, kLeast, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  launch(kernel, args, args.batch * args.rows * args.channels, threads);
 }
 
 }  // namespace hicache

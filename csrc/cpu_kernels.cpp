@@ -49,8 +49,8 @@ inline void for_each_vector(int64_t begin, int64_t end, Body body) {
 template <class A, int N>
 struct numbers {
   A values[N];
-  explicit numbers(const double* from) {
-    for (int k = 0; k < N; ++k) values[k] = static_cast<A>(from[k]);
+  explicit numbers(const scalars& from) {
+    for (int k = 0; k < N; ++k) values[k] = scalar<A>(from, k);
   }
 };
 
@@ -68,7 +68,7 @@ template <class T, int READ>
 void update(const cascade_args& a, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   T* const orders = static_cast<T*>(a.past.orders);
-  const A inv_gap = static_cast<A>(a.inv_gap);
+  const A inv_gap = scalar<A>(a.inv_gap, 0);
   for_each_vector<simd<A>::lanes>(begin, end, [&](auto tail, int64_t i, int count) {
     vector_t<A> d[READ + 1];
     cascade_at<decltype(tail)::value, READ>(orders, a.past.order_stride, a.past.top, i, count, inv_gap, d);
@@ -80,7 +80,7 @@ void update_forecast(const cascade_args& a, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   T* const orders = static_cast<T*>(a.past.orders);
   T* const out = static_cast<T*>(a.out);
-  const A inv_gap = static_cast<A>(a.inv_gap);
+  const A inv_gap = scalar<A>(a.inv_gap, 0);
   const numbers<A, READ + 1> coeffs(a.coeffs);
   for_each_vector<simd<A>::lanes>(begin, end, [&](auto tail, int64_t i, int count) {
     constexpr bool TAIL = decltype(tail)::value;
@@ -114,7 +114,7 @@ void gated_sum(const sum_args& a, int64_t begin, int64_t end) {
   const B* const base = static_cast<const B*>(a.base);
   const B* const gates = static_cast<const B*>(a.gates);
   B* const out = static_cast<B*>(a.out);
-  const A inv_gap = static_cast<A>(a.inv_gap);
+  const A inv_gap = a.update ? scalar<A>(a.inv_gap, 0) : A(0);
   const numbers<A, ORDERS> coeffs(a.coeffs);
   // Without gates a row has no meaning: one long row keeps the vectors whole.
   const int64_t channels = gates ? a.channels : end;

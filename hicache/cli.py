@@ -159,12 +159,14 @@ def info() -> int:
         rows += [(str(device), torch.cuda.get_device_name(device)) for device in devices[1:]]
     else:
         rows.append(("cuda", "no device"))
+        built = native.target(torch.device("cuda")) if native.cuda_archs() else "not built"
+        rows.append(("native on cuda", built))
     for device in devices:
         for name, reason in backend_status(device).items():
             if reason is not None:
                 state = f"not usable: {reason}"
             else:
-                state = f"usable ({native.isa()})" if name == "native" else "usable"
+                state = f"usable ({native.target(device)})" if name == "native" else "usable"
             rows.append((f"{name} on {device}", state))
     rows.append(("bases", ", ".join(known_bases())))
     width = max(len(name) for name, _ in rows)

@@ -18,7 +18,7 @@ from hicache_kernels.backends import native, reference, triton
 
 BACKENDS: Final[dict[str, ModuleType]] = {"reference": reference, "native": native, "triton": triton}
 # "auto" takes the first that can run; never Triton's interpreter, which is for tests
-_PREFERENCE: Final = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
+_PREFERENCE: Final = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 
 # define/impl rather than custom_op: cheaper to call, and these are called once a step
 _LIBRARY: Final = torch.library.Library("hicache", "DEF")

@@ -1,4 +1,8 @@
-"""The ops in C++ (``csrc/``): SIMD and threads on the CPU. Threads follow :func:`torch.set_num_threads`."""
+"""The ops in C++ (``csrc/``): SIMD and threads on the CPU, CUDA kernels where nvcc was found at build time.
+
+CPU threads follow :func:`torch.set_num_threads`. On CUDA an op is one launch on the current stream of the
+tensors' device, with coefficients and gaps read there (fp32 and float64 as they are), so it can be captured.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ except ImportError as error:
     _native = None
     _MISSING = f"the native extension is not built ({error}); reinstall where a C++17 compiler is found"
 
-# hicache::dtype in csrc/include/hicache/cpu.h
+# hicache::dtype in csrc/include/hicache/kernels.h
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
@@ -25,8 +29,25 @@ def unavailable(device: torch.device) -> str | None:
     """Why this backend cannot run on ``device``; None when it can."""
     if _MISSING is not None:
         return _MISSING
+    if device.type == "cuda":
+        return _no_cuda(device)
     if device.type != "cpu":
-        return f"it runs on CPU tensors, and these are on {device.type}"
+        return f"it runs on CPU and CUDA tensors, and these are on {device.type}"
+    return None
+
+
+def _no_cuda(device: torch.device) -> str | None:
+    archs = cuda_archs()
+    if not archs:
+        return (
+            "the native extension was built without CUDA: no working nvcc was found at build time, or "
+            "HICACHE_SKIP_CUDA_BUILD was 1"
+        )
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor < archs[0]:
+        return f"it was built for compute capability {archs[0]} and above, and this device has {major}{minor}"
     return None
 
 
@@ -47,28 +68,64 @@ def isa() -> str:
     return str(_native.cpu_isa())
 
 
-def _history(orders: Tensor) -> tuple[int, int, int, int]:
-    return orders.data_ptr(), orders.stride(0), orders.shape[0], _CODES[orders.dtype]
+def cuda_archs() -> tuple[int, ...]:
+    """Compute capabilities the CUDA kernels are compiled for, such as 90, ascending; none without CUDA."""
+    return () if _MISSING is not None else tuple(_native.cuda_archs())
+
+
+def target(device: torch.device) -> str:
+    """What the kernels for a device were compiled for: ``avx512``, or ``sm_80, sm_90, sm_100``."""
+    return isa() if device.type == "cpu" else ", ".join(f"sm_{arch}" for arch in cuda_archs())
+
+
+def launches() -> int:
+    """Calls of a CPU kernel and launches of a CUDA one by this process so far; one an op that has work."""
+    return int(_native.launches())
+
+
+def _run(op: str, orders: Tensor, *arguments: int) -> None:
+    history = orders.data_ptr(), orders.stride(0), orders.shape[0], _CODES[orders.dtype]
+    if orders.is_cuda:
+        stream = torch.cuda.current_stream(orders.device).cuda_stream
+        getattr(_native, f"cuda_{op}")(*history, *arguments, orders.device.index, stream)
+    else:
+        getattr(_native, op)(*history, *arguments, torch.get_num_threads())
+
+
+def _readable(numbers: Tensor) -> Tensor:
+    """Coefficients or a gap as kernels read them, on their device: fp32 or float64, one after the other.
+
+    Another dtype or stride costs a copy; what comes back must outlive the call.
+    """
+    if numbers.dtype not in (torch.float32, torch.float64):
+        numbers = numbers.float()
+    return numbers.contiguous()
+
+
+def _at(numbers: Tensor) -> tuple[int, int]:
+    return numbers.data_ptr(), _CODES[numbers.dtype]
 
 
 def update_(orders: Tensor, inv_gap: Tensor, filled: int) -> None:
-    _native.update_(*_history(orders), orders[0].numel(), filled, inv_gap.item(), torch.get_num_threads())
+    inv_gap = _readable(inv_gap)
+    _run("update_", orders, orders[0].numel(), filled, *_at(inv_gap))
 
 
 def forecast(orders: Tensor, coeffs: Tensor, out: Tensor) -> None:
-    threads = torch.get_num_threads()
-    _native.forecast(*_history(orders), out.numel(), coeffs.tolist(), out.data_ptr(), threads)
+    coeffs = _readable(coeffs)
+    _run("forecast", orders, out.numel(), *_at(coeffs), len(coeffs), out.data_ptr())
 
 
 def update_forecast_(orders: Tensor, inv_gap: Tensor, coeffs: Tensor, filled: int, out: Tensor) -> None:
-    _native.update_forecast_(
-        *_history(orders),
+    inv_gap, coeffs = _readable(inv_gap), _readable(coeffs)
+    _run(
+        "update_forecast_",
+        orders,
         out.numel(),
-        filled,
-        inv_gap.item(),
-        coeffs.tolist(),
+        *_at(inv_gap),
+        *_at(coeffs),
+        len(coeffs),
         out.data_ptr(),
-        torch.get_num_threads(),
     )
 
 
@@ -81,9 +138,12 @@ def gated_sum(
     filled: int,
     out: Tensor,
 ) -> None:
+    coeffs = _readable(coeffs)
+    inv_gap = None if inv_gap is None else _readable(inv_gap)
     batch, channels = base.shape[0], base.shape[-1]
-    _native.gated_sum(
-        *_history(orders),
+    _run(
+        "gated_sum",
+        orders,
         orders.stride(1),
         orders.shape[1],
         batch,
@@ -92,9 +152,8 @@ def gated_sum(
         _CODES[base.dtype],
         base.data_ptr(),
         0 if gates is None else gates.data_ptr(),
-        coeffs.tolist(),
+        *((0, 0) if inv_gap is None else _at(inv_gap)),
+        *_at(coeffs),
+        len(coeffs),
         out.data_ptr(),
-        inv_gap is not None,
-        0.0 if inv_gap is None else inv_gap.item(),
-        torch.get_num_threads(),
     )

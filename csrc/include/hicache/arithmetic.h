@@ -1,6 +1,6 @@
 // The arithmetic of HiCache on one column of differences: the cascade and the forecast.
 //
-// V is float, double, or a SIMD vector of either; S is its scalar. Operations are written in the order in which the
+// V is float, double, or a vector of either; S is its scalar. Operations are written in the order in which the
 // readable reference does them and are compiled without contraction, so results agree with it bit for bit.
 #pragma once
 
@@ -13,6 +13,7 @@ namespace hicache {
 template <int READ, class V, class S>
 HICACHE_INLINE void cascade(V feature, V (&d)[READ + 1], S inv_gap) {
   V fresh = feature;
+  HICACHE_UNROLL
   for (int i = 0; i < READ; ++i) {
     const V old = d[i];
     d[i] = fresh;
@@ -25,6 +26,7 @@ HICACHE_INLINE void cascade(V feature, V (&d)[READ + 1], S inv_gap) {
 template <int TERMS, class V, class S>
 HICACHE_INLINE V evaluate(const V (&d)[TERMS], const S (&coeffs)[TERMS]) {
   V sum = d[0] * coeffs[0];
+  HICACHE_UNROLL
   for (int k = 1; k < TERMS; ++k) sum = sum + d[k] * coeffs[k];
   return sum;
 }

@@ -1,14 +1,28 @@
-// The CPU launchers, called by the Python bindings. Arguments are validated by the caller.
+// The launchers, called by the Python bindings. Arguments are validated by the caller.
 #pragma once
 
-#include "hicache/cpu.h"
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "hicache/kernels.h"
 
 namespace hicache {
+
+inline std::atomic<int64_t> launch_count{0};  // calls of a CPU kernel and launches of a CUDA one, in this process
 
 const char* cpu_isa();  // "avx512", "avx2" or "baseline": what this process runs
 void cpu_update(const cascade_args& args, int threads);
 void cpu_update_forecast(const cascade_args& args, int threads);
-void cpu_forecast(const cascade_args& args, int threads);  // args.read: coefficients − 1
+void cpu_forecast(const cascade_args& args, int threads);
 void cpu_gated_sum(const sum_args& args, int threads);
+
+// One launch each on the stream's device, nothing allocated and nothing waited for: they can be captured. They throw
+// std::runtime_error when CUDA reports an error.
+std::vector<int> cuda_archs();  // compute capabilities compiled for, ascending
+void cuda_update(const cascade_args& args, int device, uintptr_t stream);
+void cuda_update_forecast(const cascade_args& args, int device, uintptr_t stream);
+void cuda_forecast(const cascade_args& args, int device, uintptr_t stream);
+void cuda_gated_sum(const sum_args& args, int device, uintptr_t stream);
 
 }  // namespace hicache

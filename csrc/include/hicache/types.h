@@ -5,7 +5,13 @@
 #include <cstring>
 
 // Always inlined: a copy kept out of line could be one built for another instruction set.
+#if defined(__CUDACC__)
+#define HICACHE_INLINE static __host__ __device__ __forceinline__
+#define HICACHE_UNROLL _Pragma("unroll")
+#else
 #define HICACHE_INLINE static inline __attribute__((always_inline))
+#define HICACHE_UNROLL
+#endif
 
 namespace hicache {
 
@@ -45,26 +51,39 @@ HICACHE_INLINE double widen(double value) { return value; }
 HICACHE_INLINE float widen(bf16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
 
 HICACHE_INLINE float widen(fp16 value) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+#else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // inf, nan
   // Multiplying by 2^112 moves the exponent bias from 15 to 127 and normalises subnormals, exactly.
   return float_of(sign | bits_of(float_of(magnitude << 13) * float_of(239u << 23)));
+#endif
 }
 
 HICACHE_INLINE void narrow(float value, float& out) { out = value; }
 HICACHE_INLINE void narrow(double value, double& out) { out = value; }
 
 HICACHE_INLINE void narrow(float value, bf16& out) {  // round to nearest, ties to even
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+#else
   const uint32_t bits = bits_of(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) {
     out.bits = static_cast<uint16_t>(bits >> 16 | 0x40u);  // keep a nan a nan
   } else {
     out.bits = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
   }
+#endif
 }
 
 HICACHE_INLINE void narrow(float value, fp16& out) {  // round to nearest, ties to even
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+#else
   const uint32_t bits = bits_of(value);
   const uint32_t sign = bits >> 16 & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -80,6 +99,7 @@ HICACHE_INLINE void narrow(float value, fp16& out) {  // round to nearest, ties 
     half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
   }
   out.bits = static_cast<uint16_t>(sign | half);
+#endif
 }
 
 }  // namespace hicache

@@ -1,0 +1,223 @@
+// What one CUDA thread does, given its number and how many there are. Plain C++, so that it can be run anywhere.
+#pragma once
+
+#include "hicache/arithmetic.h"
+#include "hicache/cuda.h"
+
+namespace hicache {
+
+// LANES neighbouring numbers in registers, with the operators the arithmetic is written in.
+template <class A, int LANES>
+struct lanes {
+  A at[LANES];
+};
+
+template <class A, int LANES>
+HICACHE_INLINE lanes<A, LANES> operator+(const lanes<A, LANES>& a, const lanes<A, LANES>& b) {
+  lanes<A, LANES> out;
+  HICACHE_UNROLL
+  for (int i = 0; i < LANES; ++i) out.at[i] = a.at[i] + b.at[i];
+  return out;
+}
+
+template <class A, int LANES>
+HICACHE_INLINE lanes<A, LANES> operator-(const lanes<A, LANES>& a, const lanes<A, LANES>& b) {
+  lanes<A, LANES> out;
+  HICACHE_UNROLL
+  for (int i = 0; i < LANES; ++i) out.at[i] = a.at[i] - b.at[i];
+  return out;
+}
+
+template <class A, int LANES>
+HICACHE_INLINE lanes<A, LANES> operator*(const lanes<A, LANES>& a, const lanes<A, LANES>& b) {
+  lanes<A, LANES> out;
+  HICACHE_UNROLL
+  for (int i = 0; i < LANES; ++i) out.at[i] = a.at[i] * b.at[i];
+  return out;
+}
+
+template <class A, int LANES>
+HICACHE_INLINE lanes<A, LANES> operator*(const lanes<A, LANES>& a, A b) {
+  lanes<A, LANES> out;
+  HICACHE_UNROLL
+  for (int i = 0; i < LANES; ++i) out.at[i] = a.at[i] * b;
+  return out;
+}
+
+// The same numbers as they are stored: kept so until they are needed, for a narrow type fills fewer registers.
+template <class T, int LANES>
+struct alignas(LANES == 1 ? alignof(T) : 16) pack {
+  T at[LANES];
+};
+
+struct alignas(16) chunk {
+  uint32_t words[4];
+};
+
+template <int LANES, class T>
+HICACHE_INLINE pack<T, LANES> load(const T* from) {
+  pack<T, LANES> out;
+  if constexpr (LANES == 1) {
+    out.at[0] = from[0];
+  } else {
+    HICACHE_UNROLL
+    for (int i = 0; i < static_cast<int>(sizeof out / sizeof(chunk)); ++i) {
+      const chunk part = reinterpret_cast<const chunk*>(from)[i];
+      std::memcpy(reinterpret_cast<char*>(&out) + i * sizeof part, &part, sizeof part);
+    }
+  }
+  return out;
+}
+
+template <int LANES, class T>
+HICACHE_INLINE lanes<accumulate_t<T>, LANES> widen(const pack<T, LANES>& from) {
+  lanes<accumulate_t<T>, LANES> out;
+  HICACHE_UNROLL
+  for (int i = 0; i < LANES; ++i) out.at[i] = widen(from.at[i]);
+  return out;
+}
+
+template <int LANES, class T>
+HICACHE_INLINE void store(T* to, const lanes<accumulate_t<T>, LANES>& value) {
+  pack<T, LANES> out;
+  HICACHE_UNROLL
+  for (int i = 0; i < LANES; ++i) narrow(value.at[i], out.at[i]);
+  if constexpr (LANES == 1) {
+    to[0] = out.at[0];
+  } else {
+    HICACHE_UNROLL
+    for (int i = 0; i < static_cast<int>(sizeof out / sizeof(chunk)); ++i) {
+      chunk part;
+      std::memcpy(&part, reinterpret_cast<const char*>(&out) + i * sizeof part, sizeof part);
+      reinterpret_cast<chunk*>(to)[i] = part;
+    }
+  }
+}
+
+// The feature last, after the READ old differences: every load, before any store goes to the row it sits in.
+template <int LANES, int READ, class T>
+HICACHE_INLINE void load_old(const T* orders, int64_t stride, int top, pack<T, LANES> (&old)[READ + 1]) {
+  HICACHE_UNROLL
+  for (int k = 0; k < READ; ++k) old[k] = load<LANES>(orders + k * stride);
+  old[READ] = load<LANES>(orders + top * stride);
+}
+
+template <int LANES, int READ, class T, class A>
+HICACHE_INLINE void store_new(T* orders, int64_t stride, const pack<T, LANES> (&old)[READ + 1], A inv_gap,
+                              lanes<A, LANES> (&d)[READ + 1]) {
+  HICACHE_UNROLL
+  for (int k = 0; k < READ; ++k) d[k] = widen<LANES>(old[k]);
+  cascade<READ>(widen<LANES>(old[READ]), d, inv_gap);
+  HICACHE_UNROLL
+  for (int k = 0; k <= READ; ++k) store<LANES>(orders + k * stride, d[k]);
+}
+
+template <class A, int N>
+struct weights {
+  A at[N];
+};
+
+template <class A, int N>
+HICACHE_INLINE weights<A, N> load_weights(const scalars& from) {
+  weights<A, N> out;
+  HICACHE_UNROLL
+  for (int k = 0; k < N; ++k) out.at[k] = scalar<A>(from, k);
+  return out;
+}
+
+template <class T, int LANES, int READ, bool FORECAST>
+HICACHE_INLINE void update_thread(const cascade_args& a, int64_t thread, int64_t threads) {
+  using A = accumulate_t<T>;
+  T* const orders = static_cast<T*>(a.past.orders);
+  const A inv_gap = scalar<A>(a.inv_gap, 0);
+  weights<A, READ + 1> coeffs = {};
+  if constexpr (FORECAST) coeffs = load_weights<A, READ + 1>(a.coeffs);
+  for (int64_t i = thread * LANES; i < a.numel; i += threads * LANES) {
+    pack<T, LANES> old[READ + 1];
+    lanes<A, LANES> d[READ + 1];
+    load_old<LANES, READ>(orders + i, a.past.order_stride, a.past.top, old);
+    store_new<LANES, READ>(orders + i, a.past.order_stride, old, inv_gap, d);
+    if constexpr (FORECAST) store<LANES>(static_cast<T*>(a.out) + i, evaluate<READ + 1>(d, coeffs.at));
+  }
+}
+
+template <class T, int LANES, int TERMS>
+HICACHE_INLINE void forecast_thread(const cascade_args& a, int64_t thread, int64_t threads) {
+  using A = accumulate_t<T>;
+  const T* const orders = static_cast<const T*>(a.past.orders);
+  const weights<A, TERMS> coeffs = load_weights<A, TERMS>(a.coeffs);
+  for (int64_t i = thread * LANES; i < a.numel; i += threads * LANES) {
+    lanes<A, LANES> d[TERMS];
+    HICACHE_UNROLL
+    for (int k = 0; k < TERMS; ++k) d[k] = widen<LANES>(load<LANES>(orders + i + k * a.past.order_stride));
+    store<LANES>(static_cast<T*>(a.out) + i, evaluate<TERMS>(d, coeffs.at));
+  }
+}
+
+// One tile of gated_sum: ROWS rows from number `at` on, LANES channels wide; `gate` is that of the first term, or null.
+template <class T, class B, int LANES, int ROWS, int ORDERS, bool UPDATE>
+HICACHE_INLINE void sum_tile(const sum_args& a, int64_t at, const B* gate) {
+  using A = accumulate_t<T>;
+  constexpr int READ = ORDERS - 1;
+  const A inv_gap = UPDATE ? scalar<A>(a.inv_gap, 0) : A(0);
+  const weights<A, ORDERS> coeffs = load_weights<A, ORDERS>(a.coeffs);
+  lanes<A, LANES> sums[ROWS];
+  HICACHE_UNROLL
+  for (int row = 0; row < ROWS; ++row) {
+    sums[row] = widen<LANES>(load<LANES>(static_cast<const B*>(a.base) + at + row * a.channels));
+  }
+  T* slot = static_cast<T*>(a.past.orders) + at;
+  for (int64_t term = 0; term < a.terms; ++term) {
+    // The whole tile is asked for before any of it is used or stored: memory is far, and it is asked in parallel.
+    pack<T, LANES> old[ROWS][ORDERS];
+    HICACHE_UNROLL
+    for (int row = 0; row < ROWS; ++row) {
+      const int top = UPDATE ? a.past.top : READ;
+      load_old<LANES, READ>(slot + row * a.channels, a.past.order_stride, top, old[row]);
+    }
+    pack<B, LANES> gates = {};
+    if (gate) gates = load<LANES>(gate);
+    HICACHE_UNROLL
+    for (int row = 0; row < ROWS; ++row) {
+      lanes<A, LANES> d[ORDERS];
+      if constexpr (UPDATE) {
+        store_new<LANES, READ>(slot + row * a.channels, a.past.order_stride, old[row], inv_gap, d);
+      } else {
+        HICACHE_UNROLL
+        for (int k = 0; k < ORDERS; ++k) d[k] = widen<LANES>(old[row][k]);
+      }
+      lanes<A, LANES> value = evaluate<ORDERS>(d, coeffs.at);
+      if (gate) value = value * widen<LANES>(gates);
+      sums[row] = sums[row] + value;
+    }
+    slot += a.term_stride;
+    if (gate) gate += a.batch * a.channels;
+  }
+  HICACHE_UNROLL
+  for (int row = 0; row < ROWS; ++row) {
+    store<LANES>(static_cast<B*>(a.out) + at + row * a.channels, sums[row]);
+  }
+}
+
+template <class T, class B, int LANES, int ROWS, int ORDERS, bool UPDATE>
+HICACHE_INLINE void sum_thread(const sum_tiles& s, int64_t thread, int64_t threads) {
+  const sum_args& a = s.args;
+  for (int64_t tile = thread; tile < s.count; tile += threads) {
+    const int64_t channel = tile % s.packs * LANES;
+    const int64_t group = tile / s.packs % s.groups;
+    const int64_t sample = tile / s.packs / s.groups;
+    const int64_t row = group * ROWS;
+    const int64_t at = (sample * a.rows + row) * a.channels + channel;
+    const B* const gate =
+        a.gates ? static_cast<const B*>(a.gates) + sample * a.channels + channel : nullptr;
+    if (row + ROWS <= a.rows && at + (ROWS - 1) * a.channels < s.numel) {
+      sum_tile<T, B, LANES, ROWS, ORDERS, UPDATE>(a, at, gate);
+    } else {
+      for (int64_t i = at; i < s.numel && i < at + (a.rows - row) * a.channels; i += a.channels) {
+        sum_tile<T, B, LANES, 1, ORDERS, UPDATE>(a, i, gate);
+      }
+    }
+  }
+}
+
+}  // namespace hicache
