@@ -7,7 +7,6 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -541,6 +540,29 @@ def test_a_forward_put_in_place_before_is_called_and_kept():
     assert attention.forward is forward
 
 
+def test_submodules_put_in_place_after_apply_are_cached():
+    """As adapters do it: the model's own module inside another."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base = base
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + 0.1 * x.mean(-1, keepdim=True)
+
+    model, calls = build("flux")
+    block = model.single_transformer_blocks[0]
+    scheduler = Steps()
+    with hicache.reference.apply(model, config(), scheduler=scheduler):
+        unadapted = run(model, calls, scheduler)
+        block.proj_out = Adapted(block.proj_out)
+        ours = run(model, calls, scheduler)
+    expected = cached(model, calls, config())
+    assert torch.equal(ours, expected)
+    assert not torch.equal(ours, unadapted)
+
+
 def test_blocks_are_free_to_work_in_place():
     model, calls = build("flux")
 
@@ -593,22 +615,16 @@ def test_training_is_left_alone():
 # Errors.
 
 
-@pytest.mark.parametrize("second", ["reference", "fast"])
-def test_not_together_with_the_fast_path(second: str):
+@pytest.mark.parametrize("order", [("fast", "reference"), ("reference", "fast")], ids=" then ".join)
+def test_not_together_with_the_fast_path(order: tuple[str, str]):
     pipe, arguments = tiny.flux()
     plain = tiny.draw(pipe, arguments)
-
-    @contextmanager
-    def both() -> Iterator[None]:
-        if second == "reference":
-            with hicache.fast.apply(pipe), hicache.reference.apply(pipe):
-                yield
-        with hicache.reference.apply(pipe), hicache.fast.apply(pipe):
-            yield
-
-    with pytest.raises((ValueError, RuntimeError), match=r"hicache\.fast.*hicache\.reference"):
-        with both():
-            tiny.draw(pipe, arguments)
+    first, second = ({"fast": hicache.fast, "reference": hicache.reference}[name] for name in order)
+    with first.apply(pipe, EVERY_THIRD):
+        with pytest.raises((ValueError, RuntimeError), match=r"hicache\.fast.*hicache\.reference"):
+            with second.apply(pipe, EVERY_THIRD):
+                tiny.draw(pipe, arguments)
+        assert not torch.equal(tiny.draw(pipe, arguments), plain)  # the first goes on
     assert torch.equal(tiny.draw(pipe, arguments), plain)
 
 
