@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -12,6 +15,8 @@ from torch import Tensor, nn
 
 from hicache.config import HiCacheConfig
 from hicache.engine import Engine
+from hicache.granularity import Granularity, Module, Stack, Unfit
+from hicache.models.features import ModuleAdapter
 from hicache.models.generic import BLOCK_ONLY_ARGUMENTS, UNCACHED, StackAdapter
 from hicache.schedule import bound, with_speedup
 from hicache.stats import Stopwatch
@@ -79,13 +84,39 @@ class Context:
         self.first_step = first_step
         self.full_steps = 0
         self.skipped_steps = 0
+        self.planned = 0  # bytes of history it wants in module granularity, from its first full step on
         self.remembered: list[Any] = []  # rotary embeddings of the last full step
 
 
-class Denoiser:
-    """One hooked transformer: decides about every call, and records or forecasts."""
+@dataclass(frozen=True)
+class Policy:
+    """What a user wants cached: ``"module"``, ``"stack"``, or ``"auto"``: module if it fits the budget."""
 
-    def __init__(self, name: str, module: nn.Module, adapter: StackAdapter, session: Session) -> None:
+    granularity: str
+    memory_budget: int  # bytes
+
+
+class Denoiser:
+    """One hooked transformer: decides about every call, and records or forecasts.
+
+    Args:
+        name: the pipeline's for it.
+        module: the transformer.
+        adapter: hooks its blocks and its head.
+        modules: knows what its modules compute; None where nobody does.
+        policy: what to cache.
+        session: what all denoisers of the pipeline share.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        adapter: StackAdapter,
+        modules: ModuleAdapter | None,
+        policy: Policy,
+        session: Session,
+    ) -> None:
         self.name = name
         self.module = module
         self.adapter = adapter
@@ -98,25 +129,40 @@ class Denoiser:
         self._ordinal = 0
         self._current: Context | None = None
         self._local_step = 0
-        self._base: Tensor | None = None
-        self._slot: Tensor | None = None
+        self._named: Mapping[str, Any] = {}
         self._recorded = False
+        self._policy = policy
+        self._stack = Stack()
+        self._modules = None if modules is None or policy.granularity == "stack" else Module(modules)
+        self._why_stack = (
+            "asked for"
+            if policy.granularity == "stack"
+            else f"no adapter knows the modules of {adapter.name}"
+        )
+        self.granularity: Granularity = self._modules or self._stack
+        self._too_much: set[Any] = set()  # contexts of earlier runs whose modules did not fit
+        self._watched: list[nn.Module] = []  # modules whose outputs are recorded
+        self._unwatch: list[Callable[[], None]] = []
+        self._device = torch.device("cpu")  # of the hidden state of the current call
         self._warned: set[str] = set()
         self.skipping = False
-        self._hooks: list[Any] = []
+        self._undo: list[Callable[[], None]] = []
 
     def install(self) -> None:
-        self._hooks = [
-            self.module.register_forward_pre_hook(self._before, with_kwargs=True),
+        self._undo = [
+            self.module.register_forward_pre_hook(self._before, with_kwargs=True).remove,
             # also after an exception: nothing of a call may reach the next one
-            self.module.register_forward_hook(self._after, always_call=True),
+            self.module.register_forward_hook(self._after, always_call=True).remove,
         ]
         self.adapter.install(self)
+        if self._modules is not None:
+            self._undo += self._modules.adapter.hooks()
+            self._watch(self._modules)
 
     def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._watch(None)
+        while self._undo:
+            self._undo.pop()()
         self.adapter.remove()
 
     def release(self) -> None:
@@ -124,6 +170,16 @@ class Denoiser:
         for context in self.contexts.values():
             context.engine.release()
             context.remembered.clear()
+
+    @property
+    def choice(self) -> str:
+        """What is cached of the current run's calls, and why."""
+        if self.granularity is self._stack:
+            return f"stack: {self._why_stack}"
+        planned = sum(context.planned for context in self.contexts.values())
+        if self._policy.granularity == "module":
+            return f"module: asked for; {planned:,} bytes"
+        return f"module: {planned:,} bytes fit memory_budget={self._policy.memory_budget:,}"
 
     @property
     def nbytes(self) -> int:
@@ -157,6 +213,7 @@ class Denoiser:
         self.adapter.begin(checked=not dropped)
         context = self._context(named)
         self._current = context
+        self._named = named
         self._local_step = clock.step - context.first_step
         self._recorded = False
         if context.engine.is_full(self._local_step):
@@ -173,51 +230,54 @@ class Denoiser:
     def remembered(self) -> list[Any]:
         return [] if self._current is None else self._current.remembered
 
-    def base(self, hidden: Tensor) -> None:
+    def base(self, hidden: Tensor, call: Mapping[str, Any]) -> None:
         context = self._current
         if context is None:
             return
         started = self.session.watch.start(hidden.device)
         with torch.no_grad():
-            [slot] = context.engine.open([hidden.shape], hidden.dtype, hidden.device)
-            # A copy: blocks may work in place. The inbox has room for it unless it would round.
-            exact = torch.promote_types(slot.dtype, hidden.dtype) == slot.dtype
-            self._base = slot.copy_(hidden) if exact else hidden.detach().clone()
-            self._slot = slot
+            self._device = hidden.device
+            self._choose(context, hidden, call)
+            self.granularity.open(context.engine, hidden, call, self._named)
         self.session.watch.stop(started)
 
     def result(self, hidden: Tensor) -> None:
-        context, base, slot = self._current, self._base, self._slot
-        self._base = self._slot = None
-        if context is None or base is None or slot is None:
+        context, granularity = self._current, self.granularity
+        if context is None or not granularity.opened:
             return
-        if hidden.shape != base.shape:
-            self._warn(
-                f"gives its head a hidden state {tuple(hidden.shape)} that is not of the shape of its first "
-                f"block's, {tuple(base.shape)}: this call runs uncached"
-            )
-            context.engine.reset(num_steps=context.engine.num_steps)
-            self._recorded = True
-            return
+        self._recorded = True
         started = self.session.watch.start(hidden.device)
-        with torch.no_grad():
-            torch.sub(hidden.to(slot.device), base, out=slot)
+        try:
+            with torch.no_grad():
+                granularity.close(hidden)
+        except Unfit as error:
+            context.engine.reset(num_steps=context.engine.num_steps)
+            if granularity is self._stack:
+                self._warn(f"{error}: this call runs uncached")
+            else:
+                self._warn(f"{error}; its stack is cached instead")
+                self._fall_back(f"{self.adapter.name} {error}")
+                self._modules = None
+                self._watch(None)
+            return
         context.engine.commit(self._local_step)
         self.session.watch.stop(started)
-        self._recorded = True
 
-    def forecast(self, base: Tensor) -> Tensor:
-        assert self._current is not None
+    def forecast(self, base: Tensor, call: Mapping[str, Any]) -> Tensor:
+        context = self._current
+        assert context is not None
         started = self.session.watch.start(base.device)
         with torch.no_grad():
-            out = self._current.engine.gated_sum(self._local_step, base)
+            out = self.granularity.forecast(context.engine, self._local_step, base, call, self._named)
         self.session.watch.stop(started)
         return out
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         context, skipping = self._current, self.skipping
-        self._current = self._base = self._slot = None
+        self._current = None
+        self._named = {}
         self.skipping = False
+        self.granularity.end()
         iterated = self.adapter.iterated
         self.adapter.end()
         if output is None:  # the call raised
@@ -240,6 +300,80 @@ class Denoiser:
                 f"nothing could be recorded; {UNCACHED}"
             )
 
+    # What is cached.
+
+    def _choose(self, context: Context, hidden: Tensor, call: Mapping[str, Any]) -> None:
+        """Decide at a context's first full step whether its modules can be cached, and watch those of now."""
+        if self._modules is None or self.granularity is self._stack:
+            return
+        if not context.planned:
+            adapter = self._modules.adapter
+            shapes = [hidden.shape] * adapter.terms(call)
+            context.planned = context.engine.planned_nbytes(shapes, hidden.dtype)
+            refusal = adapter.refusal(call)
+            if refusal is not None:
+                refusal = f"{self.adapter.name}: {refusal}"
+            elif self._policy.granularity == "auto":
+                refusal = self._over_budget(context, hidden.device)
+            if refusal is not None:
+                self._fall_back(refusal)
+                return
+        self._watch(self._modules)
+
+    def _over_budget(self, context: Context, device: torch.device) -> str | None:
+        """Why the histories of this run's contexts must not be held; None when they may."""
+        planned = sum(other.planned for other in self.contexts.values())
+        budget = self._policy.memory_budget
+        config = self.session.config
+        keys = {(config, key) for key in self.contexts}
+        # A run in which the second context is too much has recorded its first in vain. From a warm-up of
+        # three steps on, what is recorded at the first is never used: without it the picture is the same.
+        if planned > budget or not self._too_much.isdisjoint(keys):
+            if config.warmup >= 3:
+                self._too_much.update(keys)
+            return f"its modules' history, {planned:,} bytes or more, is over memory_budget={budget:,}"
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            wanted = context.planned - context.engine.nbytes
+            if wanted > free:
+                why = f"its modules' history wants {wanted:,} bytes and {free:,} are free on {device}"
+                self._warn(f"is cached as a stack: {why}")
+                return why
+        return None
+
+    def _fall_back(self, reason: str) -> None:
+        """Cache the stack for the rest of the run, in every context."""
+        if self._policy.granularity == "module":
+            raise RuntimeError(
+                f"hicache: granularity='module' cannot be had: {reason}; use granularity='stack' or 'auto'"
+            )
+        self.granularity.end()
+        self.granularity, self._why_stack = self._stack, reason
+        for context in self.contexts.values():
+            context.engine.release()
+
+    def _watch(self, modules: Module | None) -> None:
+        """Record the outputs of a family's modules; LoRA may have put others in their places since."""
+        watched = [] if modules is None else [feature.module for feature in modules.adapter.features()]
+        if len(watched) == len(self._watched) and all(map(operator.is_, watched, self._watched)):
+            return
+        for undo in self._unwatch:
+            undo()
+        self._watched = watched
+        self._unwatch = [
+            module.register_forward_hook(functools.partial(self._feature, index)).remove
+            for index, module in enumerate(watched)
+        ]
+
+    def _feature(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        if self._current is None or self.skipping or not isinstance(self.granularity, Module):
+            return
+        started = self.session.watch.start(self._device)
+        with torch.no_grad():
+            self.granularity.add(index, output)
+        self.session.watch.stop(started)
+
     # Contexts and runs.
 
     def _start_run(self) -> None:
@@ -248,6 +382,7 @@ class Denoiser:
         self._step = -1
         self._idle = {key: c for key, c in self.contexts.items() if c.full_steps}
         self.contexts = {}
+        self.granularity = self._modules or self._stack
         self.session.start_run(clock.run, clock.num_steps)
 
     def _context(self, named: Mapping[str, Any]) -> Context:

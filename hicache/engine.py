@@ -69,6 +69,10 @@ class Engine:
         """Bytes of history held."""
         return 0 if self.history is None else self.history.nbytes
 
+    def planned_nbytes(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
+        """Bytes of history that features of these shapes and this dtype would take."""
+        return kernels.history_nbytes(shapes, self.config.order, self.config.history_dtype or dtype)
+
     def is_full(self, step: int) -> bool:
         """Whether the transformer runs at this step."""
         return is_full(self.config, step, self.last_full, self.num_steps)

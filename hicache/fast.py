@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from hicache.config import HiCacheConfig
-from hicache.denoiser import Denoiser, Session
+from hicache.denoiser import Denoiser, Policy, Session
+from hicache.models import registry
 from hicache.models.generic import StackAdapter
 from hicache.stats import ContextStats, Stats
 from hicache.tracker import SchedulerClock, TimestepClock
@@ -25,7 +26,10 @@ from hicache_kernels import BACKENDS, backend_status
 
 __all__ = ["ContextStats", "Handle", "Stats", "apply"]
 
-GRANULARITIES: Final = ("auto", "stack")
+GRANULARITIES: Final = ("auto", "module", "stack")
+# Of one denoiser's histories. Holds FLUX.1's modules at 1024² and order 2 (5.7 GB), not a video model's.
+# Fixed, and not a share of the card's memory: the same call draws the same picture on every card.
+MEMORY_BUDGET: Final = 8_000_000_000
 _ATTRIBUTE: Final = "_hicache_handle"
 
 
@@ -66,7 +70,15 @@ class Handle:
         }
         held = sum(denoiser.nbytes for denoiser in self._denoisers)
         session = self._session
-        return Stats(session.config, "stack", session.backend, contexts, held, session.watch.read())
+        return Stats(
+            session.config,
+            " and ".join(sorted({denoiser.granularity.name for denoiser in self._denoisers})),
+            session.backend,
+            contexts,
+            held,
+            session.watch.read(),
+            {denoiser.name: denoiser.choice for denoiser in self._denoisers},
+        )
 
     def release(self) -> None:
         """Free the memory of all histories. The pipeline stays cached: its next run allocates anew."""
@@ -107,6 +119,7 @@ def apply(
     speedup: float | None = None,
     scheduler: Any = None,
     granularity: str = "auto",
+    memory_budget: int = MEMORY_BUDGET,
     backend: str = "auto",
 ) -> Handle:
     """Cache a diffusers pipeline, or a bare transformer driven by a loop of your own.
@@ -124,7 +137,10 @@ def apply(
             and stays below.
         scheduler: what counts the steps, where it is not ``pipe.scheduler``. A bare transformer without one
             counts by its ``timestep`` argument.
-        granularity: what is cached: ``"stack"``, the residual of all blocks together; ``"auto"`` chooses.
+        granularity: what is cached: ``"module"``, every attention and MLP before its gate, as in the paper;
+            ``"stack"``, the residual of all blocks together; ``"auto"``, modules where they are known and
+            their history fits ``memory_budget``, else the stack. ``Handle.stats.choices`` says which.
+        memory_budget: bytes a denoiser's histories may take for ``"auto"`` to choose modules.
         backend: of :mod:`hicache_kernels`: ``"auto"`` or a name; a name never falls back silently.
 
     Returns:
@@ -137,12 +153,20 @@ def apply(
     config = _check_config(config)
     _check_choice("granularity", granularity, GRANULARITIES)
     _check_choice("backend", backend, ("auto", *BACKENDS))
+    _check_budget(memory_budget)
     modules = _denoisers(pipe)
     for module in modules.values():
         _check_backend(backend, module)
     clock_source = _scheduler_source(pipe, scheduler)
     _check_speedup(speedup, clock_source is not None)
     adapters = {name: StackAdapter(module) for name, module in modules.items()}
+    families = {name: registry.find(module) for name, module in modules.items()}
+    for name, family in families.items():
+        if family is None and granularity == "module":
+            raise ValueError(
+                f"hicache: granularity='module': the modules of {type(modules[name]).__name__} are not "
+                f"known; known are {', '.join(registry.known())}; use granularity='stack' or 'auto'"
+            )
 
     for module in modules.values():
         previous = module.__dict__.get(_ATTRIBUTE)
@@ -151,7 +175,11 @@ def apply(
     # everything that can fail has been checked: from here on the pipeline is changed
     clock = TimestepClock() if clock_source is None else SchedulerClock(clock_source)
     session = Session(clock, config, speedup, backend)
-    denoisers = [Denoiser(name, module, adapters[name], session) for name, module in modules.items()]
+    policy = Policy(granularity, memory_budget)
+    denoisers = [
+        Denoiser(name, module, adapters[name], families[name], policy, session)
+        for name, module in modules.items()
+    ]
     handle = Handle(session, denoisers)
     try:
         for denoiser in denoisers:
@@ -174,6 +202,13 @@ def _check_config(config: HiCacheConfig | None) -> HiCacheConfig:
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"hicache: unknown {name} {value!r}; expected one of {', '.join(known)}")
+
+
+def _check_budget(memory_budget: int) -> None:
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+        raise TypeError(f"hicache: expected memory_budget to be a number of bytes, got {memory_budget!r}")
+    if memory_budget < 0:
+        raise ValueError(f"hicache: expected memory_budget >= 0 bytes, got {memory_budget}")
 
 
 def _check_backend(backend: str, module: nn.Module) -> None:

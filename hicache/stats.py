@@ -25,11 +25,12 @@ class Stats:
     """What the cache did in the current run, or in the last one if none is going on."""
 
     config: HiCacheConfig  # as used: with speedup=, the interval it chose
-    granularity: str
+    granularity: str  # "module", "stack", or both where denoisers differ
     backend: str
     contexts: dict[str, ContextStats] = field(default_factory=dict)
     history_bytes: int = 0  # held, all contexts together, those the run no longer uses included
     cache_ms: float = 0.0  # time in recording and forecasting
+    choices: dict[str, str] = field(default_factory=dict)  # denoiser → what is cached of it, and why
 
     @property
     def full_steps(self) -> int:
@@ -65,6 +66,7 @@ class Stats:
                 f"{context.history_bytes:,} bytes"
                 for name, context in self.contexts.items()
             ),
+            *(f"  {name}: {choice}" for name, choice in self.choices.items()),
             f"  bound {self.bound:.2f}x, cache {self.cache_ms:.2f} ms",
         ]
         return "\n".join(lines)

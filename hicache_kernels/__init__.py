@@ -11,7 +11,16 @@ tensor([[4., 4., 4.],
         [4., 4., 4.]])
 """
 
-from hicache_kernels.history import History
+from hicache_kernels.history import History, history_nbytes
 from hicache_kernels.ops import BACKENDS, backend_status, forecast, gated_sum, update_, update_forecast_
 
-__all__ = ["BACKENDS", "History", "backend_status", "forecast", "gated_sum", "update_", "update_forecast_"]
+__all__ = [
+    "BACKENDS",
+    "History",
+    "backend_status",
+    "forecast",
+    "gated_sum",
+    "history_nbytes",
+    "update_",
+    "update_forecast_",
+]

@@ -10,6 +10,20 @@ import torch
 ALIGNMENT = 128  # bytes: one cache line of a GPU's L2, and every 16-byte vector access stays aligned
 
 
+def history_nbytes(shapes: Sequence[Sequence[int]], order: int, dtype: torch.dtype) -> int:
+    """Bytes a :class:`History` of these features would allocate."""
+    return (order + 1) * _offsets(shapes, dtype)[-1] * dtype.itemsize
+
+
+def _offsets(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[int]:
+    """Where every feature begins in a row, in numbers, and where the row ends."""
+    per_line = ALIGNMENT // dtype.itemsize
+    offsets = [0]
+    for shape in shapes:
+        offsets.append(offsets[-1] + math.ceil(math.prod(shape) / per_line) * per_line)
+    return offsets
+
+
 class History:
     """Finite differences of a fixed set of features, as one tensor ``orders[K, numel]`` with fixed addresses.
 
@@ -43,12 +57,7 @@ class History:
             raise ValueError(f"History: expected a floating-point dtype, got {dtype}")
         self.shapes = tuple(torch.Size(shape) for shape in shapes)
         self.order = order
-        per_line = ALIGNMENT // dtype.itemsize
-        self._offsets: list[int] = []
-        end = 0
-        for shape in self.shapes:
-            self._offsets.append(end)
-            end += math.ceil(shape.numel() / per_line) * per_line
+        *self._offsets, end = _offsets(self.shapes, dtype)
         # A history outlives the mode of the run that made it: an inference tensor could not be updated
         # outside.
         with torch.inference_mode(False):

@@ -510,7 +510,11 @@ def test_model_without_a_head_that_adds_between_blocks_is_found_out():
         ({"config": {"interval": 3}}, TypeError, "expected config to be a HiCacheConfig"),
         ({"speedup": 0.5}, ValueError, "expected a finite speedup >= 1, got 0.5"),
         ({"speedup": "4"}, TypeError, "expected speedup to be a number"),
-        ({"granularity": "modul"}, ValueError, "unknown granularity 'modul'; expected one of auto, stack"),
+        (
+            {"granularity": "modul"},
+            ValueError,
+            "unknown granularity 'modul'; expected one of auto, module, stack",
+        ),
         (
             {"backend": "cuda"},
             ValueError,
@@ -578,7 +582,10 @@ def test_narrow_history():
     transformer, scheduler = tiny.flux_transformer(), CountingScheduler()
     call = flux_call(tiny.noise(1, 16, 4), torch.tensor(0.5))
     config = HiCacheConfig(history_dtype=torch.bfloat16)
-    with torch.no_grad(), hicache.fast.apply(transformer, config, scheduler=scheduler) as handle:
+    with (
+        torch.no_grad(),
+        hicache.fast.apply(transformer, config, scheduler=scheduler, granularity="stack") as handle,
+    ):
         scheduler.set_timesteps(6)
         outputs = []
         for _ in range(6):

@@ -65,14 +65,14 @@ class Recorder(Protocol):
     def remembered(self) -> list[Any]:
         """What the model's rotary embeddings gave at the context's last full step, call by call."""
 
-    def base(self, hidden: Tensor) -> None:
-        """Full step: the hidden state that enters the first block."""
+    def base(self, hidden: Tensor, call: Mapping[str, Any]) -> None:
+        """Full step: the hidden state that enters the first block, and its arguments by name."""
 
     def result(self, hidden: Tensor) -> None:
         """Full step: the hidden state that leaves the last block."""
 
-    def forecast(self, base: Tensor) -> Tensor:
-        """Skipped step: the hidden state that would leave the last block."""
+    def forecast(self, base: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """Skipped step: the hidden state that would leave the last block, of the first one's arguments."""
 
 
 class _BlockList(nn.ModuleList):
@@ -230,10 +230,10 @@ class StackAdapter:
     def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._recorder is None or not self._active:
             return
-        hidden, _ = self._hidden(args, kwargs)
+        hidden, named = self._hidden(args, kwargs)
         if not self._entered:
             self._entered = True
-            self._recorder.base(hidden)
+            self._recorder.base(hidden, named)
         elif self._left is not None:
             # the same object, but for models that rewrap it: only those are compared by value
             if hidden is not self._left and not _equal(hidden, self._left):
@@ -333,7 +333,7 @@ class StackAdapter:
         assert self._recorder is not None
         assert self._layout is not None
         hidden, named = self._hidden(args, kwargs)
-        image = self._recorder.forecast(hidden)
+        image = self._recorder.forecast(hidden, named)
         if not self._verified:
             self._expected = image
         if not self._layout:
@@ -350,10 +350,10 @@ class StackAdapter:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two hidden states hold the same numbers, but for a cast and a move."""
+    """Whether a hidden state holds the numbers of an earlier one, but for a cast and a move."""
     if one.shape != other.shape:
         return False
-    return torch.allclose(one.to(other.device, other.dtype), other, rtol=0, atol=0, equal_nan=True)
+    return torch.allclose(one, other.to(one.device, one.dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def _skippable(cls: type[nn.ModuleList]) -> type[nn.ModuleList]:

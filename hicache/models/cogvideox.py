@@ -1,0 +1,31 @@
+"""CogVideoX: ``gate · attn1`` and ``gate · ff``, each with a modulation layer of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hicache.models.features import Feature, ModuleAdapter
+from hicache.models.gates import GateRows, Gates
+
+
+class CogVideoX(ModuleAdapter):
+    """The feed-forward layer works on text and video together, text first."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        # shift, scale, gate of the video; shift, scale, gate of the text
+        norms = [norm for block in self.module.transformer_blocks for norm in (block.norm1, block.norm2)]
+        self._gates = Gates([GateRows(norm, "linear", (2,), 6) for norm in norms])
+
+    def features(self) -> Sequence[Feature]:
+        found = []
+        for index, block in enumerate(self.module.transformer_blocks):
+            found.append(Feature(block.attn1, ((2 * index, None),), element=0))
+            found.append(Feature(block.ff, ((2 * index + 1, None),), joint="last"))
+        return found
+
+    def gates(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
+        return self._gates.of(nn.functional.silu(call["temb"]), base.shape[-1])

@@ -1,0 +1,68 @@
+"""Models whose gates are a constant of the block plus a vector all blocks share.
+
+``Σ_i (T_i + g(t)) ⊙ F_i = Σ_i T_i ⊙ F_i + g(t) ⊙ Σ_i F_i``, exactly: two or three terms whatever the depth
+(docs/algorithm.md, "Shared gates collapse").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hicache.models.features import Feature, ModuleAdapter
+
+
+class TableAdapter(ModuleAdapter):
+    """Blocks with a ``scale_shift_table``: shift, scale, gate of the attention, then of the MLP.
+
+    Three terms: everything with a constant gate, the attentions, the MLPs. A subclass names its modules and
+    says where the shared vectors ``[batch, 6, channels]`` are.
+
+    Args:
+        module: the transformer.
+        collapse: False gives every feature a term of its own: the same sum, for comparison.
+    """
+
+    BLOCKS = "transformer_blocks"
+    ATTENTION, CROSS, MLP = "attn1", "attn2", "ff"
+
+    def __init__(self, module: nn.Module, collapse: bool = True) -> None:
+        super().__init__(module)
+        self.collapse = collapse
+        self._blocks = list(getattr(module, self.BLOCKS))
+
+    def shared(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
+        """The vectors all blocks share: ``[batch, 6, channels]``."""
+        raise NotImplementedError
+
+    def mlp(self, block: Any, terms: tuple[tuple[int, Tensor | None], ...]) -> Feature:
+        """The feature of a block's MLP."""
+        return Feature(getattr(block, self.MLP), terms)
+
+    def features(self) -> Sequence[Feature]:
+        found: list[Feature] = []
+        for index, block in enumerate(self._blocks):
+            table = block.scale_shift_table.detach().view(6, -1)
+            attention: tuple[tuple[int, Tensor | None], ...] = ((0, table[2]), (1, None))
+            mlp: tuple[tuple[int, Tensor | None], ...] = ((0, table[5]), (2, None))
+            cross = 0
+            if not self.collapse:
+                attention, mlp, cross = ((3 * index, None),), ((3 * index + 1, None),), 3 * index + 2
+            found.append(Feature(getattr(block, self.ATTENTION), attention))
+            found.append(self.mlp(block, mlp))
+            if getattr(block, self.CROSS) is not None:
+                found.append(Feature(getattr(block, self.CROSS), ((cross, None),)))
+        return found
+
+    def gates(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
+        attention, mlp = self.shared(call, base)[:, 2::3].unbind(1)  # [B, channels] each
+        if self.collapse:
+            return torch.stack([torch.ones_like(attention), attention, mlp]).to(base.dtype)
+        gates: list[Tensor] = []
+        for block in self._blocks:
+            table = block.scale_shift_table.view(6, -1).to(attention.device)
+            gates += [table[2] + attention, table[5] + mlp, torch.ones_like(attention)]
+        return torch.stack(gates).to(base.dtype)

@@ -1,0 +1,158 @@
+"""Module granularity: what one family of models computes before its gates, and what the gates are.
+
+Every family is a subclass of :class:`ModuleAdapter` in a file of its own; docs/adding-a-model.md shows one.
+All of them say the same of a model: its blocks only ever add to the hidden state, so that
+``h_L = h_0 + Σ_i gate_i(t) ⊙ F_i`` (docs/algorithm.md, "A skipped step is one sum").
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One tensor that a module of a block computes, and the terms of the sum it belongs to.
+
+    Args:
+        module: computes it in its forward.
+        terms: indices of the terms it is part of, each with a constant factor ``[channels]`` or None for one.
+            Features that share a term are added up as they are recorded: that is what constant parts of gates
+            are for (docs/algorithm.md, "Shared gates collapse").
+        element: where the module returns a tuple, which element; a tuple that is too short has none.
+        joint: where the module works on text and image tokens together, the image's place: ``"first"`` or
+            ``"last"``.
+        view: turns the output into ``[batch, tokens, channels]`` where it is something else.
+    """
+
+    module: nn.Module
+    terms: tuple[tuple[int, Tensor | None], ...]
+    element: int | None = None
+    joint: str | None = None
+    view: Callable[[Tensor], Tensor] | None = None
+
+    def read(self, output: Any, shape: torch.Size) -> Tensor | None:
+        """The feature in a module's output, of the hidden state's shape; None where the output has none."""
+        if self.element is not None:
+            if not isinstance(output, (tuple, list)) or len(output) <= self.element:
+                return None
+            output = output[self.element]
+        if self.view is not None:
+            output = self.view(output)
+        if self.joint is not None and output.ndim == len(shape):
+            tokens = shape[1]
+            output = output[:, -tokens:] if self.joint == "last" else output[:, :tokens]
+        if output.shape != shape:
+            raise ValueError(
+                f"expected {type(self.module).__name__} to give a hidden state {tuple(shape)}, got "
+                f"{tuple(output.shape)}"
+            )
+        assert isinstance(output, Tensor)
+        return output
+
+
+class ModuleAdapter:
+    """The features and gates of one family of models.
+
+    A subclass writes :meth:`features` and :meth:`gates`, and the others where its family needs them. ``call``
+    is always the arguments of the first block by name (in every step), ``named`` those of the model. Blocks
+    are to be listed in ``__init__``: on a skipped step the model's own lists are empty.
+
+    Args:
+        module: the transformer. It is only looked at.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    def features(self) -> Sequence[Feature]:
+        """All features of all blocks. Only what reaches the output head: no features of the text stream."""
+        raise NotImplementedError
+
+    def terms(self, call: Mapping[str, Any]) -> int:
+        """Terms of the sum in a call like this."""
+        last: int = max(term for feature in self.features() for term, _ in feature.terms)
+        return last + 1
+
+    def gates(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
+        """The gates of this step: ``[terms, batch, channels]``, contiguous, of base's dtype and device."""
+        raise NotImplementedError
+
+    def refusal(self, call: Mapping[str, Any]) -> str | None:
+        """Why a call like this cannot be cached module by module; None when it can."""
+        return None
+
+    def between(self, named: Mapping[str, Any]) -> Iterable[Tensor]:
+        """What the model itself adds to the hidden state between its blocks: ControlNet residuals."""
+        return ()
+
+    def hooks(self) -> list[Callable[[], None]]:
+        """Install what the family needs besides recording; returns what undoes it."""
+        return []
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        """Image tokens for latents ``[frames, height, width]``; for :func:`hicache.fast.plan`."""
+        patch = self.module.config.patch_size
+        if not isinstance(patch, (tuple, list)):
+            patch = (getattr(self.module.config, "patch_size_t", None) or 1, patch, patch)
+        return math.prod(size // step for size, step in zip(latent_shape, patch, strict=True))
+
+
+class Recording:
+    """The features of one full step, on their way into a history.
+
+    A term that one feature makes up is copied into its slot. One that several add up to is summed in fp32
+    (float64 for float64) beside it, and rounded once.
+
+    Args:
+        slots: the inbox of every term, of the hidden state's shape.
+        features: all features of the model.
+    """
+
+    def __init__(self, slots: Sequence[Tensor], features: Sequence[Feature]) -> None:
+        self._slots = slots
+        parts = Counter(term for feature in features for term, _ in feature.terms)
+        self._shared = {term for term, count in parts.items() if count > 1}
+        self._sums: dict[int, Tensor] = {}
+        self._copied: set[int] = set()
+
+    def add(self, feature: Feature, output: Any) -> None:
+        """A feature's module has run.
+
+        Raises:
+            ValueError: its output is not of the hidden state's shape.
+        """
+        value = feature.read(output, self._slots[0].shape)
+        if value is None:
+            return
+        for term, factor in feature.terms:
+            if term in self._shared or factor is not None:
+                self._accumulate(term, value, factor)
+            else:
+                self._slots[term].copy_(value)
+                self._copied.add(term)
+
+    def _accumulate(self, term: int, value: Tensor, factor: Tensor | None) -> None:
+        wide = torch.promote_types(value.dtype, torch.float32)
+        if factor is not None:
+            value = value * factor.to(value.device, wide)
+        if term in self._sums:
+            self._sums[term] += value
+        else:
+            self._sums[term] = value.to(wide, copy=factor is None)
+
+    def finish(self) -> None:
+        """All blocks have run. A term no feature came for is zero: skip-layer guidance leaves blocks out."""
+        for term, slot in enumerate(self._slots):
+            if term in self._sums:
+                slot.copy_(self._sums[term])
+            elif term not in self._copied:
+                slot.zero_()
+        self._sums.clear()

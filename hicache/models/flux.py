@@ -1,0 +1,55 @@
+"""FLUX.1 and Kontext: attention, MLP and the singles' fused output, one term each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hicache.models.controlnet import flux_controlnet
+from hicache.models.features import Feature, ModuleAdapter
+from hicache.models.gates import GateRows, Gates
+
+
+class Flux(ModuleAdapter):
+    """Doubles: ``gate_msa · attn``, ``gate_mlp · ff``; singles: ``gate · proj_out``; IP-Adapters ungated."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        doubles, singles = self.module.transformer_blocks, self.module.single_transformer_blocks
+        # shift, scale, gate of the attention; shift, scale, gate of the MLP
+        rows = [GateRows(block.norm1, "linear", (2, 5), 6) for block in doubles]
+        rows += [GateRows(block.norm, "linear", (2,), 3) for block in singles]
+        self._ungated = sum(row.count for row in rows)  # the term of what IP-Adapters add, all together
+        self._gates = Gates(rows)
+        self._gates_with_ip = Gates(rows, ones=1)
+
+    def features(self) -> Sequence[Feature]:
+        found = []
+        for index, block in enumerate(self.module.transformer_blocks):
+            found.append(Feature(block.attn, ((2 * index, None),), element=0))
+            found.append(Feature(block.ff, ((2 * index + 1, None),)))
+            found.append(Feature(block.attn, ((self._ungated, None),), element=2))
+        first = 2 * len(self.module.transformer_blocks)
+        for index, block in enumerate(self.module.single_transformer_blocks):
+            found.append(Feature(block.proj_out, ((first + index, None),), joint="last"))
+        return found
+
+    def terms(self, call: Mapping[str, Any]) -> int:
+        return self._ungated + _has_ip_adapter(call)
+
+    def gates(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
+        gates = self._gates_with_ip if _has_ip_adapter(call) else self._gates
+        return gates.of(nn.functional.silu(call["temb"]), base.shape[-1])
+
+    def between(self, named: Mapping[str, Any]) -> Iterable[Tensor]:
+        return flux_controlnet(self.module, named)
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        _, height, width = latent_shape  # the pipeline packs 2 × 2 of them
+        return (height // 2) * (width // 2)
+
+
+def _has_ip_adapter(call: Mapping[str, Any]) -> bool:
+    return "ip_hidden_states" in (call.get("joint_attention_kwargs") or {})

@@ -1,0 +1,67 @@
+"""FLUX.2: all blocks of a kind share their gates, so three terms whatever the depth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hicache.models.features import Feature, ModuleAdapter
+
+
+class Flux2(ModuleAdapter):
+    """Attentions of the doubles, their MLPs, and the singles' fused outputs, each kind added up.
+
+    Args:
+        module: the transformer.
+        collapse: False gives every feature a term of its own: the same sum, for comparison.
+    """
+
+    def __init__(self, module: nn.Module, collapse: bool = True) -> None:
+        super().__init__(module)
+        self.collapse = collapse
+        self._doubles = list(self.module.transformer_blocks)
+        self._singles = list(self.module.single_transformer_blocks)
+        self._single: Tensor | None = None  # modulation of the singles, [batch, …, 3 · channels]
+
+    def features(self) -> Sequence[Feature]:
+        found: list[Feature] = []
+        for index, block in enumerate(self._doubles):
+            attention, mlp = (0, 1) if self.collapse else (2 * index, 2 * index + 1)
+            found.append(Feature(block.attn, ((attention, None),), element=0))
+            found.append(Feature(block.ff, ((mlp, None),)))
+        for index, block in enumerate(self._singles):
+            term = 2 if self.collapse else 2 * len(self._doubles) + index
+            found.append(Feature(block.attn, ((term, None),), joint="last"))
+        return found
+
+    def hooks(self) -> list[Callable[[], None]]:
+        def keep(layer: nn.Module, args: Any, output: Tensor) -> None:
+            self._single = output
+
+        def forget() -> None:
+            self._single = None
+
+        return [self.module.single_stream_modulation.register_forward_hook(keep).remove, forget]
+
+    def gates(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
+        assert self._single is not None
+        double = call["temb_mod_img"].reshape(-1, 6, base.shape[-1])  # [1 or batch, 6, channels]
+        single = self._single.reshape(-1, 3, base.shape[-1])
+        kinds = torch.cat([double[:, 2::3], single[:, 2:]], dim=1)  # [1 or batch, 3, channels]
+        gates = kinds.to(base.dtype).transpose(0, 1).expand(-1, len(base), -1)
+        if not self.collapse:
+            attention_and_mlp = gates[:2].repeat(len(self._doubles), 1, 1)
+            gates = torch.cat([attention_and_mlp, gates[2:].repeat(len(self._singles), 1, 1)])
+        return gates.contiguous()
+
+    def refusal(self, call: Mapping[str, Any]) -> str | None:
+        if call["temb_mod_img"].numel() // (6 * self.module.inner_dim) not in (1, len(call["hidden_states"])):
+            return "its gates differ between the picture drawn and the pictures given (kv_cache_mode)"
+        return None
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        _, height, width = latent_shape  # the pipeline packs 2 × 2 of them
+        return (height // 2) * (width // 2)

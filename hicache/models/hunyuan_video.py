@@ -1,0 +1,39 @@
+"""HunyuanVideo: attention and MLP of the doubles, the singles' fused output, one term each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hicache.models.features import Feature, ModuleAdapter
+from hicache.models.gates import GateRows, Gates
+
+
+class HunyuanVideo(ModuleAdapter):
+    """As Flux, with the image before the text."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        rows = [GateRows(block.norm1, "linear", (2, 5), 6) for block in self.module.transformer_blocks]
+        rows += [GateRows(block.norm, "linear", (2,), 3) for block in self.module.single_transformer_blocks]
+        self._gates = Gates(rows)
+
+    def features(self) -> Sequence[Feature]:
+        found = []
+        for index, block in enumerate(self.module.transformer_blocks):
+            found.append(Feature(block.attn, ((2 * index, None),), element=0))
+            found.append(Feature(block.ff, ((2 * index + 1, None),)))
+        first = len(found)
+        for index, block in enumerate(self.module.single_transformer_blocks):
+            found.append(Feature(block.proj_out, ((first + index, None),), joint="first"))
+        return found
+
+    def gates(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
+        return self._gates.of(nn.functional.silu(call["temb"]), base.shape[-1])
+
+    def refusal(self, call: Mapping[str, Any]) -> str | None:
+        if self.module.config.image_condition_type == "token_replace":
+            return "the gates of its first frame are not those of the others (token_replace)"
+        return None

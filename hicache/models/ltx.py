@@ -1,0 +1,23 @@
+"""LTX-Video: three terms whatever the depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from hicache.models.collapsed import TableAdapter
+
+
+class LTX(TableAdapter):
+    """Self-attention and feed-forward are gated, cross-attention is not."""
+
+    def shared(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
+        temb: Tensor = call["temb"]  # [batch, 1, 6 · channels]
+        return temb.reshape(len(base), 6, -1)
+
+    def refusal(self, call: Mapping[str, Any]) -> str | None:
+        if call["temb"].shape[1] != 1:
+            return "its gates differ from token to token (a timestep for every token)"
+        return None

@@ -1,0 +1,45 @@
+"""Qwen-Image and its editing models: ``gate1 · attn`` and ``gate2 · img_mlp``, one term each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hicache.models.controlnet import spread
+from hicache.models.features import Feature, ModuleAdapter
+from hicache.models.gates import GateRows, Gates
+
+
+class QwenImage(ModuleAdapter):
+    """The image stream of 60 double blocks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        # img_mod is SiLU, then a linear layer: shift, scale, gate of the attention and of the MLP
+        self._gates = Gates(
+            [GateRows(block.img_mod, "1", (2, 5), 6) for block in self.module.transformer_blocks]
+        )
+
+    def features(self) -> Sequence[Feature]:
+        found = []
+        for index, block in enumerate(self.module.transformer_blocks):
+            found.append(Feature(block.attn, ((2 * index, None),), element=0))
+            found.append(Feature(block.img_mlp, ((2 * index + 1, None),)))
+        return found
+
+    def gates(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
+        return self._gates.of(nn.functional.silu(call["temb"]), base.shape[-1])
+
+    def refusal(self, call: Mapping[str, Any]) -> str | None:
+        if call.get("modulate_index") is not None:
+            return "its gates differ between the picture drawn and the pictures given (zero_cond_t)"
+        return None
+
+    def between(self, named: Mapping[str, Any]) -> Iterable[Tensor]:
+        return spread(named.get("controlnet_block_samples"), len(self.module.transformer_blocks))
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        frames, height, width = latent_shape  # the pipeline packs 2 × 2 of them
+        return frames * (height // 2) * (width // 2)

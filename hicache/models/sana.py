@@ -1,0 +1,22 @@
+"""Sana: three terms whatever the depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from hicache.models.collapsed import TableAdapter
+from hicache.models.features import Feature
+
+
+class Sana(TableAdapter):
+    """The feed-forward layer is a convolution over the picture: ``[batch, channels, height, width]``."""
+
+    def shared(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
+        timestep: Tensor = call["timestep"]  # embedded: [batch, 6 · channels]
+        return timestep.reshape(len(base), 6, -1)
+
+    def mlp(self, block: Any, terms: tuple[tuple[int, Tensor | None], ...]) -> Feature:
+        return Feature(block.ff, terms, view=lambda output: output.flatten(2, 3).permute(0, 2, 1))

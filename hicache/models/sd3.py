@@ -1,0 +1,47 @@
+"""Stable Diffusion 3 and 3.5: ``gate · attn``, ``gate · ff``, and 3.5's second attention, one term each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hicache.models.features import Feature, ModuleAdapter
+from hicache.models.gates import GateRows, Gates
+
+
+class SD3(ModuleAdapter):
+    """Blocks with two attentions have nine modulation vectors, the others six."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._controlled = [not block.context_pre_only for block in self.module.transformer_blocks]
+        self._gates = Gates(
+            [
+                GateRows(block.norm1, "linear", (2, 5, 8), 9)
+                if block.use_dual_attention
+                else GateRows(block.norm1, "linear", (2, 5), 6)
+                for block in self.module.transformer_blocks
+            ]
+        )
+
+    def features(self) -> Sequence[Feature]:
+        found: list[Feature] = []
+        for block in self.module.transformer_blocks:
+            first = len(found)
+            found.append(Feature(block.attn, ((first, None),), element=0))
+            found.append(Feature(block.ff, ((first + 1, None),)))
+            if block.use_dual_attention:
+                found.append(Feature(block.attn2, ((first + 2, None),)))
+        return found
+
+    def gates(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
+        return self._gates.of(nn.functional.silu(call["temb"]), base.shape[-1])
+
+    def between(self, named: Mapping[str, Any]) -> Iterable[Tensor]:
+        samples = named.get("block_controlnet_hidden_states")
+        if not samples:
+            return []
+        every = len(self._controlled) / len(samples)
+        return [samples[int(block / every)] for block, takes in enumerate(self._controlled) if takes]
