@@ -83,13 +83,17 @@ def launches() -> int:
     return int(_native.launches())
 
 
-def _run(op: str, orders: Tensor, *arguments: int) -> None:
-    history = orders.data_ptr(), orders.stride(0), orders.shape[0], _CODES[orders.dtype]
+def _place(orders: Tensor) -> tuple[str, tuple[int, ...]]:
+    """Prefix of the functions that run where ``orders`` are, and their last arguments."""
     if orders.is_cuda:
-        stream = torch.cuda.current_stream(orders.device).cuda_stream
-        getattr(_native, f"cuda_{op}")(*history, *arguments, orders.device.index, stream)
-    else:
-        getattr(_native, op)(*history, *arguments, torch.get_num_threads())
+        return "cuda_", (orders.device.index, torch.cuda.current_stream(orders.device).cuda_stream)
+    return "", (torch.get_num_threads(),)
+
+
+def _run(op: str, orders: Tensor, *arguments: int) -> None:
+    prefix, where = _place(orders)
+    history = orders.data_ptr(), orders.stride(0), orders.shape[0], _CODES[orders.dtype]
+    getattr(_native, prefix + op)(*history, *arguments, *where)
 
 
 def _readable(numbers: Tensor) -> Tensor:
