@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import torch
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def cpu_name() -> str:
@@ -27,13 +33,48 @@ def device_name(device: str) -> str:
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
+def slug(name: str) -> str:
+    """A device's name as the name of a folder: ``NVIDIA H200, 140 GiB`` → ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)", "", name.split(",")[0]).lower()).strip("-")
+
+
+def driver() -> str:
+    """The NVIDIA driver's version, or ``none``."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "none"
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else "none"
+
+
 def versions() -> str:
     """Versions of what was measured and what it ran on."""
-    names = ["hicache", "torch", "triton"]
     found = []
-    for name in names:
+    for name in ("hicache", "torch", "triton"):
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
+    if torch.version.cuda:
+        found.append(f"CUDA {torch.version.cuda}")
     return ", ".join([*found, f"python {platform.python_version()}"])
+
+
+def last_level_cache() -> int:
+    """Bytes of the processor's largest cache; 32 MiB where the system does not say."""
+    sizes = [0]
+    for path in _CACHES.glob("index*/size"):
+        number, unit = re.fullmatch(r"(\d+)([KM])", path.read_text().strip()).groups()  # type: ignore[union-attr]
+        sizes.append(int(number) * {"K": 2**10, "M": 2**20}[unit])
+    return max(sizes) or 32 * 2**20
+
+
+def available_bytes(device: str) -> int:
+    """Memory free for a benchmark."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        return int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()).group(1)) * 1024  # type: ignore[union-attr]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
+
+Call = Callable[[], object]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Timing:
     """Seconds a call: percentiles over the rounds."""
 
@@ -21,36 +23,71 @@ class Timing:
 
 
 def time_together(
-    functions: Mapping[str, Callable[[], object]], rounds: int = 15, device: str = "cpu"
+    functions: Mapping[str, Call], rounds: int = 15, device: str = "cpu", seconds: float = float("inf")
 ) -> dict[str, Timing]:
-    """Call every function once a round, in turn, so that a busy moment of the machine hits all alike.
+    """Call every function once a round, so that a busy moment of the machine hits all alike.
 
-    The first round is not counted. On ``cuda`` a call is timed by events, with the L2 cache flushed first.
+    The order changes from round to round: a call pays for writing back what the one before it left in the
+    caches. The first round is not counted. On ``cuda`` a call is timed by events, with the L2 cache flushed
+    first.
+
+    Args:
+        functions: what to time, by name.
+        rounds: counted rounds.
+        device: ``"cpu"`` or ``"cuda"``.
+        seconds: stop early after this long, but not before three counted rounds.
     """
     measure = _on_cuda() if device == "cuda" else _on_cpu
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for index in tqdm(range(rounds + 1), desc="timing", leave=False):
-        for name, function in functions.items():
-            elapsed = measure(function)
+    values: dict[str, list[float]] = {name: [] for name in functions}
+    shuffle = random.Random(0)
+    started = time.perf_counter()
+    for index in range(rounds + 1):
+        for name in shuffle.sample(list(functions), len(functions)):
+            elapsed = measure(functions[name])
             if index:
-                seconds[name].append(elapsed)
+                values[name].append(elapsed)
+        if index >= 3 and time.perf_counter() - started > seconds:
+            break
     timings = {}
-    for name, values in seconds.items():
-        cuts = statistics.quantiles(values, n=10, method="inclusive")
-        timings[name] = Timing(cuts[1], statistics.median(values), cuts[7])
+    for name, taken in values.items():
+        cuts = statistics.quantiles(taken, n=10, method="inclusive")
+        timings[name] = Timing(cuts[1], statistics.median(taken), cuts[7])
     return timings
 
 
-def _on_cpu(function: Callable[[], object]) -> float:
+def time_in_graph(function: Call, repeats: int = 32, rounds: int = 9) -> float:
+    """Median seconds a call inside one CUDA graph of ``repeats`` calls, caches warm: no Python in between."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # kernels must be compiled before a capture
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            function()
+    taken = []
+    for index in range(rounds + 1):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        if index:
+            taken.append(float(start.elapsed_time(stop)) / 1e3 / repeats)
+    return statistics.median(taken)
+
+
+def _on_cpu(function: Call) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
-def _on_cuda() -> Callable[[Callable[[], object]], float]:
+def _on_cuda() -> Callable[[Call], float]:
     flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")  # more than any L2
 
-    def measure(function: Callable[[], object]) -> float:
+    def measure(function: Call) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         start.record()

@@ -1,0 +1,138 @@
+"""The ops as a reader of the paper writes them in torch: what the kernels are measured against.
+
+Everything is in the history's own dtype and rounded after every operator. ``eager_*`` go feature by feature;
+``foreach_*`` use torch's operators over lists of tensors; ``whole_*`` work on all features as one tensor, the
+form that suits ``torch.compile`` best. In float64 the eager forms are what correctness is judged by.
+
+Arguments: ``orders[k][i]`` is the k-th difference of feature i; ``gap`` the steps since the last full step;
+``weights`` the forecast's α, lowest order first; ``gates`` broadcast to a feature, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Rows = Sequence[Sequence[Tensor]]
+
+
+def _cascade(orders: Sequence[Tensor], gap: float) -> list[Tensor]:
+    new = [orders[-1].clone()]  # its memory is overwritten
+    for k in range(len(orders) - 1):
+        new.append((new[k] - orders[k]) / gap)
+    return new
+
+
+def _weigh(differences: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total = differences[0] * weights[0]
+    for difference, weight in zip(differences[1:], weights[1:], strict=True):
+        total = total + difference * weight
+    return total
+
+
+def eager_update(orders: Rows, gap: float) -> None:
+    """``update_``."""
+    for column in zip(*orders, strict=True):
+        for kept, difference in zip(column, _cascade(column, gap), strict=True):
+            kept.copy_(difference)
+
+
+def eager_forecast(orders: Rows, weights: Sequence[float], out: Sequence[Tensor]) -> None:
+    """``forecast``."""
+    for column, result in zip(zip(*orders, strict=True), out, strict=True):
+        result.copy_(_weigh(column, weights))
+
+
+def eager_update_forecast(orders: Rows, gap: float, weights: Sequence[float], out: Sequence[Tensor]) -> None:
+    """``update_forecast_``."""
+    for column, result in zip(zip(*orders, strict=True), out, strict=True):
+        new = _cascade(column, gap)
+        for kept, difference in zip(column, new, strict=True):
+            kept.copy_(difference)
+        result.copy_(_weigh(new, weights))
+
+
+def eager_gated_sum(
+    base: Tensor, orders: Rows, gates: Sequence[Tensor] | None, weights: Sequence[float], gap: float | None
+) -> Tensor:
+    """``gated_sum``; with a gap, the pending update too."""
+    hidden = base
+    for index, column in enumerate(zip(*orders, strict=True)):
+        differences: Sequence[Tensor] = column
+        if gap is not None:
+            differences = _cascade(column, gap)
+            for kept, difference in zip(column, differences, strict=True):
+                kept.copy_(difference)
+        value = _weigh(differences, weights)
+        hidden = hidden + (value if gates is None else gates[index] * value)
+    return hidden
+
+
+def _foreach_cascade(orders: Rows, gap: float) -> list[list[Tensor]]:
+    new = [list(torch._foreach_clone(list(orders[-1])))]
+    for k in range(len(orders) - 1):
+        difference = list(torch._foreach_sub(new[k], list(orders[k])))
+        torch._foreach_div_(difference, gap)
+        new.append(difference)
+    return new
+
+
+def _foreach_weigh(differences: Rows, weights: Sequence[float]) -> list[Tensor]:
+    total = list(torch._foreach_mul(list(differences[0]), weights[0]))
+    for difference, weight in zip(differences[1:], weights[1:], strict=True):
+        torch._foreach_add_(total, list(difference), alpha=weight)
+    return total
+
+
+def foreach_update(orders: Rows, gap: float) -> list[list[Tensor]]:
+    """``update_``; the new differences."""
+    new = _foreach_cascade(orders, gap)
+    for kept, difference in zip(orders, new, strict=True):
+        torch._foreach_copy_(list(kept), difference)
+    return new
+
+
+def foreach_forecast(orders: Rows, weights: Sequence[float], out: Sequence[Tensor]) -> None:
+    """``forecast``."""
+    torch._foreach_copy_(list(out), _foreach_weigh(orders, weights))
+
+
+def foreach_update_forecast(
+    orders: Rows, gap: float, weights: Sequence[float], out: Sequence[Tensor]
+) -> None:
+    """``update_forecast_``."""
+    foreach_forecast(foreach_update(orders, gap), weights, out)
+
+
+def foreach_gated_sum(
+    base: Tensor, orders: Rows, gates: Sequence[Tensor] | None, weights: Sequence[float], gap: float | None
+) -> Tensor:
+    """``gated_sum``; with a gap, the pending update too. No operator over lists sums a list up."""
+    values = _foreach_weigh(orders if gap is None else foreach_update(orders, gap), weights)
+    if gates is not None:
+        torch._foreach_mul_(values, list(gates))
+    hidden = base.clone()
+    for value in values:
+        hidden.add_(value)
+    return hidden
+
+
+def whole_update_forecast(orders: Tensor, gap: float, weights: Sequence[float], out: Tensor) -> None:
+    """``update_forecast_`` of ``orders [K, numel]`` into ``out [numel]``."""
+    eager_update_forecast([[row] for row in orders.unbind()], gap, weights, [out])
+
+
+def whole_gated_sum(
+    base: Tensor, orders: Tensor, gates: Tensor | None, weights: Sequence[float], gap: float | None
+) -> Tensor:
+    """``gated_sum`` of ``orders [K, terms, batch, tokens, channels]`` with gates
+    ``[terms, batch, 1, channels]``."""
+    differences = list(orders.unbind())
+    if gap is not None:
+        differences = _cascade(differences, gap)
+        for kept, difference in zip(orders.unbind(), differences, strict=True):
+            kept.copy_(difference)
+    value = _weigh(differences, weights)
+    return base + (value if gates is None else value * gates).sum(0)

@@ -1,0 +1,252 @@
+"""The ops at the sizes of real models: tensors, contestants, and the least an op must move and compute."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.timing import Call
+from hicache_kernels import BACKENDS, History, forecast, gated_sum, update_, update_forecast_
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64}
+GAP = 7.0
+WEIGHTS = (1.0, 0.5, -0.125, 0.3, 0.1)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Features of one history: ``terms`` tensors ``[batch, tokens, channels]``."""
+
+    terms: int
+    tokens: int
+    channels: int
+    batch: int = 1
+
+    @property
+    def feature(self) -> int:
+        """Numbers of one feature."""
+        return self.batch * self.tokens * self.channels
+
+
+# Image tokens only: the text's are never read (docs/algorithm.md). Small ones first, down to where the cost
+# of a launch is all there is.
+SIZES = {
+    "1Ki": Size(1, 16, 64),
+    "demo": Size(1, 64, 192, batch=16),
+    "1Mi": Size(1, 1024, 1024),
+    "FLUX 1024² stack": Size(1, 4096, 3072),
+    "16Mi": Size(1, 4096, 4096),
+    "Qwen-Image 1328² stack": Size(1, 6889, 3072),
+    "76 small": Size(76, 256, 512),
+    "Wan-14B 720p stack": Size(1, 75600, 5120),
+    "FLUX 1024² module": Size(76, 4096, 3072),
+    "Qwen-Image 1328² module": Size(120, 6889, 3072),
+}
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public op, or a way of using one. Everything is at steady state: all differences exist."""
+
+    name: str
+    updates: bool  # takes a new feature into the history
+    forecasts: bool = True
+    sums: bool = False  # ends in a hidden state, not in a row of forecasts
+    gated: bool = False
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("update_", updates=True, forecasts=False),
+        Op("forecast", updates=False),
+        Op("update_forecast_", updates=True),
+        Op("gated_sum", updates=False, sums=True, gated=True),
+        Op("gated_sum, no gates", updates=False, sums=True),
+        Op("gated_sum, update", updates=True, sums=True, gated=True),
+        Op("gated_sum, no gates, update", updates=True, sums=True),
+    )
+}
+
+
+def ops_at(order: int) -> list[Op]:
+    """The ops that make sense: at order 0 a feature is its own history and nothing is updated."""
+    return [op for op in OPS.values() if order > 0 or not op.updates]
+
+
+def minimum_bytes(op: Op, size: Size, order: int, itemsize: int) -> int:
+    """Bytes if each input is read once and each output written once (hicache_kernels/README.md).
+
+    Coefficients and the gap, a few numbers, are not counted.
+    """
+    rows = (order + 1) * size.terms * size.feature * itemsize
+    moved = 2 * rows if op.updates else rows
+    if op.sums:
+        moved += 2 * size.feature * itemsize  # base, hidden state
+        moved += size.terms * size.batch * size.channels * itemsize if op.gated else 0
+    elif op.forecasts:
+        moved += size.terms * size.feature * itemsize
+    return moved
+
+
+def flop(op: Op, size: Size, order: int) -> int:
+    """Additions, subtractions and multiplications of one call."""
+    each = 2 * order if op.updates else 0
+    each += 2 * order + 1 if op.forecasts else 0
+    each += 1 + op.gated if op.sums else 0
+    return each * size.terms * size.feature
+
+
+class Problem:
+    """Tensors of one size, order and dtype, and the calls of every contestant on them, by op.
+
+    Memory the ops must write is NaN at first, and so is nothing they read.
+    """
+
+    def __init__(self, size: Size, order: int, dtype: torch.dtype, device: str) -> None:
+        self.size, self.order, self.dtype, self.device = size, order, dtype, device
+        shape = (size.batch, size.tokens, size.channels)
+        self.history = History([shape] * size.terms, order, dtype, device)
+        self.orders = self.history.orders
+        _fill(self.orders)
+        self.base = torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
+        self.gates = torch.randn(size.terms, size.batch, size.channels, device=device).to(dtype)
+        self.out = torch.full_like(self.base, float("nan"))
+        self.row = torch.full_like(self.orders[0], float("nan"))
+        self.weights = WEIGHTS[: order + 1]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.coeffs = torch.tensor(self.weights, dtype=wide, device=device)
+        self.inv_gap = torch.tensor(1 / GAP, dtype=wide, device=device)
+
+    def call(self, op: Op, backend: str) -> Call:
+        """One of our backends."""
+        if op.sums:
+            return functools.partial(
+                gated_sum,
+                self.base,
+                self.history.terms(),
+                self.gates if op.gated else None,
+                self.coeffs,
+                inv_gap=self.inv_gap if op.updates else None,
+                filled=self.order if op.updates else 0,
+                out=self.out,
+                backend=backend,
+            )
+        if not op.updates:
+            return functools.partial(forecast, self.orders, self.coeffs, out=self.row, backend=backend)
+        if not op.forecasts:
+            return functools.partial(update_, self.orders, self.inv_gap, self.order, backend=backend)
+        return functools.partial(
+            update_forecast_,
+            self.orders,
+            self.inv_gap,
+            self.coeffs,
+            self.order,
+            out=self.row,
+            backend=backend,
+        )
+
+    def peers(self, op: Op) -> dict[str, Call]:
+        """Eager torch and torch's operators over lists. A sum's result is returned, as a reader writes it."""
+        rows = [self.history.split(row) for row in self.orders]
+        if op.sums:
+            gates = list(self.gates[:, :, None]) if op.gated else None  # [batch, 1, channels] each
+            gap = GAP if op.updates else None
+            arguments = (self.base, rows, gates, self.weights, gap)
+            return {
+                "eager": functools.partial(peers.eager_gated_sum, *arguments),
+                "foreach": functools.partial(peers.foreach_gated_sum, *arguments),
+            }
+        if not op.forecasts:
+            return {
+                "eager": functools.partial(peers.eager_update, rows, GAP),
+                "foreach": functools.partial(peers.foreach_update, rows, GAP),
+            }
+        out = self.history.split(self.row)
+        if not op.updates:
+            return {
+                "eager": functools.partial(peers.eager_forecast, rows, self.weights, out),
+                "foreach": functools.partial(peers.foreach_forecast, rows, self.weights, out),
+            }
+        return {
+            "eager": functools.partial(peers.eager_update_forecast, rows, GAP, self.weights, out),
+            "foreach": functools.partial(peers.foreach_update_forecast, rows, GAP, self.weights, out),
+        }
+
+    def compiled(self, op: Op) -> dict[str, Call]:
+        """``torch.compile`` of the eager form over all features at once; for the two fused ops."""
+        torch._dynamo.reset()  # one problem's graphs must not count against the next one's recompilations
+        if op.sums:
+            summed: Callable[..., object] = torch.compile(peers.whole_gated_sum, dynamic=False)
+            size = self.size
+            terms = self.history.terms()[:, :, : size.feature]
+            terms = terms.unflatten(-1, (size.batch, size.tokens, size.channels))
+            gates = self.gates[:, :, None] if op.gated else None
+            gap = GAP if op.updates else None
+            return {"compiled": functools.partial(summed, self.base, terms, gates, self.weights, gap)}
+        if op.updates and op.forecasts:
+            fused: Callable[..., object] = torch.compile(peers.whole_update_forecast, dynamic=False)
+            return {"compiled": functools.partial(fused, self.orders, GAP, self.weights, self.row)}
+        return {}
+
+    def eagerly(self, op: Op, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """``(orders, result)`` after the op in some dtype; nothing of the problem is changed."""
+        orders = self.orders.to(dtype, copy=True)
+        rows = [self.history.split(row) for row in orders]
+        if op.sums:
+            gates = list(self.gates.to(dtype)[:, :, None]) if op.gated else None
+            gap = GAP if op.updates else None
+            hidden = peers.eager_gated_sum(self.base.to(dtype), rows, gates, self.weights, gap)
+            return orders, hidden
+        out = torch.empty_like(orders[0])
+        if not op.forecasts:
+            peers.eager_update(rows, GAP)
+            return orders, None
+        if op.updates:
+            peers.eager_update_forecast(rows, GAP, self.weights, self.history.split(out))
+        else:
+            peers.eager_forecast(rows, self.weights, self.history.split(out))
+        return orders, self.features(out)
+
+    def features(self, rows: Tensor) -> Tensor:
+        """Rows ``[..., numel]`` without the padding between slots, ``[..., terms * feature]``."""
+        slots: Tensor = rows.view(*rows.shape[:-1], self.size.terms, -1)
+        return slots[..., : self.size.feature].flatten(-2)
+
+
+def _fill(tensor: Tensor) -> None:
+    """Normal numbers; drawing every one of some thousand million would take longer than the benchmark."""
+    block = torch.randn(min(tensor.numel(), 1_000_003), device=tensor.device)  # a prime: rows differ
+    for chunk in tensor.view(-1).split(block.numel()):
+        chunk.copy_(block[: chunk.numel()])
+
+
+def copy_call(num_bytes: int, dtype: torch.dtype, device: str) -> Call:
+    """A plain copy that moves ``num_bytes``: half are read, half are written."""
+    count = max(1, num_bytes // 2 // dtype.itemsize)
+    source = torch.ones(count, dtype=dtype, device=device)
+    target = torch.zeros_like(source)  # touched: the first write of fresh memory is not what is measured
+    return functools.partial(target.copy_, source)
+
+
+def peak_bytes(op: Op, size: Size, order: int, itemsize: int, contestant: str) -> int:
+    """About what timing a contestant beside a copy takes: its tensors, its temporaries and the copy's."""
+    row = size.terms * size.feature * itemsize
+    kept = (order + 2) * row + 4 * size.feature * itemsize + minimum_bytes(op, size, order, itemsize)
+    temporary = {"eager": row // size.terms, "foreach": row, "compiled": row}.get(contestant, 0)
+    return kept + (order + 3) * temporary
+
+
+def usable_backends(device: str, dtype: torch.dtype, num_orders: int) -> Sequence[str]:
+    """Our backends that can take such a history here."""
+    where = torch.device(device)
+    return [
+        name
+        for name, module in BACKENDS.items()
+        if (module.unavailable(where) or module.unsupported((dtype,), num_orders)) is None
+    ]
