@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from hicache.ahead import Ahead
 from hicache.config import HiCacheConfig
 from hicache.engine import Engine
 from hicache.granularity import Granularity, Module, Stack, Unfit
@@ -77,6 +78,7 @@ class Context:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.ahead = Ahead()
 
     def restart(self, label: str, first_step: int) -> None:
         self.label = label
@@ -86,6 +88,7 @@ class Context:
         self.skipped_steps = 0
         self.planned = 0  # bytes of history it wants in module granularity, from its first full step on
         self.remembered: list[Any] = []  # rotary embeddings of the last full step
+        self.ahead.restart()
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,7 @@ class Denoiser:
         for context in self.contexts.values():
             context.engine.release()
             context.remembered.clear()
+            context.ahead.forget()
 
     @property
     def choice(self) -> str:
@@ -261,6 +265,10 @@ class Denoiser:
                 self._watch(None)
             return
         context.engine.commit(self._local_step)
+        if isinstance(granularity, Module):
+            with torch.no_grad():
+                timesteps = self.session.clock.timesteps
+                granularity.look_ahead(context.ahead, self._coming(context), timesteps, hidden)
         self.session.watch.stop(started)
 
     def forecast(self, base: Tensor, call: Mapping[str, Any]) -> Tensor:
@@ -268,9 +276,24 @@ class Denoiser:
         assert context is not None
         started = self.session.watch.start(base.device)
         with torch.no_grad():
-            out = self.granularity.forecast(context.engine, self._local_step, base, call, self._named)
+            out = self._forecast(context, base, call)
         self.session.watch.stop(started)
         return out
+
+    def _forecast(self, context: Context, base: Tensor, call: Mapping[str, Any]) -> Tensor:
+        if isinstance(self.granularity, Stack):
+            return self.granularity.forecast(context.engine, self._local_step, base)
+        adapter = self.granularity.adapter
+        foreseen = context.ahead.gates(adapter, self._step, call, self._named)
+        return self.granularity.forecast(context.engine, self._local_step, base, call, self._named, foreseen)
+
+    def _coming(self, context: Context) -> range:
+        """The skipped steps before this context's next full one."""
+        limit = self.session.clock.num_steps
+        last = self._step + 1
+        while (limit is None or last < limit) and not context.engine.is_full(last - context.first_step):
+            last += 1
+        return range(self._step + 1, last)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         context, skipping = self._current, self.skipping

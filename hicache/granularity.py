@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hicache.ahead import Ahead
 from hicache.engine import Engine
 from hicache.models.features import Feature, ModuleAdapter, Recording
 
@@ -60,9 +61,7 @@ class Stack:
         """Whether a full step is being recorded."""
         return self._slot is not None
 
-    def forecast(
-        self, engine: Engine, step: int, base: Tensor, call: Mapping[str, Any], named: Mapping[str, Any]
-    ) -> Tensor:
+    def forecast(self, engine: Engine, step: int, base: Tensor) -> Tensor:
         """A skipped step: the hidden state that would leave the last block."""
         return engine.gated_sum(step, base)
 
@@ -86,7 +85,7 @@ class Module:
         self._recording: Recording | None = None
         # Of the first full step of every kind of call: what to check the sum against.
         self._base: Tensor | None = None
-        self._call: Mapping[str, Any] = {}
+        self._call: dict[str, Any] = {}
         self._named: Mapping[str, Any] = {}
         self._slots: list[Tensor] = []
         self._verified: set[int] = set()
@@ -94,12 +93,16 @@ class Module:
 
     def open(self, engine: Engine, hidden: Tensor, call: Mapping[str, Any], named: Mapping[str, Any]) -> None:
         """As :meth:`Stack.open`."""
+        self.end()
         terms = self.adapter.terms(call)
         self._slots = engine.open([hidden.shape] * terms, hidden.dtype, hidden.device)
         self._features = list(self.adapter.features())
         self._recording = Recording(self._slots, self._features)
+        # nothing that holds on to the hidden states themselves
+        self._call = {name: value for name, value in call.items() if not name.endswith("hidden_states")}
+        self._named = named
         if terms not in self._verified:
-            self._base, self._call, self._named = hidden.clone(), dict(call), dict(named)
+            self._base = hidden.clone()
 
     def add(self, index: int, output: Any) -> None:
         """The module of a feature has run."""
@@ -113,14 +116,18 @@ class Module:
     def close(self, hidden: Tensor) -> None:
         """As :meth:`Stack.close`."""
         assert self._recording is not None
-        try:
-            if self._spoiled:
-                raise Unfit(f"cannot be cached module by module: {self._spoiled}")
-            self._recording.finish()
-            if self._base is not None:
-                self._verify(hidden, self._base)
-        finally:
-            self.end()
+        if self._spoiled:
+            raise Unfit(f"cannot be cached module by module: {self._spoiled}")
+        self._recording.finish()
+        self._recording = None
+        if self._base is not None:
+            self._verify(hidden, self._base)
+
+    def look_ahead(self, ahead: Ahead, steps: range, scheduler_timesteps: Any, hidden: Tensor) -> None:
+        """After :meth:`close`: compute the gates of the skipped steps to come."""
+        like = hidden.new_empty(()).expand(len(hidden), 1, hidden.shape[-1])
+        like = like.to(self._slots[0].device)
+        ahead.look(self.adapter, steps, scheduler_timesteps, self._call, self._named, like)
 
     @property
     def opened(self) -> bool:
@@ -128,10 +135,16 @@ class Module:
         return self._recording is not None
 
     def forecast(
-        self, engine: Engine, step: int, base: Tensor, call: Mapping[str, Any], named: Mapping[str, Any]
+        self,
+        engine: Engine,
+        step: int,
+        base: Tensor,
+        call: Mapping[str, Any],
+        named: Mapping[str, Any],
+        foreseen: Tensor | None,
     ) -> Tensor:
-        """As :meth:`Stack.forecast`."""
-        gates = self.adapter.gates(call, base)
+        """As :meth:`Stack.forecast`, with the gates of this step where they were foreseen."""
+        gates = self.adapter.gates(call, base) if foreseen is None else foreseen
         for residual in self.adapter.between(named):
             base = base + residual
         return engine.gated_sum(step, base, gates)

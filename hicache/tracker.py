@@ -102,6 +102,11 @@ class SchedulerClock:
         self.step += 1
 
     @property
+    def timesteps(self) -> Any:
+        """The scheduler's timesteps, those before its ``begin_index`` included; None if it has none."""
+        return getattr(self._scheduler, "timesteps", None)
+
+    @property
     def num_steps(self) -> int | None:
         """Steps of the run: the scheduler's timesteps, less those before its ``begin_index``.
 
@@ -148,6 +153,7 @@ class TimestepClock:
     """
 
     num_steps: int | None = None
+    timesteps: Any = None
 
     def __init__(self) -> None:
         self.run = 0

@@ -25,6 +25,7 @@ LAYERS = [
     {"hicache.engine"},
     {"hicache"},
     {"hicache.tracker", "hicache.models", "hicache.stats"},
+    {"hicache.ahead"},
     {"hicache.granularity"},
     {"hicache.denoiser"},
     {"hicache.fast"},

@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hicache.models.features import Feature, ModuleAdapter
+from hicache.models.features import Feature, ModuleAdapter, repeated
 from hicache.models.gates import GateRows, Gates
 
 
 class CogVideoX(ModuleAdapter):
     """The feed-forward layer works on text and video together, text first."""
+
+    constants = ("timestep_cond", "ofs")
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -29,3 +31,14 @@ class CogVideoX(ModuleAdapter):
 
     def gates(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
         return self._gates.of(nn.functional.silu(call["temb"]), base.shape[-1])
+
+    def coming(
+        self, call: Mapping[str, Any], named: Mapping[str, Any], timesteps: Tensor, steps: int, like: Tensor
+    ) -> Mapping[str, Any]:
+        model = self.module
+        projected = model.time_proj(timesteps).to(like.dtype)
+        temb = model.time_embedding(projected, repeated(named.get("timestep_cond"), steps))
+        if model.ofs_embedding is not None:
+            ofs = model.ofs_proj(named["ofs"]).to(like.dtype)
+            temb = temb + repeated(model.ofs_embedding(ofs), steps)
+        return {**call, "temb": temb}

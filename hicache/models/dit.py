@@ -7,12 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hicache.models.features import Feature, ModuleAdapter
+from hicache.models.features import Feature, ModuleAdapter, repeated
 from hicache.models.gates import GateRows, Gates
 
 
 class DiT(ModuleAdapter):
     """Blocks of class-conditional DiT, ``norm_type="ada_norm_zero"``."""
+
+    constants = ("class_labels",)
+    varies = "timestep"
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -33,3 +36,8 @@ class DiT(ModuleAdapter):
             for embed in self._embedders
         ]
         return self._gates.of([nn.functional.silu(one) for one in embedded], base.shape[-1])
+
+    def coming(
+        self, call: Mapping[str, Any], named: Mapping[str, Any], timesteps: Tensor, steps: int, like: Tensor
+    ) -> Mapping[str, Any]:
+        return {"timestep": timesteps, "class_labels": repeated(named["class_labels"], steps)}

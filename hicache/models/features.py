@@ -69,6 +69,11 @@ class ModuleAdapter:
         module: the transformer. It is only looked at.
     """
 
+    #: Arguments of the model, besides the timestep, that gates depend on; empty: they are not foreseen.
+    constants: tuple[str, ...] = ()
+    #: The argument of the first block through which the timestep reaches the gates.
+    varies = "temb"
+
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
 
@@ -83,6 +88,20 @@ class ModuleAdapter:
 
     def gates(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
         """The gates of this step: ``[terms, batch, channels]``, contiguous, of base's dtype and device."""
+        raise NotImplementedError
+
+    def coming(
+        self, call: Mapping[str, Any], named: Mapping[str, Any], timesteps: Tensor, steps: int, like: Tensor
+    ) -> Mapping[str, Any]:
+        """What :meth:`gates` reads, for several steps at once. Wanted where :attr:`constants` are named.
+
+        Args:
+            call: the first block's arguments now.
+            named: the model's arguments now.
+            timesteps: the model's ``timestep`` of all those steps, ``[steps · batch]``, step by step.
+            steps: how many: other arguments repeat as often.
+            like: ``[batch, ..., channels]``, of the hidden state's dtype and device.
+        """
         raise NotImplementedError
 
     def refusal(self, call: Mapping[str, Any]) -> str | None:
@@ -156,3 +175,8 @@ class Recording:
             elif term not in self._copied:
                 slot.zero_()
         self._sums.clear()
+
+
+def repeated(value: Tensor | None, steps: int) -> Tensor | None:
+    """A per-sample argument ``[batch, ...]`` for several steps: ``[steps · batch, ...]``."""
+    return None if value is None else value.repeat(steps, *[1] * (value.ndim - 1))

@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from hicache.models.controlnet import flux_controlnet
-from hicache.models.features import Feature, ModuleAdapter
+from hicache.models.features import Feature, ModuleAdapter, repeated
 from hicache.models.gates import GateRows, Gates
 
 
 class Flux(ModuleAdapter):
     """Doubles: ``gate_msa · attn``, ``gate_mlp · ff``; singles: ``gate · proj_out``; IP-Adapters ungated."""
+
+    constants = ("guidance", "pooled_projections")
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -42,6 +44,15 @@ class Flux(ModuleAdapter):
     def gates(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
         gates = self._gates_with_ip if _has_ip_adapter(call) else self._gates
         return gates.of(nn.functional.silu(call["temb"]), base.shape[-1])
+
+    def coming(
+        self, call: Mapping[str, Any], named: Mapping[str, Any], timesteps: Tensor, steps: int, like: Tensor
+    ) -> Mapping[str, Any]:
+        pooled = repeated(named["pooled_projections"], steps)
+        guidance = repeated(named.get("guidance"), steps)
+        inputs = [timesteps.to(like.dtype) * 1000]
+        inputs += [] if guidance is None else [guidance.to(like.dtype) * 1000]
+        return {**call, "temb": self.module.time_text_embed(*inputs, pooled)}
 
     def between(self, named: Mapping[str, Any]) -> Iterable[Tensor]:
         return flux_controlnet(self.module, named)

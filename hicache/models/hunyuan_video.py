@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hicache.models.features import Feature, ModuleAdapter
+from hicache.models.features import Feature, ModuleAdapter, repeated
 from hicache.models.gates import GateRows, Gates
 
 
 class HunyuanVideo(ModuleAdapter):
     """As Flux, with the image before the text."""
+
+    constants = ("guidance", "pooled_projections")
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -32,6 +34,13 @@ class HunyuanVideo(ModuleAdapter):
 
     def gates(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
         return self._gates.of(nn.functional.silu(call["temb"]), base.shape[-1])
+
+    def coming(
+        self, call: Mapping[str, Any], named: Mapping[str, Any], timesteps: Tensor, steps: int, like: Tensor
+    ) -> Mapping[str, Any]:
+        pooled = repeated(named["pooled_projections"], steps)
+        guidance = repeated(named.get("guidance"), steps)
+        return {**call, "temb": self.module.time_text_embed(timesteps, pooled, guidance)[0]}
 
     def refusal(self, call: Mapping[str, Any]) -> str | None:
         if self.module.config.image_condition_type == "token_replace":

@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from hicache.models.controlnet import spread
-from hicache.models.features import Feature, ModuleAdapter
+from hicache.models.features import Feature, ModuleAdapter, repeated
 from hicache.models.gates import GateRows, Gates
 
 
 class QwenImage(ModuleAdapter):
     """The image stream of 60 double blocks."""
+
+    constants = ("guidance", "additional_t_cond")
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -31,6 +33,15 @@ class QwenImage(ModuleAdapter):
 
     def gates(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
         return self._gates.of(nn.functional.silu(call["temb"]), base.shape[-1])
+
+    def coming(
+        self, call: Mapping[str, Any], named: Mapping[str, Any], timesteps: Tensor, steps: int, like: Tensor
+    ) -> Mapping[str, Any]:
+        guidance = repeated(named.get("guidance"), steps)
+        inputs = [timesteps.to(like.dtype)]
+        inputs += [] if guidance is None else [guidance.to(like.dtype) * 1000]
+        more = repeated(named.get("additional_t_cond"), steps)
+        return {**call, "temb": self.module.time_text_embed(*inputs, like, more)}
 
     def refusal(self, call: Mapping[str, Any]) -> str | None:
         if call.get("modulate_index") is not None:

@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hicache.models.features import Feature, ModuleAdapter
+from hicache.models.features import Feature, ModuleAdapter, repeated
 from hicache.models.gates import GateRows, Gates
 
 
 class SD3(ModuleAdapter):
     """Blocks with two attentions have nine modulation vectors, the others six."""
+
+    constants = ("pooled_projections",)
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -38,6 +40,12 @@ class SD3(ModuleAdapter):
 
     def gates(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
         return self._gates.of(nn.functional.silu(call["temb"]), base.shape[-1])
+
+    def coming(
+        self, call: Mapping[str, Any], named: Mapping[str, Any], timesteps: Tensor, steps: int, like: Tensor
+    ) -> Mapping[str, Any]:
+        pooled = repeated(named["pooled_projections"], steps)
+        return {**call, "temb": self.module.time_text_embed(timesteps, pooled)}
 
     def between(self, named: Mapping[str, Any]) -> Iterable[Tensor]:
         samples = named.get("block_controlnet_hidden_states")

@@ -1,0 +1,151 @@
+"""Gates of the skipped steps to come, computed together at the full step before them.
+
+They depend on the timestep, the guidance and the pooled text only (docs/algorithm.md, "Gates are known in
+advance"), and a pipeline makes its timesteps of its scheduler's in one of two ways. Which one, and where in
+the scheduler's list the run begins, is read off the first full step. Whatever does not fit (a loop of one's
+own, another prompt half-way) has its gates computed at each step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hicache.models.features import ModuleAdapter
+
+
+class Ahead:
+    """The coming gates of one context."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """A new run starts: its timesteps may be others."""
+        self._rule: tuple[Tensor, int] | None = None  # the model's timesteps of the run, index of step 0
+        self._searched = False
+        self._wrong: Tensor | None = None  # whether a timestep was not the one foreseen, left on the device
+        self.forget()
+
+    def forget(self) -> None:
+        """What was computed no longer holds."""
+        self._first = 0
+        self._gates: Tensor | None = None  # [steps, terms, batch, channels]
+        self._foreseen: Tensor | None = None  # [steps, batch, ...]: the argument the gates were computed from
+        self._constants: list[Any] = []
+
+    def look(
+        self,
+        adapter: ModuleAdapter,
+        steps: range,
+        scheduler_timesteps: Any,
+        call: Mapping[str, Any],
+        named: Mapping[str, Any],
+        like: Tensor,
+    ) -> None:
+        """Compute the gates of ``steps``, which follow the full step before the first of them.
+
+        Args:
+            adapter: the family's.
+            steps: ordinals of the coming skipped steps.
+            scheduler_timesteps: the scheduler's, or None.
+            call: the first block's arguments at the full step.
+            named: the model's.
+            like: anything ``[batch, ..., channels]`` of the hidden state's dtype and device.
+        """
+        self.forget()
+        if not adapter.constants or not self._check():
+            return
+        if not self._searched:
+            self._rule = _find_rule(scheduler_timesteps, named.get("timestep"), steps.start - 1)
+            self._searched = True
+        if self._rule is None or not steps:
+            return
+        timesteps, origin = self._rule
+        coming = timesteps[origin + steps.start : origin + steps.stop]
+        batch, channels = len(like), like.shape[-1]
+        values = [named.get(name) for name in adapter.constants]
+        if len(coming) != len(steps) or any(isinstance(v, Tensor) and len(v) != batch for v in values):
+            return
+        made = adapter.coming(call, named, coming.repeat_interleave(batch), len(steps), like)
+        gates = adapter.gates(made, like[:1].expand(len(steps) * batch, *like.shape[1:]))
+        gates = gates.view(-1, len(steps), batch, channels)
+        self._gates = gates.transpose(0, 1).contiguous()
+        self._foreseen = made[adapter.varies].view(len(steps), batch, -1)
+        self._first = steps.start
+        self._constants = [_identity(value) for value in values]
+
+    def gates(
+        self, adapter: ModuleAdapter, step: int, call: Mapping[str, Any], named: Mapping[str, Any]
+    ) -> Tensor | None:
+        """The gates of a skipped step, ``[terms, batch, channels]``; None when they were not foreseen."""
+        index = step - self._first
+        if self._gates is None or self._foreseen is None or not 0 <= index < len(self._gates):
+            return None
+        if self._constants != [_identity(named.get(name)) for name in adapter.constants]:
+            self.forget()
+            return None
+        foreseen, actual = self._foreseen[index], call[adapter.varies]
+        if actual.numel() != foreseen.numel():
+            return None
+        # No host sync: a timestep not foreseen comes to light at the next full step.
+        eps = torch.finfo(foreseen.dtype).eps if foreseen.is_floating_point() else 0.0
+        allowed = 2 * eps if foreseen.element_size() < 4 else 100 * eps
+        off = (actual.view(foreseen.shape) - foreseen).float().norm() > allowed * foreseen.float().norm()
+        self._wrong = off if self._wrong is None else self._wrong.logical_or_(off)
+        return self._gates[index]
+
+    def _check(self) -> bool:
+        """Whether all timesteps so far were as foreseen; reads the device."""
+        if self._wrong is None:
+            return True
+        wrong, self._wrong = bool(self._wrong), None
+        if wrong:
+            warnings.warn(
+                "hicache: the transformer was called with timesteps that are not the scheduler's: the gates "
+                "of the last skipped steps were computed for others; from here on each step computes its own",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self._rule, self._searched = None, True
+        return not wrong
+
+
+def _find_rule(scheduler_timesteps: Any, timestep: Any, step: int) -> tuple[Tensor, int] | None:
+    """The model's timesteps of the whole run, and the index that step 0 has among them; reads the device."""
+    if not isinstance(scheduler_timesteps, Tensor) or not isinstance(timestep, Tensor) or timestep.ndim > 1:
+        return None
+    given = timestep.reshape(-1)
+    if not bool((given == given[0]).all()):
+        return None
+    cast = scheduler_timesteps.to(given.device).to(given.dtype)
+    for timesteps in (cast, cast / 1000):
+        found = (timesteps == given[0]).nonzero().flatten().tolist()
+        later = [index for index in found if index >= step]
+        if later:
+            return timesteps.to(given.dtype), later[0] - step
+    return None
+
+
+def _identity(value: Any) -> Any:
+    """The same for the same unchanged tensor. Held by the caller, so that no other takes its place."""
+    if not isinstance(value, Tensor):
+        return value
+    return _Same(value)
+
+
+class _Same:
+    """A tensor, equal to itself while nobody writes to it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._version = None if tensor.is_inference() else tensor._version
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other._tensor is self._tensor and other._version == self._version
+
+    __hash__ = None  # type: ignore[assignment]
