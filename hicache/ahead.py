@@ -74,7 +74,8 @@ class Ahead:
         made = adapter.coming(call, named, coming.repeat_interleave(batch), len(steps), like)
         gates = adapter.gates(made, like[:1].expand(len(steps) * batch, *like.shape[1:]))
         gates = gates.view(-1, len(steps), batch, channels)
-        self._gates = gates.transpose(0, 1).contiguous()
+        # a copy in any case: the adapter uses its memory again
+        self._gates = gates.transpose(0, 1).clone(memory_format=torch.contiguous_format)
         self._foreseen = made[adapter.varies].view(len(steps), batch, -1)
         self._first = steps.start
         self._constants = [_identity(value) for value in values]
@@ -123,12 +124,13 @@ def _find_rule(scheduler_timesteps: Any, timestep: Any, step: int) -> tuple[Tens
     if not bool((given == given[0]).all()):
         return None
     cast = scheduler_timesteps.to(given.device).to(given.dtype)
+    # as few left out before the first step as may be: a last timestep of 1 is also a first one of 1000 / 1000
+    best: tuple[Tensor, int] | None = None
     for timesteps in (cast, cast / 1000):
-        found = (timesteps == given[0]).nonzero().flatten().tolist()
-        later = [index for index in found if index >= step]
-        if later:
-            return timesteps.to(given.dtype), later[0] - step
-    return None
+        for index in (timesteps == given[0]).nonzero().flatten().tolist():
+            if index >= step and (best is None or index - step < best[1]):
+                best = timesteps.to(given.dtype), index - step
+    return best
 
 
 def _identity(value: Any) -> Any:

@@ -1,0 +1,170 @@
+"""Gates computed ahead: the ones each step would have computed, and nothing foreseen wrongly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import tiny
+import torch
+
+import hicache.fast
+from hicache import HiCacheConfig
+from hicache.ahead import Ahead
+
+CONFIG = HiCacheConfig(interval=4, order=2, warmup=3)
+FORESEEN = ["flux", "flux_cfg", "qwen", "qwen_edit", "sd3", "hunyuan", "dit"]
+
+
+@pytest.fixture
+def foreseen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the gates of every skipped step were foreseen, step by step."""
+    seen: list[bool] = []
+    gates = Ahead.gates
+
+    def watched(self: Ahead, *args: Any) -> Any:
+        result = gates(self, *args)
+        seen.append(result is not None)
+        return result
+
+    monkeypatch.setattr(Ahead, "gates", watched)
+    return seen
+
+
+def cached(pipe: Any, arguments: dict[str, Any], **more: Any) -> torch.Tensor:
+    with hicache.fast.apply(pipe, CONFIG, granularity="module"):
+        return tiny.draw(pipe, arguments, **more)
+
+
+def without(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The same with every step computing its own gates."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ahead, "look", lambda *args: None)
+        return call()
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool((one - other).norm() <= 2e-6 * other.norm())
+
+
+@pytest.mark.parametrize("name", FORESEEN)
+def test_foreseen_gates_are_the_ones_of_the_step(name, foreseen):
+    pipe, arguments = getattr(tiny, name)()
+    ahead = cached(pipe, arguments)
+    assert foreseen
+    assert all(foreseen)
+    foreseen.clear()
+    each = without(lambda: cached(pipe, arguments))
+    assert not any(foreseen)
+    assert close(ahead, each)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_narrow_timesteps_are_foreseen_as_the_pipeline_rounds_them(dtype, foreseen):
+    pipe, arguments = tiny.flux()
+    pipe.transformer.to(dtype)
+    arguments = {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+    ahead = cached(pipe, arguments).float()
+    assert all(foreseen)
+    each = without(lambda: cached(pipe, arguments)).float()
+    assert (ahead - each).norm() <= (2e-6 if dtype == torch.float32 else 2e-2) * each.norm()
+
+
+def test_a_second_order_scheduler_repeats_its_timesteps(foreseen):
+    pipe, arguments = tiny.dit()
+    pipe.scheduler = diffusers.HeunDiscreteScheduler()
+    ahead = cached(pipe, arguments)
+    assert close(ahead, without(lambda: cached(pipe, arguments)))
+
+
+def test_a_run_that_begins_in_the_middle(foreseen):
+    """Image to image: the first timestep is not the scheduler's first."""
+    transformer = tiny.flux_transformer()
+    scheduler = tiny.flow_matching()
+
+    def run() -> torch.Tensor:
+        outputs = []
+        with hicache.fast.apply(transformer, CONFIG, scheduler=scheduler, granularity="module"):
+            scheduler.set_timesteps(16)
+            scheduler.set_begin_index(4)
+            guidance, pooled = torch.full((1,), 3.5), tiny.noise(1, 32)
+            latents = tiny.noise(1, 16, 4)
+            for t in scheduler.timesteps[4:]:
+                output = transformer(**call(latents, t.expand(1) / 1000, guidance, pooled))[0]
+                latents = scheduler.step(output, t, latents, return_dict=False)[0]
+                outputs.append(output)
+        return torch.stack(outputs)
+
+    with torch.no_grad():
+        ahead = run()
+        assert len(foreseen) > 5
+        assert all(foreseen)
+        assert close(ahead, without(run))
+
+
+def call(latents: torch.Tensor, timestep: Any, guidance: Any, pooled: torch.Tensor) -> dict[str, Any]:
+    return {
+        "hidden_states": latents,
+        "encoder_hidden_states": tiny.noise(1, 6, 32),
+        "pooled_projections": pooled,
+        "timestep": timestep,
+        "guidance": guidance,
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(6, 3),
+        "return_dict": False,
+    }
+
+
+def loop(
+    times: Callable[[torch.Tensor], torch.Tensor], pooled: Callable[[int, torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    transformer = tiny.flux_transformer()
+    scheduler = tiny.flow_matching()
+    outputs = []
+    with torch.no_grad(), hicache.fast.apply(transformer, CONFIG, scheduler=scheduler, granularity="module"):
+        scheduler.set_timesteps(14)
+        guidance, prompt = torch.full((1,), 3.5), tiny.noise(1, 32)
+        for step, t in enumerate(scheduler.timesteps):
+            timestep = times(t.expand(1) / 1000)
+            outputs.append(
+                transformer(**call(tiny.noise(1, 16, 4), timestep, guidance, pooled(step, prompt)))[0]
+            )
+            scheduler.step(outputs[-1], t, tiny.noise(1, 16, 4))
+    return torch.stack(outputs)
+
+
+def test_another_prompt_half_way_is_noticed_at_once(foreseen):
+    """In place, and as another tensor: the gates are those of the new one."""
+
+    def changed(step: int, prompt: torch.Tensor) -> torch.Tensor:
+        if step == 5:
+            prompt.mul_(-1)
+        return prompt + 1 if step >= 9 else prompt
+
+    torch.manual_seed(0)
+    ahead = loop(lambda t: t, changed)
+    assert any(foreseen)
+    assert not all(foreseen)
+    torch.manual_seed(0)
+    assert close(ahead, without(lambda: loop(lambda t: t, changed)))
+
+
+def test_timesteps_of_ones_own_are_never_foreseen(foreseen):
+    torch.manual_seed(0)
+    ahead = loop(lambda t: t * 0.9 + 0.01, lambda step, prompt: prompt)
+    assert foreseen
+    assert not any(foreseen)
+    torch.manual_seed(0)
+    assert torch.equal(ahead, without(lambda: loop(lambda t: t * 0.9 + 0.01, lambda step, prompt: prompt)))
+
+
+def test_timesteps_that_turn_out_others_are_told_and_no_longer_foreseen(foreseen):
+    with pytest.warns(RuntimeWarning, match="timesteps that are not the scheduler's"):
+        loop(lambda t: t if t > 0.95 else t * 0.8, lambda step, prompt: prompt)
+    assert foreseen[0]
+    assert not any(foreseen[4:])
