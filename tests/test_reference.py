@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hicache.fast
 import hicache.reference
-from hicache import HiCacheConfig
+from hicache import HiCacheConfig, register_basis, unregister_basis
 from hicache.models.generic import BLOCK_LISTS
 from hicache.reference.blocks import MODELS
 from hicache.reference.history import History
@@ -389,8 +389,10 @@ def test_every_pipeline(name: str):
     with hicache.reference.apply(pipe, HiCacheConfig(interval=1)):
         assert torch.equal(tiny.draw(pipe, arguments), plain)
     with hicache.reference.apply(pipe, EVERY_THIRD) as handle:
-        first, second = tiny.draw(pipe, arguments), tiny.draw(pipe, arguments)
-        assert handle.stats.skipped_steps > 0
+        first, stats = tiny.draw(pipe, arguments), handle.stats
+        second = tiny.draw(pipe, arguments)
+        assert stats.skipped_steps > 0
+        assert handle.stats.contexts == stats.contexts
     assert torch.equal(first, second)
     assert torch.isfinite(first).all()
     assert not torch.equal(first, plain)
@@ -469,6 +471,34 @@ def test_history_on_golden_values(index: int):
         assert [x.item() for x in ours] == pytest.approx(golden, rel=1e-12, abs=1e-12)
 
 
+def test_a_basis_is_given_the_gaps_newest_first():
+    seen = []
+
+    @register_basis("noting")
+    def noting(gaps: Any, distance: float, terms: int, sigma: float) -> list[float]:
+        seen.append((list(gaps), distance, terms, sigma))
+        return [1.0] + [0.0] * (terms - 1)
+
+    try:
+        history = History(HiCacheConfig(order=2, warmup=2, sigma=SIGMA, basis="noting"))
+        for step in (0, 1, 4, 11):
+            history.record(step, torch.ones(1))
+            history.forecast(step + 3)
+    finally:
+        unregister_basis("noting")
+    assert seen == [([], 3, 1, SIGMA), ([1], 3, 2, SIGMA), ([3, 1], 3, 3, SIGMA), ([7, 3], 3, 3, SIGMA)]
+
+
+def test_features_of_another_shape_start_anew():
+    history = History(config())
+    for step in (2, 3):
+        history.record(step, torch.ones(2))
+    assert len(history.differences) == 2
+    history.record(4, torch.ones(3))
+    assert len(history.differences) == 1
+    assert torch.equal(history.forecast(6), torch.ones(3))
+
+
 # Nothing left behind.
 
 
@@ -492,13 +522,37 @@ def test_an_aborted_run_leaves_nothing(error: type[BaseException], at: int, coun
     scheduler = Steps()
     before = graph(model)
     with hicache.reference.apply(model, config(), scheduler=scheduler if counted else None) as handle:
+        between_calls = graph(model.transformer_blocks)
         hook = model.single_transformer_blocks[1].register_forward_pre_hook(failing(error, at))
         with pytest.raises(error):
             run(model, other, scheduler)
         hook.remove()
+        if error is MemoryError:  # after an interrupt, the next call or remove() tidies up
+            assert graph(model.transformer_blocks) == between_calls
         assert torch.equal(run(model, calls, scheduler), expected)
         assert (handle.stats.full_steps, handle.stats.skipped_steps) == (5, 7)
     assert graph(model) == before
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("counted", [True, False], ids=["scheduler", "timestep"])
+def test_a_loop_that_goes_on_after_an_error_warms_up_again(error: type[BaseException], counted: bool):
+    model, calls = build("flux")
+    rest = calls[5:] if counted else calls[4:]  # a scheduler counts calls of one step, timesteps forget them
+    settings = HiCacheConfig(interval=4, warmup=2)
+    expected = cached(model, rest, settings)
+    scheduler = Steps()
+    with hicache.reference.apply(model, settings, scheduler=scheduler if counted else None):
+        hook = model.single_transformer_blocks[1].register_forward_pre_hook(failing(error, 5))
+        with pytest.raises(error):
+            run(model, calls, scheduler)
+        hook.remove()
+        outputs = []
+        for call in rest:
+            scheduler.step()
+            with torch.no_grad():
+                outputs.append(flat(model(**call)))
+        assert torch.equal(torch.stack(outputs), expected)
 
 
 def test_removed_after_an_interrupt_restores_all():
