@@ -1,4 +1,5 @@
-"""The promises a CPU can keep. Each is measured in one run, all sides in turn; a busy machine gets three tries."""
+"""The promises a CPU can keep. Each is measured in one run, all sides in turn; a busy machine gets three
+tries."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def test_native_update_forecast_is_three_times_the_eager_reference():
 
 
 def past_the_cache(op: Op, terms: int, order: int, itemsize: int) -> Size:
-    """A size at which the op moves four times the last-level cache, or a sixth of the memory if that is less."""
+    """A size at which the op moves four times the last-level cache, or a sixth of a smaller memory."""
     wanted = min(4 * last_level_cache(), available_bytes("cpu") // 6)
     a_row = minimum_bytes(op, Size(terms, 1, 3072), order, itemsize)
     return Size(terms, wanted // a_row, 3072)
@@ -71,7 +72,7 @@ def past_the_cache(op: Op, terms: int, order: int, itemsize: int) -> Size:
     ],
 )
 def test_native_keeps_up_with_a_copy_and_outruns_eager(name, terms, dtype):
-    """Past the caches, order 2: 80% of the bandwidth of a copy of as many bytes, and four times eager torch."""
+    """Past the caches, order 2: 80% of the bandwidth of a copy of as many bytes, and 4 times eager torch."""
     op = OPS[name]
     problem = Problem(past_the_cache(op, terms, 2, DTYPES[dtype].itemsize), 2, DTYPES[dtype], "cpu")
     calls = {"native": problem.call(op, "native"), "eager": problem.peers(op)["eager"]}

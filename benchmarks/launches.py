@@ -1,0 +1,93 @@
+"""What a skipped step launches, counted: ours, eager torch and ``torch._foreach_*``, by number of features.
+
+``python -m benchmarks.launches --csv benchmarks/results/launches.csv``
+
+Torch's operators are counted by a ``TorchDispatchMode`` as they run; an operator that computes is at least one
+kernel on a GPU, views are none. An operator over a list of tensors counts once, which is the least it can be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.problems import OPS, Problem, Size
+from benchmarks.timing import Call
+
+FEATURES = (1, 2, 4, 8, 16, 32, 76, 120)
+# operators that only make memory, or another view of it
+_FREE = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "lift_fresh",
+}
+
+
+class OperatorCounter(TorchDispatchMode):
+    """Counts operators that compute, by name, while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        is_view = func.is_view or func.overloadpacket.__name__ in _FREE
+        if not is_view:
+            self.counts[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count(call: Call) -> Counter[str]:
+    """Operators that compute in one call."""
+    with OperatorCounter() as counter:
+        call()
+    return counter.counts
+
+
+def table(features: Sequence[int] = FEATURES, order: int = 2) -> list[tuple[str, int, str, int]]:
+    """Rows ``(op, features, contestant, operators)`` of the two forms of a skipped step."""
+    rows = []
+    for name in ("update_forecast_", "gated_sum", "gated_sum, update"):
+        op = OPS[name]
+        for terms in features:
+            problem = Problem(Size(terms, 2, 64), order, torch.float32, "cpu")
+            calls = {"ours": problem.call(op, "auto"), **problem.peers(op)}
+            rows += [(name, terms, key, count(call).total()) for key, call in calls.items()]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--csv", type=Path, help="also write the rows here")
+    options = parser.parse_args()
+    rows = table()
+    for op, terms, contestant, operators in rows:
+        print(f"{op:<20} {terms:>4} features {contestant:<8} {operators:>6} operators")
+    if options.csv:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        with options.csv.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["op", "features", "contestant", "operators"])
+            writer.writerows(rows)
+        print(f"saved {options.csv}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
