@@ -107,5 +107,7 @@ foreach(type float bf16 fp16 double)
   target_sources(_native PRIVATE $<TARGET_OBJECTS:cuda_${type}>)
 endforeach()
 target_sources(_native PRIVATE csrc/cuda.cpp)
+# The target was made before they were known.
+set_target_properties(_native PROPERTIES CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
 target_compile_definitions(_native PRIVATE HICACHE_CUDA HICACHE_CUDA_ARCHS=${numbers})
 target_link_libraries(_native PRIVATE CUDA::cudart_static)

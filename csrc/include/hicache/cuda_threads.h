@@ -155,12 +155,10 @@ HICACHE_INLINE void forecast_thread(const cascade_args& a, int64_t thread, int64
 }
 
 // One tile of gated_sum: ROWS rows from number `at` on, LANES channels wide; `gate` is that of the first term, or null.
-template <class T, class B, int LANES, int ROWS, int ORDERS, bool UPDATE>
-HICACHE_INLINE void sum_tile(const sum_args& a, int64_t at, const B* gate) {
-  using A = accumulate_t<T>;
+template <class T, class B, int LANES, int ROWS, int ORDERS, bool UPDATE, class A>
+HICACHE_INLINE void sum_tile(const sum_args& a, A inv_gap, const weights<A, ORDERS>& coeffs, int64_t at,
+                             const B* gate) {
   constexpr int READ = ORDERS - 1;
-  const A inv_gap = UPDATE ? scalar<A>(a.inv_gap, 0) : A(0);
-  const weights<A, ORDERS> coeffs = load_weights<A, ORDERS>(a.coeffs);
   lanes<A, LANES> sums[ROWS];
   HICACHE_UNROLL
   for (int row = 0; row < ROWS; ++row) {
@@ -201,7 +199,10 @@ HICACHE_INLINE void sum_tile(const sum_args& a, int64_t at, const B* gate) {
 
 template <class T, class B, int LANES, int ROWS, int ORDERS, bool UPDATE>
 HICACHE_INLINE void sum_thread(const sum_tiles& s, int64_t thread, int64_t threads) {
+  using A = accumulate_t<T>;
   const sum_args& a = s.args;
+  const A inv_gap = UPDATE ? scalar<A>(a.inv_gap, 0) : A(0);
+  const weights<A, ORDERS> coeffs = load_weights<A, ORDERS>(a.coeffs);
   for (int64_t tile = thread; tile < s.count; tile += threads) {
     const int64_t channel = tile % s.packs * LANES;
     const int64_t group = tile / s.packs % s.groups;
@@ -211,10 +212,10 @@ HICACHE_INLINE void sum_thread(const sum_tiles& s, int64_t thread, int64_t threa
     const B* const gate =
         a.gates ? static_cast<const B*>(a.gates) + sample * a.channels + channel : nullptr;
     if (row + ROWS <= a.rows && at + (ROWS - 1) * a.channels < s.numel) {
-      sum_tile<T, B, LANES, ROWS, ORDERS, UPDATE>(a, at, gate);
+      sum_tile<T, B, LANES, ROWS, ORDERS, UPDATE>(a, inv_gap, coeffs, at, gate);
     } else {
       for (int64_t i = at; i < s.numel && i < at + (a.rows - row) * a.channels; i += a.channels) {
-        sum_tile<T, B, LANES, 1, ORDERS, UPDATE>(a, i, gate);
+        sum_tile<T, B, LANES, 1, ORDERS, UPDATE>(a, inv_gap, coeffs, i, gate);
       }
     }
   }
