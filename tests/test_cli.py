@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from hicache import __version__
@@ -84,6 +85,8 @@ def test_info(capsys):
     assert re.search(r"^torch +\d", printed, re.M)
     assert re.search(r"^reference on cpu +usable$", printed, re.M)
     assert re.search(r"^native on cpu +(usable \((avx512|avx2|baseline)\)|not usable: .+)$", printed, re.M)
+    if not torch.cuda.is_available():
+        assert re.search(r"^native on cuda +(sm_\d+(, sm_\d+)*|not built)$", printed, re.M)
 
 
 def test_command_and_module():
