@@ -427,6 +427,15 @@ def test_last_step_full():
     assert [step for step in range(STEPS) if torch.equal(ours[step], uncached[step])] == [*FULL, STEPS - 1]
 
 
+def test_last_step_full_of_a_denoiser_that_starts_late():
+    pipe, arguments = tiny.wan(two=True)
+    with hicache.reference.apply(pipe, config(last_step_full=True)) as handle:
+        tiny.draw(pipe, arguments, STEPS)
+        contexts = handle.stats.contexts
+    assert (contexts["transformer[0]"].full_steps, contexts["transformer[0]"].skipped_steps) == (3, 3)
+    assert (contexts["transformer_2[0]"].full_steps, contexts["transformer_2[0]"].skipped_steps) == (4, 2)
+
+
 def test_bytes_and_history_dtype():
     """FLUX: per double two outputs of 32 tokens (both streams), per single one; three differences of each."""
     elements = (2 * 2 * 32 + 2 * 32) * zoo.WIDTH * 3
