@@ -12,7 +12,7 @@ import argparse
 import csv
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -62,11 +62,13 @@ class Row:
     graph_us: float | None  # a call inside a CUDA graph, caches warm; small sizes on CUDA only
 
 
-def contestants(problem: Problem, op: Op, compiled: bool, room: int) -> dict[str, Call]:
+def contestants(
+    problem: Problem, op: Op, compiled: bool, room: int, without: Set[str] = frozenset()
+) -> dict[str, Call]:
     """Our backends that run here (the reference, which is the specification, left out) and torch's forms."""
     itemsize = problem.dtype.itemsize
     names = usable_backends(problem.device, problem.dtype, problem.order + 1)
-    calls = {name: problem.call(op, name) for name in names if name != "reference"}
+    calls = {name: problem.call(op, name) for name in names if name not in {"reference", *without}}
     for name, call in problem.peers(op).items():
         if peak_bytes(op, problem.size, problem.order, itemsize, name) <= room:
             calls[name] = call
@@ -90,7 +92,7 @@ def time_op(
     for contestant, call in calls.items():
         timing = timings[contestant]
         speed = moved / timing.p50 / 1e9
-        graphed = device == "cuda" and moved <= _GRAPHED and contestant != "compiled"
+        graphed = device == "cuda" and moved <= _GRAPHED and contestant not in ("compiled", "foreach")
         rows.append(
             Row(
                 name,
@@ -125,8 +127,10 @@ def measure(
     rounds: int = 15,
     seconds: float = 2.0,
     deadline: float = float("inf"),
+    without: Set[str] = frozenset(),
+    left_out: list[str] | None = None,
 ) -> Iterator[list[Row]]:
-    """Rows of every op on every problem that fits in memory and in time; says on stderr what does not.
+    """Rows of every op on every problem that fits in memory and in time.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
@@ -134,8 +138,15 @@ def measure(
         compiled: also time ``torch.compile``, at order 2, of the ops a skipped step is.
         rounds, seconds: of each op on each problem, at most.
         deadline: of ``time.monotonic()``, past which nothing more is begun.
+        without: backends not to time.
+        left_out: what does not fit is said here, and on stderr.
     """
-    left_out = 0
+    notes = left_out if left_out is not None else []
+
+    def leave_out(what: str) -> None:
+        notes.append(what)
+        print(what, file=sys.stderr)
+
     for order in (order for order in _ORDERS if order in orders):
         for name in sizes:
             for key in dtypes:
@@ -143,28 +154,26 @@ def measure(
                 wanted = [op for op in ops_at(order) if op.name in ops]
                 room = int(0.8 * available_bytes(device))
                 fits = [op for op in wanted if peak_bytes(op, size, order, dtype.itemsize, "native") <= room]
+                where = f"{name}, {key}, order {order}"
                 if len(fits) < len(wanted):
-                    print(f"{name}, {key}, order {order}: {len(wanted) - len(fits)} ops left out: "
-                          f"over 80% of the memory", file=sys.stderr)  # fmt: skip
-                if time.monotonic() > deadline:
-                    left_out += len(fits)
-                    continue
+                    leave_out(f"{where}: {len(wanted) - len(fits)} ops left out: over 80% of the free memory")
                 if not fits:
+                    continue
+                if time.monotonic() > deadline:
+                    leave_out(f"{where}: left out: out of time")
                     continue
                 problem = Problem(size, order, dtype, device)
                 for op in fits:
                     if time.monotonic() > deadline:
-                        left_out += 1
+                        leave_out(f"{where}, {op.name}: left out: out of time")
                         continue
                     with_compiled = compiled and order == 2 and op.name in _COMPILED
-                    calls = contestants(problem, op, with_compiled, room)
+                    calls = contestants(problem, op, with_compiled, room, without)
                     yield time_op(name, problem, op, calls, rounds, seconds)
                     del calls
                 del problem
                 if device == "cuda":
                     torch.cuda.empty_cache()
-    if left_out:
-        print(f"out of time: {left_out} ops left out", file=sys.stderr)
 
 
 def line(row: Row) -> str:

@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.launches --csv benchmarks/results/launches.csv``
 
-Torch's operators are counted by a ``TorchDispatchMode`` as they run; an operator that computes is at least one
-kernel on a GPU, views are none. An operator over a list of tensors counts once, which is the least it can be.
+Torch's operators are counted by a ``TorchDispatchMode`` as they run; an operator that computes is at least
+one kernel on a GPU, views are none. An operator over a list of tensors counts once, the least it can be.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class OperatorCounter(TorchDispatchMode):
 
 def count(call: Call) -> Counter[str]:
     """Operators that compute in one call."""
-    with OperatorCounter() as counter:
+    counter = OperatorCounter()
+    with counter:
         call()
     return counter.counts
 

@@ -1,0 +1,125 @@
+"""The one command for a machine with a GPU: ``python -m benchmarks.gpu``.
+
+Builds the native extension where it is missing, checks every op, dtype, order and backend on the card, times
+them beside a copy and beside eager torch, searches for the best Triton tiles, and writes a page about it:
+``summary.md``, ``kernels.csv``, ``tiles.json`` and ``checks.txt``. It needs the repository, torch, triton and
+pybind11, and nvcc for the CUDA C++ backend. Every stage watches the clock and says what it left out.
+``--dry-run`` goes through the same stages on the CPU, at small sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks import build
+from benchmarks.machine import device_name, driver, slug, versions
+
+
+def ensure_native(device: str) -> str:
+    """Build the extension unless it can run on the device; what came of it."""
+    reason = build.status(device)
+    if reason is None:
+        return "the native extension was there"
+    arch = None
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        arch = f"{major}{minor}"
+        if build.nvcc() is None:
+            return f"native CUDA left out: {reason}; no nvcc to build it with"
+    try:
+        how = build.build(arch)
+    except build.BuildError as error:
+        return f"native left out: {reason}; and it could not be built: {error}"
+    left = build.status(device)
+    return f"the native extension was built with {how}" if left is None else f"native left out: {left}"
+
+
+def sanitize(timeout: float) -> str:
+    """Some of the checks under compute-sanitizer, where there is one; what it said."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if tool is None:
+        return "left out: no compute-sanitizer here"
+    if timeout < 20:
+        return "left out: out of time"
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "99", sys.executable, "-m"]
+    command += ["benchmarks.checks", "--device", "cuda", "--few"]
+    try:
+        done = subprocess.run(
+            command, cwd=build.ROOT, capture_output=True, text=True, check=False, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        return f"left out: not done after {timeout:.0f} s"
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    last = next((line for line in reversed(lines) if line.strip()), "no output")
+    if done.returncode == 0:
+        return f"passed: {last}"
+    if done.returncode == 99:
+        return "FAILED: " + "; ".join(line for line in lines if "=========" in line)[:2000]
+    return f"left out: it refused to run here: {last}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--dry-run", action="store_true", help="the same on the CPU, at small sizes")
+    parser.add_argument("--minutes", type=float, default=7.5, help="for everything")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>")
+    options = parser.parse_args()
+    device = "cpu" if options.dry_run else options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device; --dry-run goes through the stages on the CPU")
+    started = time.monotonic()
+
+    def until(share: float) -> float:
+        """The moment by which this share of the time is spent."""
+        moment: float = started + 60 * options.minutes * share
+        return moment
+
+    begun = time.monotonic()
+    native = ensure_native(device)
+    spent = [("build", time.monotonic() - begun)]
+    print(native)
+    # Only now: the kernels' package imports its extension once.
+    from benchmarks.gpu_report import Report
+
+    out = options.out or build.ROOT / "benchmarks" / "results" / slug(device_name(device))
+    out.mkdir(parents=True, exist_ok=True)
+    where = f"{device_name(device)}; driver {driver()}; {versions()}"
+    print(where, flush=True)
+    report = Report(device, where, native, out)
+    stages: dict[str, Callable[[], None]] = {"checks": lambda: report.check(until(0.35))}
+    if device == "cuda":
+        stages["compute-sanitizer"] = lambda: report.sanitized(
+            sanitize(min(75.0, until(0.5) - time.monotonic()))
+        )
+    stages |= {
+        "times, order 2": lambda: report.measure((2,), until(0.7)),
+        "tiles": lambda: report.tune(until(0.88)),
+        "times, other orders": lambda: report.measure((1, 3, 0, 4), until(0.97)),
+    }
+    for name, stage in stages.items():
+        begun = time.monotonic()
+        try:
+            stage()
+        except Exception:  # what was found so far is worth more than a clean end
+            report.broke_off(name, traceback.format_exc())
+        spent.append((name, time.monotonic() - begun))
+        print(f"== {name}: {spent[-1][1]:.1f} s", flush=True)
+    print(report.write(spent))
+    if report.failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

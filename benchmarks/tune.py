@@ -1,0 +1,142 @@
+"""Which tile the Triton kernels are fastest with on the card at hand: a table for ``HICACHE_TILES``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.gate import check_op, rounding
+from benchmarks.problems import OPS, Op, Problem, Size, minimum_bytes
+from benchmarks.timing import Call, time_together
+from hicache_kernels import tiles
+from hicache_kernels.tiles import Tile
+
+# one long row of numbers: numbers a program, warps
+ROW_TILES = tuple(
+    Tile(block=block, num_warps=warps)
+    for block, warps in (
+        (512, 4),
+        (1024, 4),
+        (1024, 8),
+        (2048, 4),
+        (2048, 8),
+        (4096, 4),
+        (4096, 8),
+        (8192, 8),
+    )
+)
+# rows by channels, and loads of how many terms are in flight
+GATED_TILES = tuple(
+    Tile(rows=rows, columns=columns, num_warps=warps, num_stages=stages)
+    for rows, columns, warps, stages in (
+        (4, 256, 4, 1), (8, 256, 4, 1), (8, 256, 8, 1), (4, 512, 4, 1), (2, 512, 4, 1), (1, 1024, 4, 1),
+        (16, 128, 4, 1), (2, 256, 4, 1), (4, 256, 4, 2), (4, 256, 4, 3), (8, 256, 8, 2), (2, 256, 2, 3),
+    )
+)  # fmt: skip
+# the forms a skipped step takes: a history of one residual without gates, of many features with them
+TUNED = (
+    ("gated_sum", "many"), ("gated_sum, update", "many"), ("gated_sum, no gates", "1"),
+    ("gated_sum, no gates, update", "1"), ("update_forecast_", "1"), ("forecast", "1"), ("update_", "1"),
+)  # fmt: skip
+GAIN = 1.02  # less than this over the default is noise
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best tile of one key and what it gains."""
+
+    key: str
+    op: str
+    tile: Tile
+    GBps: float
+    default_GBps: float
+    tried: int
+
+
+def tile_key(op: Op, orders: int, itemsize: int, terms: int) -> str:
+    """The key the Triton backend looks an op up by."""
+    name = op.name.split(",")[0]
+    if op.sums:
+        return tiles.key("gated_sum_update_" if op.updates else name, orders, itemsize, terms)
+    return tiles.key(name, orders, itemsize, 1)
+
+
+def with_tile(call: Call, key: str, tile: Tile) -> Call:
+    """The call, with this tile."""
+
+    def tiled() -> object:
+        with tiles.override({key: tile}):
+            return call()
+
+    return tiled
+
+
+def choose(
+    op: Op,
+    terms: int,
+    order: int,
+    dtype: torch.dtype,
+    device: str,
+    sizes: Mapping[int, Size],
+    candidates: Sequence[Tile] | None = None,
+) -> Choice:
+    """Time every candidate that compiles and gives the right numbers.
+
+    Args:
+        op, order, dtype: the problem.
+        terms: 1, or any other number for many.
+        sizes: terms → the size to time at.
+        candidates: tiles to try beside the default; the ones above when None.
+    """
+    key = tile_key(op, order + 1, dtype.itemsize, terms)
+    default = tiles.default(order + 1, dtype.itemsize)
+    if candidates is None:
+        candidates = GATED_TILES if op.gated else ROW_TILES
+    small = Problem(Size(min(terms, 3), 37, 96, batch=2), order, dtype, device)
+    problem = Problem(sizes[terms], order, dtype, device)
+    calls = {}
+    for tile in dict.fromkeys((default, *candidates)):
+        try:
+            check = with_tile(small.call(op, "triton"), key, tile)
+            check_op(small, op, "triton", check, rounding("triton", dtype))
+            call = with_tile(problem.call(op, "triton"), key, tile)
+            call()
+        except Exception as error:  # what a compiler refuses is no candidate, whatever it says
+            print(f"tune: {key}, {tile}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+            continue
+        calls[tile] = call
+    named = {str(tile): tile for tile in calls}
+    timings = time_together({name: calls[tile] for name, tile in named.items()}, rounds=9, device=device)
+    moved = minimum_bytes(op, sizes[terms], order, dtype.itemsize) / 1e9
+    best = min(timings, key=lambda name: timings[name].p50)
+    usual = timings[str(default)].p50
+    if usual < GAIN * timings[best].p50:
+        best = str(default)
+    return Choice(key, op.name, named[best], moved / timings[best].p50, moved / usual, len(calls))
+
+
+def tune(
+    device: str,
+    sizes: Mapping[int, Size],
+    deadline: float = float("inf"),
+    orders: Sequence[int] = (2, 1),
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
+    candidates: Sequence[Tile] | None = None,
+) -> tuple[list[Choice], int]:
+    """Choices, and how many were left out for want of time; ``sizes`` has 1 term and one other number."""
+    [many] = set(sizes) - {1}
+    choices: list[Choice] = []
+    left_out = 0
+    for order in orders:
+        for dtype in dtypes:
+            for name, terms in TUNED:
+                if time.monotonic() > deadline:
+                    left_out += 1
+                    continue
+                count = 1 if terms == "1" else many
+                choices.append(choose(OPS[name], count, order, dtype, device, sizes, candidates))
+    return choices, left_out
