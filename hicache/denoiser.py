@@ -143,7 +143,6 @@ class Denoiser:
             else f"no adapter knows the modules of {adapter.name}"
         )
         self.granularity: Granularity = self._modules or self._stack
-        self._too_much: set[Any] = set()  # contexts of earlier runs whose modules did not fit
         self._watched: list[nn.Module] = []  # modules whose outputs are recorded
         self._unwatch: list[Callable[[], None]] = []
         self._device = torch.device("cpu")  # of the hidden state of the current call
@@ -347,13 +346,9 @@ class Denoiser:
         """Why the histories of this run's contexts must not be held; None when they may."""
         planned = sum(other.planned for other in self.contexts.values())
         budget = self._policy.memory_budget
-        config = self.session.config
-        keys = {(config, key) for key in self.contexts}
-        # A run in which the second context is too much has recorded its first in vain. From a warm-up of
-        # three steps on, what is recorded at the first is never used: without it the picture is the same.
-        if planned > budget or not self._too_much.isdisjoint(keys):
-            if config.warmup >= 3:
-                self._too_much.update(keys)
+        # Where the second context is too much, the first has been recorded in vain: in every such run anew, as
+        # nothing of an earlier run may change the picture.
+        if planned > budget:
             return f"its modules' history, {planned:,} bytes or more, is over memory_budget={budget:,}"
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)

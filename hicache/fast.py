@@ -20,11 +20,12 @@ from hicache.config import HiCacheConfig
 from hicache.denoiser import Denoiser, Policy, Session
 from hicache.models import registry
 from hicache.models.generic import StackAdapter
+from hicache.plan import DenoiserPlan, Plan, make_plan
 from hicache.stats import ContextStats, Stats
 from hicache.tracker import SchedulerClock, TimestepClock
 from hicache_kernels import BACKENDS, backend_status
 
-__all__ = ["ContextStats", "Handle", "Stats", "apply"]
+__all__ = ["ContextStats", "DenoiserPlan", "Handle", "Plan", "Stats", "apply", "plan"]
 
 GRANULARITIES: Final = ("auto", "module", "stack")
 # Of one denoiser's histories. Holds FLUX.1's modules at 1024² and order 2 (5.7 GB), not a video model's.
@@ -189,6 +190,75 @@ def apply(
         handle.remove()
         raise
     return handle
+
+
+def plan(
+    pipe: Any,
+    config: HiCacheConfig | None = None,
+    *,
+    height: int,
+    width: int,
+    num_frames: int = 1,
+    batch: int = 1,
+    guided: bool = True,
+    calls: int | None = None,
+    more_tokens: int = 0,
+    granularity: str = "auto",
+    memory_budget: int = MEMORY_BUDGET,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """How much memory caching a pipeline takes and what it launches, without running anything.
+
+    The transformer may be on the meta device.
+
+    Args:
+        pipe: as for :func:`apply`; of a model whose modules are known.
+        config: as for :func:`apply`.
+        height: of the picture, in pixels.
+        width: of the picture, in pixels.
+        num_frames: of the video; 1 for pictures.
+        batch: pictures drawn at once.
+        guided: with classifier-free guidance, as the family's pipeline does it: two calls a step, or one of
+            twice the batch. Nothing for models with distilled guidance.
+        calls: of the transformer in a step, where it is not as many: 2 for FLUX.1 with true guidance.
+        more_tokens: image tokens besides the picture's own: those of pictures given to an editing model.
+        granularity: as for :func:`apply`.
+        memory_budget: as for :func:`apply`.
+        dtype: of the features; the transformer's own when None.
+
+    Returns:
+        Plan: by transformer, the granularity that would be chosen and the bytes of both; ``print()`` it.
+
+    Raises:
+        TypeError, ValueError: bad arguments, or a model whose modules are not known.
+    """
+    config = _check_config(config)
+    _check_choice("granularity", granularity, GRANULARITIES)
+    _check_budget(memory_budget)
+    for name, value, least in (
+        ("height", height, 1),
+        ("width", width, 1),
+        ("num_frames", num_frames, 1),
+        ("batch", batch, 1),
+        ("calls", 1 if calls is None else calls, 1),
+        ("more_tokens", more_tokens, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"hicache: expected {name} to be an int >= {least}, got {value!r}")
+    size = num_frames, height, width
+    return make_plan(
+        pipe,
+        _denoisers(pipe),
+        config,
+        granularity,
+        memory_budget,
+        size,
+        batch,
+        guided,
+        calls,
+        more_tokens,
+        dtype,
+    )
 
 
 def _check_config(config: HiCacheConfig | None) -> HiCacheConfig:

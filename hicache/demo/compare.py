@@ -64,6 +64,7 @@ def compare(
     steps: int = 50,
     guidance_scale: float = 4.0,
     seed: int = 0,
+    granularity: str = "auto",
     backend: str = "auto",
     repeats: int = 3,
 ) -> Comparison:
@@ -85,7 +86,8 @@ def compare(
         return Run(pipe.decode(latents, "np"), seconds)
 
     def draw_cached(count: int) -> tuple[Run, hicache.fast.Stats]:
-        with hicache.fast.apply(pipe, config, speedup=speedup, backend=backend) as handle:
+        applied = hicache.fast.apply(pipe, config, speedup=speedup, granularity=granularity, backend=backend)
+        with applied as handle:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # one step is out of reach of any speedup=
                 draw(1)

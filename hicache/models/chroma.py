@@ -15,6 +15,8 @@ from hicache.models.features import Feature, ModuleAdapter
 class Chroma(ModuleAdapter):
     """Its network gives ``[batch, vectors, channels]``: 3 a single, 6 a double (image), 6 a double (text)."""
 
+    guidance = (2, 1)
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         doubles, singles = len(self.module.transformer_blocks), len(self.module.single_transformer_blocks)

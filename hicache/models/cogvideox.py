@@ -14,6 +14,9 @@ from hicache.models.gates import GateRows, Gates
 class CogVideoX(ModuleAdapter):
     """The feed-forward layer works on text and video together, text first."""
 
+    guidance = (1, 2)
+    compression = (4, 8)
+
     constants = ("timestep_cond", "ofs")
 
     def __init__(self, module: nn.Module) -> None:

@@ -14,6 +14,8 @@ from hicache.models.gates import GateRows, Gates
 class DiT(ModuleAdapter):
     """Blocks of class-conditional DiT, ``norm_type="ada_norm_zero"``."""
 
+    guidance = (1, 2)
+
     constants = ("class_labels",)
     varies = "timestep"
 

@@ -73,6 +73,11 @@ class ModuleAdapter:
     constants: tuple[str, ...] = ()
     #: The argument of the first block through which the timestep reaches the gates.
     varies = "temb"
+    #: Calls a step and samples a picture in a call when guided: (2, 1) for separate calls, (1, 2) for one
+    #: batch, (1, 1) for guidance distilled into the model.
+    guidance: tuple[int, int] = (1, 1)
+    #: Frames a latent frame and pixels a latent pixel, of the family's usual autoencoder.
+    compression: tuple[int, int] = (1, 8)
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -115,6 +120,12 @@ class ModuleAdapter:
     def hooks(self) -> list[Callable[[], None]]:
         """Install what the family needs besides recording; returns what undoes it."""
         return []
+
+    @property
+    def channels(self) -> int:
+        """Channels of the hidden state."""
+        config = self.module.config
+        return int(config.num_attention_heads * config.attention_head_dim)
 
     def tokens(self, latent_shape: Sequence[int]) -> int:
         """Image tokens for latents ``[frames, height, width]``; for :func:`hicache.fast.plan`."""

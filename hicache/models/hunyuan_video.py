@@ -14,6 +14,8 @@ from hicache.models.gates import GateRows, Gates
 class HunyuanVideo(ModuleAdapter):
     """As Flux, with the image before the text."""
 
+    compression = (4, 8)
+
     constants = ("guidance", "pooled_projections")
 
     def __init__(self, module: nn.Module) -> None:

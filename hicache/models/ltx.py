@@ -13,6 +13,9 @@ from hicache.models.collapsed import TableAdapter
 class LTX(TableAdapter):
     """Self-attention and feed-forward are gated, cross-attention is not."""
 
+    guidance = (1, 2)
+    compression = (8, 32)
+
     def shared(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
         temb: Tensor = call["temb"]  # [batch, 1, 6 · channels]
         return temb.reshape(len(base), 6, -1)

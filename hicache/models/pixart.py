@@ -13,6 +13,8 @@ from hicache.models.collapsed import TableAdapter
 class PixArt(TableAdapter):
     """Self-attention and feed-forward are gated, cross-attention is not."""
 
+    guidance = (1, 2)
+
     def shared(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
         timestep: Tensor = call["timestep"]  # embedded: [batch, 6 · channels]
         return timestep.reshape(len(base), 6, -1)

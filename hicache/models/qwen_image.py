@@ -15,6 +15,8 @@ from hicache.models.gates import GateRows, Gates
 class QwenImage(ModuleAdapter):
     """The image stream of 60 double blocks."""
 
+    guidance = (2, 1)
+
     constants = ("guidance", "additional_t_cond")
 
     def __init__(self, module: nn.Module) -> None:

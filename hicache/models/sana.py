@@ -14,6 +14,9 @@ from hicache.models.features import Feature
 class Sana(TableAdapter):
     """The feed-forward layer is a convolution over the picture: ``[batch, channels, height, width]``."""
 
+    guidance = (1, 2)
+    compression = (1, 32)
+
     def shared(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
         timestep: Tensor = call["timestep"]  # embedded: [batch, 6 · channels]
         return timestep.reshape(len(base), 6, -1)

@@ -14,6 +14,8 @@ from hicache.models.gates import GateRows, Gates
 class SD3(ModuleAdapter):
     """Blocks with two attentions have nine modulation vectors, the others six."""
 
+    guidance = (1, 2)
+
     constants = ("pooled_projections",)
 
     def __init__(self, module: nn.Module) -> None:

@@ -13,6 +13,9 @@ from hicache.models.collapsed import TableAdapter
 class Wan(TableAdapter):
     """Self-attention and feed-forward are gated, cross-attention is not."""
 
+    guidance = (2, 1)
+    compression = (4, 8)
+
     BLOCKS, MLP = "blocks", "ffn"
 
     def shared(self, call: Mapping[str, Any], base: Tensor) -> Tensor:

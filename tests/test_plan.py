@@ -1,0 +1,122 @@
+"""``hicache.fast.plan``: what it foretells is what a run holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import tiny
+import torch
+
+import hicache.fast
+from hicache import HiCacheConfig
+from hicache.fast import Plan
+
+PIPELINES = ["flux", "qwen", "sd3", "wan", "hunyuan", "ltx", "dit", "pixart"]
+
+
+def size_of(name: str, pipe: Any, arguments: dict[str, Any]) -> dict[str, int]:
+    if name == "dit":  # draws the size its transformer is made for
+        pixels = pipe.transformer.config.sample_size * 8
+        return {"height": pixels, "width": pixels}
+    return {key: arguments[key] for key in ("height", "width", "num_frames") if key in arguments}
+
+
+@pytest.mark.parametrize("granularity", ["module", "stack", "auto"])
+@pytest.mark.parametrize("order", [0, 2])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_plan_is_what_a_run_holds(name, order, granularity):
+    pipe, arguments = getattr(tiny, name)()
+    config = HiCacheConfig(interval=3, order=order)
+    plan = hicache.fast.plan(pipe, config, granularity=granularity, **size_of(name, pipe, arguments))
+    with hicache.fast.apply(pipe, config, granularity=granularity) as handle:
+        tiny.draw(pipe, arguments, steps=5)
+        stats = handle.stats
+    assert stats.history_bytes == plan.history_bytes > 0
+    [one] = plan.denoisers.values()
+    assert one.granularity == stats.granularity == ("stack" if granularity == "stack" else "module")
+    assert one.launches == len(stats.contexts)
+
+
+def test_true_guidance_and_batches():
+    pipe, arguments = tiny.flux_cfg()
+    plan = hicache.fast.plan(pipe, height=64, width=64, calls=2, batch=2)
+    with hicache.fast.apply(pipe) as handle:
+        tiny.draw(pipe, {**arguments, "num_images_per_prompt": 2}, steps=5)
+        assert handle.stats.history_bytes == plan.history_bytes
+
+
+def test_the_budget_decides_as_in_a_run():
+    pipe, arguments = tiny.qwen()
+    whole = hicache.fast.plan(pipe, height=64, width=64).history_bytes
+    for budget, granularity in ((whole, "module"), (whole - 1, "stack")):
+        plan = hicache.fast.plan(pipe, height=64, width=64, memory_budget=budget)
+        with hicache.fast.apply(pipe, memory_budget=budget) as handle:
+            tiny.draw(pipe, arguments, steps=5)
+            stats = handle.stats
+        assert stats.granularity == plan.denoisers["transformer"].granularity == granularity
+        assert stats.history_bytes == plan.history_bytes
+
+
+def test_two_transformers_are_planned_together():
+    pipe, arguments = tiny.wan(two=True)
+    plan = hicache.fast.plan(pipe, **size_of("wan", pipe, arguments))
+    assert list(plan.denoisers) == ["transformer", "transformer_2"]
+    assert plan.history_bytes == sum(one.history_bytes for one in plan.denoisers.values())
+
+
+def planned(model: type, arguments: dict[str, Any], **size: Any) -> Plan:
+    with torch.device("meta"):
+        transformer = model(**arguments)
+    return hicache.fast.plan(transformer, dtype=torch.bfloat16, **size)
+
+
+def test_flux_at_its_true_size():
+    """spec: at most 5.8 GB by module, at most 80 MB by stack."""
+    plan = planned(diffusers.FluxTransformer2DModel, {"guidance_embeds": True}, height=1024, width=1024)
+    [flux] = plan.denoisers.values()
+    assert flux.terms == 19 * 2 + 38
+    assert flux.hidden == (1, 4096, 3072)
+    assert flux.module_bytes == 76 * 3 * 4096 * 3072 * 2 <= 5.8e9
+    assert flux.stack_bytes == 3 * 4096 * 3072 * 2 <= 80e6
+    assert flux.granularity == "module"
+    assert "module, 5,737,807,872 bytes of history" in str(plan)
+
+
+def test_a_video_model_keeps_three_terms_and_a_dense_one_its_stack():
+    plan = planned(diffusers.WanTransformer3DModel, {}, height=720, width=1280, num_frames=81)
+    [wan] = plan.denoisers.values()
+    assert (wan.terms, wan.contexts, wan.hidden) == (3, 2, (1, 21 * 45 * 80, 5120))
+    plan = planned(diffusers.HunyuanVideoTransformer3DModel, {}, height=720, width=1280, num_frames=129)
+    [hunyuan] = plan.denoisers.values()
+    assert (hunyuan.terms, hunyuan.hidden) == (80, (1, 33 * 45 * 80, 3072))
+    assert hunyuan.granularity == "stack"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"height": 0}, ValueError, "height to be an int >= 1, got 0"),
+        ({"width": 64.0}, ValueError, r"width to be an int >= 1, got 64\.0"),
+        ({"calls": 0}, ValueError, "calls to be an int >= 1, got 0"),
+        ({"more_tokens": -1}, ValueError, "more_tokens to be an int >= 0, got -1"),
+        ({"granularity": "block"}, ValueError, "unknown granularity 'block'"),
+        ({"memory_budget": "8 GB"}, TypeError, "memory_budget to be a number of bytes, got '8 GB'"),
+        ({"memory_budget": -1}, ValueError, "memory_budget >= 0 bytes, got -1"),
+        ({"config": 7}, TypeError, "config to be a HiCacheConfig or None, got 7"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        hicache.fast.plan(tiny.flux_transformer(), **{"height": 64, "width": 64, **arguments})
+
+
+def test_a_model_nobody_knows():
+    from zoo import ZOO
+
+    model, _ = ZOO["lumina2"]()
+    with pytest.raises(
+        ValueError, match="how many tokens Lumina2Transformer2DModel works on; known are Chroma"
+    ):
+        hicache.fast.plan(model, height=64, width=64)
