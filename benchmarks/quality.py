@@ -1,0 +1,122 @@
+"""How far cached pictures are from full ones, by interval, granularity and basis, on the bundled model.
+
+``python -m benchmarks.quality --csv benchmarks/results/quality.csv --plot docs/quality.png``: 50 steps, order
+2, warm-up 3, the eight prompts of ``hicache generate``, PSNR of each picture against its full run, averaged.
+Every picture is a function of its seed, so the numbers do not depend on the machine beyond rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from skimage.metrics import peak_signal_noise_ratio
+
+import hicache.demo
+import hicache.fast
+from benchmarks.machine import versions
+from hicache import HiCacheConfig
+from hicache.cli import PROMPTS
+from hicache.demo.pipeline import ShapesPipeline
+
+STEPS = 50
+INTERVALS = range(3, 11)
+BASES = ("hermite", "taylor", "scaled_taylor", "reuse")
+GRANULARITIES = ("module", "stack")
+SIGMAS = (0.3, 0.4, 0.5, 0.6, 0.7, 1.0)  # at the default interval
+
+Row = tuple[str, str, float, int, int, float, float]
+HEADER = ("granularity", "basis", "sigma", "interval", "full steps", "mean PSNR dB", "worst PSNR dB")
+
+
+def draw(pipe: ShapesPipeline) -> np.ndarray[Any, Any]:
+    generator = torch.Generator().manual_seed(0)
+    pictures: np.ndarray[Any, Any] = pipe(
+        list(PROMPTS), STEPS, guidance_scale=4.0, generator=generator, output_type="np"
+    ).images
+    return pictures
+
+
+def measure(pipe: ShapesPipeline, full: np.ndarray[Any, Any], granularity: str, config: HiCacheConfig) -> Row:
+    """One cached run against the full one."""
+    with hicache.fast.apply(pipe, config, granularity=granularity) as handle:
+        cached = draw(pipe)
+        stats = handle.stats
+    psnr = [peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in zip(full, cached, strict=True)]
+    return (
+        granularity,
+        config.basis,
+        config.sigma,
+        config.interval,
+        stats.full_steps,
+        float(np.mean(psnr)),
+        float(min(psnr)),
+    )
+
+
+def sweep(intervals: Sequence[int], bases: Sequence[str], sigmas: Sequence[float]) -> list[Row]:
+    """All rows: every granularity and basis over the intervals, then Hermite over σ."""
+    pipe = hicache.demo.load()
+    pipe.set_progress_bar_config(disable=True)
+    full = draw(pipe)
+    configs = [HiCacheConfig(basis=basis, interval=n) for basis in bases for n in intervals]
+    configs += [HiCacheConfig(sigma=sigma) for sigma in sigmas if sigma != HiCacheConfig().sigma]
+    return [measure(pipe, full, granularity, config) for granularity in GRANULARITIES for config in configs]
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """PSNR over the interval, a line for every granularity and basis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    lines: dict[tuple[str, str], dict[int, float]] = {}
+    for granularity, basis, sigma, interval, _, mean, _ in rows:
+        if sigma == HiCacheConfig().sigma:
+            lines.setdefault((basis, granularity), {})[interval] = mean
+    colours = dict(zip(BASES, ("C0", "C1", "C2", "C7"), strict=True))
+    for (basis, granularity), points in lines.items():
+        style = "-" if granularity == "module" else "--"
+        axes.plot(
+            list(points), list(points.values()), style, marker="o", ms=3, color=colours[basis],
+            label=f"{basis}, {granularity}",
+        )  # fmt: skip
+    axes.set_xlabel("interval N (50 steps, order 2)")
+    axes.set_ylabel("mean PSNR against the full run, dB")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--intervals", type=int, nargs="+", default=list(INTERVALS))
+    parser.add_argument("--bases", nargs="+", default=list(BASES), choices=BASES)
+    parser.add_argument("--csv", type=Path, help="also write the rows here")
+    parser.add_argument("--plot", type=Path, help="also draw them (needs matplotlib)")
+    options = parser.parse_args()
+    rows = sweep(options.intervals, options.bases, SIGMAS)
+    for row in rows:
+        print("{:<8} {:<14} σ={:<4} N={:<3} {:>3} full  {:6.2f} dB, worst {:6.2f}".format(*row))
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*HEADER, "versions"])
+            writer.writerows([*row[:5], f"{row[5]:.2f}", f"{row[6]:.2f}", versions()] for row in rows)
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What a skipped step costs: tensor operations, launches and host syncs, counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hicache.fast
+from hicache import HiCacheConfig
+
+# what waits for a device: its answer is needed on the host
+SYNCS = ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
+
+
+class Operations(TorchDispatchMode):
+    """Every operation that reaches the dispatcher, views included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(pipe: Any, arguments: dict[str, Any], granularity: str) -> list[Counter[str]]:
+    """Of every call of the transformer in a run of twelve steps, six of them skipped."""
+    calls: list[Counter[str]] = []
+    transformer = pipe.transformer
+    original = type(transformer).__call__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with Operations() as mode:
+            output = original(self, *args, **kwargs)
+        calls.append(mode.seen)
+        return output
+
+    with hicache.fast.apply(pipe, HiCacheConfig(interval=4), granularity=granularity):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(transformer), "__call__", counted)
+            tiny.draw(pipe, arguments, 12)
+    return calls
+
+
+def skipped(calls: list[Counter[str]]) -> list[Counter[str]]:
+    steps = [seen for index, seen in enumerate(calls) if index not in (0, 1, 2, 6, 10)]
+    assert len(steps) == 7
+    return steps
+
+
+@pytest.mark.parametrize("granularity", ["module", "stack"])
+def test_flux_at_its_true_depth(granularity):
+    """At most 120 operations whatever the depth, one of them the cache's kernel, and no host sync."""
+    deep = skipped(operations(*tiny.flux(19, 38), granularity))
+    shallow = skipped(operations(*tiny.flux(1, 1), granularity))
+    for seen, other in zip(deep, shallow, strict=True):
+        assert seen == other
+        assert seen.total() <= 120
+        kernels = {name: count for name, count in seen.items() if name.startswith("hicache.")}
+        assert sum(kernels.values()) == 1, kernels
+        assert not [name for name in seen if name.split(".")[1] in SYNCS]
+
+
+@pytest.mark.parametrize("name", ["qwen", "sd3", "hunyuan", "dit", "wan", "ltx", "pixart"])
+def test_no_sync_and_one_kernel_a_call(name):
+    pipe, arguments = getattr(tiny, name)()
+    calls = operations(pipe, arguments, "module")
+    contexts = len(calls) // 12
+    for index, seen in enumerate(calls):
+        if index // contexts not in (0, 1, 2, 6, 10):
+            assert sum(n for op, n in seen.items() if op.startswith("hicache.")) == 1
+            own = [op for op in seen if op.split(".")[1] in SYNCS]
+            assert not own, own
