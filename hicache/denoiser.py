@@ -346,18 +346,16 @@ class Denoiser:
         """Why the histories of this run's contexts must not be held; None when they may."""
         planned = sum(other.planned for other in self.contexts.values())
         budget = self._policy.memory_budget
-        # Where the second context is too much, the first has been recorded in vain: in every such run anew, as
-        # nothing of an earlier run may change the picture.
+        # Where the second context is too much, the first has been recorded in vain; in every such run anew,
+        # as nothing of an earlier run may change the picture.
         if planned > budget:
             return f"its modules' history, {planned:,} bytes or more, is over memory_budget={budget:,}"
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            wanted = context.planned - context.engine.nbytes
-            if wanted > free:
-                why = f"its modules' history wants {wanted:,} bytes and {free:,} are free on {device}"
-                self._warn(f"is cached as a stack: {why}")
-                return why
+        free = _free_bytes(device)
+        wanted = context.planned - context.engine.nbytes
+        if free is not None and wanted > free:
+            why = f"its modules' history wants {wanted:,} bytes and {free:,} are free on {device}"
+            self._warn(f"is cached as a stack: {why}")
+            return why
         return None
 
     def _fall_back(self, reason: str) -> None:
@@ -427,6 +425,14 @@ class Denoiser:
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(f"hicache: {type(self.module).__name__} {what}", RuntimeWarning, stacklevel=4)
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Bytes that can be allocated on a GPU; None for other devices, which do not tell."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def _requires_grad(named: Mapping[str, Any]) -> bool:

@@ -31,7 +31,8 @@ GRANULARITIES: Final = ("auto", "module", "stack")
 # Of one denoiser's histories. Holds FLUX.1's modules at 1024² and order 2 (5.7 GB), not a video model's.
 # Fixed, and not a share of the card's memory: the same call draws the same picture on every card.
 MEMORY_BUDGET: Final = 8_000_000_000
-_ATTRIBUTE: Final = "_hicache_handle"
+ATTRIBUTE: Final = "_hicache_handle"
+REFERENCE_ATTRIBUTE: Final = "_hicache_reference_handle"  # where hicache.reference leaves its handle
 
 
 class Handle:
@@ -94,7 +95,7 @@ class Handle:
         for denoiser in self._denoisers:
             denoiser.remove()
             denoiser.release()
-            denoiser.module.__dict__.pop(_ATTRIBUTE, None)
+            denoiser.module.__dict__.pop(ATTRIBUTE, None)
         self._denoisers.clear()
         self._session.clock.detach()
 
@@ -158,6 +159,11 @@ def apply(
     modules = _denoisers(pipe)
     for module in modules.values():
         _check_backend(backend, module)
+        if REFERENCE_ATTRIBUTE in module.__dict__:
+            raise ValueError(
+                f"hicache.fast.apply: {type(module).__name__} is cached by hicache.reference; remove() that "
+                "first"
+            )
     clock_source = _scheduler_source(pipe, scheduler)
     _check_speedup(speedup, clock_source is not None)
     adapters = {name: StackAdapter(module) for name, module in modules.items()}
@@ -170,7 +176,7 @@ def apply(
             )
 
     for module in modules.values():
-        previous = module.__dict__.get(_ATTRIBUTE)
+        previous = module.__dict__.get(ATTRIBUTE)
         if previous is not None:
             previous.remove()
     # everything that can fail has been checked: from here on the pipeline is changed
@@ -184,7 +190,7 @@ def apply(
     handle = Handle(session, denoisers)
     try:
         for denoiser in denoisers:
-            denoiser.module.__dict__[_ATTRIBUTE] = handle
+            denoiser.module.__dict__[ATTRIBUTE] = handle
             denoiser.install()
     except BaseException:
         handle.remove()

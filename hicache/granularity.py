@@ -145,6 +145,8 @@ class Module:
     ) -> Tensor:
         """As :meth:`Stack.forecast`, with the gates of this step where they were foreseen."""
         gates = self.adapter.gates(call, base) if foreseen is None else foreseen
+        if gates.shape[1] != len(base):  # one timestep for several pictures: blocks broadcast it
+            gates = gates.expand(-1, len(base), -1).contiguous()
         for residual in self.adapter.between(named):
             base = base + residual
         return engine.gated_sum(step, base, gates)

@@ -6,13 +6,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hicache.models.features import Feature, ModuleAdapter
+
+Terms = tuple[tuple[int, Callable[[], Tensor] | None], ...]
 
 
 class TableAdapter(ModuleAdapter):
@@ -38,16 +41,15 @@ class TableAdapter(ModuleAdapter):
         """The vectors all blocks share: ``[batch, 6, channels]``."""
         raise NotImplementedError
 
-    def mlp(self, block: Any, terms: tuple[tuple[int, Tensor | None], ...]) -> Feature:
+    def mlp(self, block: Any, terms: Terms) -> Feature:
         """The feature of a block's MLP."""
         return Feature(getattr(block, self.MLP), terms)
 
     def features(self) -> Sequence[Feature]:
         found: list[Feature] = []
         for index, block in enumerate(self._blocks):
-            table = block.scale_shift_table.detach().view(6, -1)
-            attention: tuple[tuple[int, Tensor | None], ...] = ((0, table[2]), (1, None))
-            mlp: tuple[tuple[int, Tensor | None], ...] = ((0, table[5]), (2, None))
+            attention: Terms = ((0, functools.partial(_row, block, 2)), (1, None))
+            mlp: Terms = ((0, functools.partial(_row, block, 5)), (2, None))
             cross = 0
             if not self.collapse:
                 attention, mlp, cross = ((3 * index, None),), ((3 * index + 1, None),), 3 * index + 2
@@ -63,6 +65,12 @@ class TableAdapter(ModuleAdapter):
             return torch.stack([torch.ones_like(attention), attention, mlp]).to(base.dtype)
         gates: list[Tensor] = []
         for block in self._blocks:
-            table = block.scale_shift_table.view(6, -1).to(attention.device)
-            gates += [table[2] + attention, table[5] + mlp, torch.ones_like(attention)]
+            own = [_row(block, part).to(attention.device) for part in (2, 5)]
+            gates += [own[0] + attention, own[1] + mlp, torch.ones_like(attention)]
         return torch.stack(gates).to(base.dtype)
+
+
+def _row(block: Any, part: int) -> Tensor:
+    """What a block's table adds to one of the shared vectors."""
+    row: Tensor = block.scale_shift_table.detach().view(6, -1)[part]
+    return row

@@ -23,9 +23,10 @@ class Feature:
 
     Args:
         module: computes it in its forward.
-        terms: indices of the terms it is part of, each with a constant factor ``[channels]`` or None for one.
-            Features that share a term are added up as they are recorded: that is what constant parts of gates
-            are for (docs/algorithm.md, "Shared gates collapse").
+        terms: indices of the terms it is part of, each with what gives a constant factor ``[channels]``, or
+            None for one. Features that share a term are added up as they are recorded: that is what constant
+            parts of gates are for (docs/algorithm.md, "Shared gates collapse"). The factor is asked for right
+            after the module has run: an offloaded weight is at hand then, and only then.
         element: where the module returns a tuple, which element; a tuple that is too short has none.
         joint: where the module works on text and image tokens together, the image's place: ``"first"`` or
             ``"last"``.
@@ -33,7 +34,7 @@ class Feature:
     """
 
     module: nn.Module
-    terms: tuple[tuple[int, Tensor | None], ...]
+    terms: tuple[tuple[int, Callable[[], Tensor] | None], ...]
     element: int | None = None
     joint: str | None = None
     view: Callable[[Tensor], Tensor] | None = None
@@ -169,10 +170,10 @@ class Recording:
                 self._slots[term].copy_(value)
                 self._copied.add(term)
 
-    def _accumulate(self, term: int, value: Tensor, factor: Tensor | None) -> None:
+    def _accumulate(self, term: int, value: Tensor, factor: Callable[[], Tensor] | None) -> None:
         wide = torch.promote_types(value.dtype, torch.float32)
         if factor is not None:
-            value = value * factor.to(value.device, wide)
+            value = value * factor().to(value.device, wide)
         if term in self._sums:
             self._sums[term] += value
         else:

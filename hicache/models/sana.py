@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hicache.models.collapsed import TableAdapter
+from hicache.models.collapsed import TableAdapter, Terms
 from hicache.models.features import Feature
 
 
@@ -21,5 +21,5 @@ class Sana(TableAdapter):
         timestep: Tensor = call["timestep"]  # embedded: [batch, 6 · channels]
         return timestep.reshape(len(base), 6, -1)
 
-    def mlp(self, block: Any, terms: tuple[tuple[int, Tensor | None], ...]) -> Feature:
+    def mlp(self, block: Any, terms: Terms) -> Feature:
         return Feature(block.ff, terms, view=lambda output: output.flatten(2, 3).permute(0, 2, 1))

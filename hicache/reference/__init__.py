@@ -13,21 +13,20 @@ compared with, for parity and for speed.
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Final
+from typing import Any
 
 from torch import nn
 
 from hicache.config import HiCacheConfig
 from hicache.denoiser import Session
-from hicache.fast import _check_config, _denoisers, _scheduler_source
+from hicache.fast import ATTRIBUTE as FAST_ATTRIBUTE
+from hicache.fast import REFERENCE_ATTRIBUTE, _check_config, _denoisers, _scheduler_source
 from hicache.reference.blocks import cached_parts
-from hicache.reference.denoiser import FAST_ATTRIBUTE, Denoiser
+from hicache.reference.denoiser import Denoiser
 from hicache.stats import Stats
 from hicache.tracker import SchedulerClock, TimestepClock
 
 __all__ = ["Handle", "apply"]
-
-_ATTRIBUTE: Final = "_hicache_reference_handle"
 
 
 class Handle:
@@ -77,7 +76,7 @@ class Handle:
         for denoiser in self._denoisers:
             denoiser.remove()
             denoiser.release()
-            denoiser.module.__dict__.pop(_ATTRIBUTE, None)
+            denoiser.module.__dict__.pop(REFERENCE_ATTRIBUTE, None)
         self._session.clock.detach()
 
     def __enter__(self) -> Handle:
@@ -124,10 +123,10 @@ def apply(pipe: Any, config: HiCacheConfig | None = None, *, scheduler: Any = No
     session = Session(clock, config, None, "reference")
     handle = Handle(session, [Denoiser(name, module, session) for name, module in modules.items()])
     for denoiser in handle._denoisers:
-        previous = denoiser.module.__dict__.get(_ATTRIBUTE)
+        previous = denoiser.module.__dict__.get(REFERENCE_ATTRIBUTE)
         if previous is not None:
             previous.remove()
-        denoiser.module.__dict__[_ATTRIBUTE] = handle
+        denoiser.module.__dict__[REFERENCE_ATTRIBUTE] = handle
         denoiser.install()
     return handle
 

@@ -18,8 +18,6 @@ from hicache.reference.history import Feature
 from hicache.schedule import is_full
 from hicache.stats import ContextStats, Stopwatch
 
-FAST_ATTRIBUTE: Final = "_hicache_handle"  # where hicache.fast leaves its handle
-
 # (path of a submodule, how often it had run before in this call of the transformer)
 _Key = tuple[str, int]
 
@@ -156,11 +154,6 @@ class Denoiser:
             context.release()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if FAST_ATTRIBUTE in module.__dict__:
-            raise RuntimeError(
-                f"hicache: {type(module).__name__} is cached by hicache.fast and by hicache.reference: "
-                "remove() one of the two"
-            )
         if self._call is not None:
             # an interrupt, unlike an exception, ends a call without the hook after it
             self._end()
