@@ -1,0 +1,610 @@
+"""Module granularity: a skipped step as one sum is the paper's, on every family and in whole pipelines."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import accelerate
+import families
+import pytest
+import tiny
+import torch
+import zoo
+from families import PIPELINES, Run, Steps, cast, draw, off, replay
+from test_zoo import block_lists, count, state
+from torch import Tensor, nn
+
+import hicache.fast
+import hicache.reference
+from hicache import HiCacheConfig
+from hicache.models import registry
+from hicache.models.flux2 import Flux2
+from hicache.models.ltx import LTX
+from hicache.models.pixart import PixArt
+from hicache.models.sana import Sana
+from hicache.models.wan import Wan
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # Chroma's
+]
+
+CONFIG = HiCacheConfig(interval=3, order=2, sigma=0.5, warmup=3)
+CONFIGS = {
+    "hermite": CONFIG,
+    "hermite-late": HiCacheConfig(interval=6, order=2, sigma=0.3, warmup=2, last_step_full=True),
+    "taylor": HiCacheConfig(interval=5, order=3, warmup=1, basis="taylor"),
+    "scaled-taylor": HiCacheConfig(interval=4, order=1, sigma=0.7, warmup=2, basis="scaled_taylor"),
+    "reuse": HiCacheConfig(interval=2, order=0, warmup=1, basis="reuse"),
+}
+# one pipeline a family
+FAMILIES = (
+    "flux",
+    "flux2",
+    "chroma",
+    "qwen",
+    "sd3",
+    "hunyuan",
+    "wan",
+    "ltx",
+    "cogvideox",
+    "dit",
+    "pixart",
+    "sana",
+)
+# Wan's blocks cast to float32 within, also those of a float64 model. The fast path does not run them on a
+# skipped step, so it is the more precise of the two.
+SINGLE_PRECISION = ("wan", "wan22", "wan_many")
+
+every_pipeline = pytest.mark.parametrize("name", PIPELINES)
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@functools.cache
+def recorded(name: str) -> tuple[nn.Module, Run]:
+    """A pipeline's transformer and its calls in twelve steps. Tests leave it uncached, or copy it."""
+    pipe, arguments = families.build(name)
+    return pipe.transformer, families.record(pipe, arguments)
+
+
+def of_dtype(name: str, dtype: torch.dtype) -> tuple[nn.Module, Run]:
+    model, run = recorded(name)
+    return copy.deepcopy(model).to(dtype), cast(run, dtype)
+
+
+def reference(model: nn.Module, run: Run, config: HiCacheConfig) -> Tensor:
+    scheduler = Steps()
+    with hicache.reference.apply(model, config, scheduler=scheduler):
+        return replay(model, run, scheduler)
+
+
+def fast(model: nn.Module, run: Run, config: HiCacheConfig, granularity: str = "module") -> Tensor:
+    scheduler = Steps()
+    with hicache.fast.apply(model, config, scheduler=scheduler, granularity=granularity) as handle:
+        said = replay(model, run, scheduler)
+        assert handle.stats.granularity == granularity
+        assert handle.stats.skipped_steps > 0
+    return said
+
+
+# Equal to the reference.
+
+
+@every_pipeline
+def test_whole_runs_equal_the_reference(name: str):
+    """Latents feed back through the scheduler, in fp32: all that the transformer says is compared."""
+    pipe, arguments = families.build(name)
+    uncached = draw(pipe, arguments)
+    for config in (CONFIG, CONFIGS["taylor"]):
+        with hicache.reference.apply(pipe, config) as handle:
+            expected = draw(pipe, arguments)
+            contexts = {label: (c.full_steps, c.skipped_steps) for label, c in handle.stats.contexts.items()}
+        with hicache.fast.apply(pipe, config, granularity="module") as handle:
+            ours = draw(pipe, arguments)
+            again = draw(pipe, arguments)
+        stats = handle.stats
+        assert stats.granularity == "module"
+        assert all(choice.startswith("module: asked for") for choice in stats.choices.values())
+        assert {n: (c.full_steps, c.skipped_steps) for n, c in stats.contexts.items()} == contexts
+        assert off(ours, expected) <= 2e-5
+        assert torch.equal(ours, again)
+        assert off(expected, uncached) > 1e-3  # else nothing is shown
+    assert torch.equal(draw(pipe, arguments), uncached)
+
+
+@every_pipeline
+def test_float64_calls_equal_the_reference(name: str):
+    model, run = of_dtype(name, torch.float64)
+    tolerance = 1e-6 if name in SINGLE_PRECISION else 1e-10
+    for label, config in CONFIGS.items():
+        expected = reference(model, run, config)
+        assert off(fast(model, run, config), expected) <= tolerance, label
+    # caching the sum of what is gated is another algorithm: the gates are not of now
+    assert off(fast(model, run, config, "stack"), expected) > 1e-4
+
+
+@every_family
+def test_bfloat16_is_as_close_to_float64_as_the_reference(name: str):
+    model, run = of_dtype(name, torch.bfloat16)
+    exact_run = cast(run, torch.float64)
+    if name in ("flux", "flux2", "chroma"):
+        # these multiply by a thousand in their own dtype
+        for _, kwargs in (call for calls in exact_run for call in calls):
+            for key in ("timestep", "guidance"):
+                if kwargs.get(key) is not None:
+                    kwargs[key] = (kwargs[key].bfloat16() * 1000).double() / 1000
+    for config in (CONFIG, CONFIGS["scaled-taylor"]):
+        exact = reference(copy.deepcopy(model).double(), exact_run, config)
+        eager, ours = reference(model, run, config), fast(model, run, config)
+        assert 0 < off(eager, exact) < 0.1
+        assert off(ours, exact) <= 2 * off(eager, exact)
+        assert (ours - exact).abs().max() <= 2 * (eager - exact).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_history_dtype(name: str, dtype: torch.dtype):
+    """Other than the model's, wider or narrower; features that share a term are added before they round."""
+    config = HiCacheConfig(interval=3, order=2, warmup=3, history_dtype=dtype)
+    for model_dtype in (torch.float32, torch.bfloat16):
+        model, run = of_dtype(name, model_dtype)
+        exact = reference(copy.deepcopy(model).double(), cast(run, torch.float64), CONFIG)
+        eager, ours = reference(model, run, config), fast(model, run, config)
+        small = 1e-6 if name in SINGLE_PRECISION else 1e-7
+        assert off(ours, exact) <= 2 * off(eager, exact) + small
+
+
+# Shared gates.
+
+
+def _uncollapsed(adapter: type[Any]) -> type[Any]:
+    return type(adapter.__name__, (adapter,), {"__init__": lambda self, m: adapter.__init__(self, m, False)})
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [("wan", Wan), ("ltx", LTX), ("pixart", PixArt), ("sana", Sana), ("flux2", Flux2)],
+    ids=["wan", "ltx", "pixart", "sana", "flux2"],
+)
+def test_collapsed_is_exact(name: str, adapter: type[Any], monkeypatch: pytest.MonkeyPatch):
+    model, run = of_dtype(name, torch.float64)
+    scheduler = Steps()
+    outputs, bytes_held = [], []
+    for registered in (adapter, _uncollapsed(adapter)):
+        monkeypatch.setitem(registry._ADAPTERS, type(model).__name__, registered)
+        with hicache.fast.apply(model, CONFIG, scheduler=scheduler, granularity="module") as handle:
+            outputs.append(replay(model, run, scheduler))
+            bytes_held.append(handle.stats.history_bytes)
+    collapsed, apart = outputs
+    assert off(collapsed, apart) <= 1e-12
+    terms = max(term for feature in _uncollapsed(adapter)(model).features() for term, _ in feature.terms) + 1
+    assert bytes_held[0] * terms == bytes_held[1] * 3
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx", "pixart", "sana", "flux2"])
+def test_collapsed_in_bfloat16_is_no_worse_than_apart(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Sums of many features round to the history's dtype: one rounding in place of one a feature."""
+    model, run = of_dtype(name, torch.bfloat16)
+    exact = fast(copy.deepcopy(model).double(), cast(run, torch.float64), CONFIG)
+    collapsed = fast(model, run, CONFIG)
+    adapter = type(registry.find(model))
+    monkeypatch.setitem(registry._ADAPTERS, type(model).__name__, _uncollapsed(adapter))
+    apart = fast(model, run, CONFIG)
+    assert off(collapsed, exact) <= 2 * off(apart, exact)
+
+
+# What a skipped step runs, and what is left behind.
+
+
+@every_family
+def test_skipped_steps_run_no_block_and_remove_restores_all(name: str):
+    model, run = recorded(name)
+    uncached = replay(model, run, Steps())
+    before = state(model)
+    calls: Counter[int] = Counter()
+    blocks = [block for blocks in block_lists(model).values() for block in blocks]
+    counters = len(blocks)
+    copied = copy.deepcopy(model)
+    count((block for blocks in block_lists(copied).values() for block in blocks), calls)
+    counted = state(copied)
+    scheduler = Steps()
+    with hicache.fast.apply(copied, CONFIG, scheduler=scheduler, granularity="module") as handle:
+        replay(copied, run, scheduler)
+        contexts = handle.stats.contexts.values()
+    full = sum(context.full_steps for context in contexts)
+    assert 0 < full < sum(len(calls) for calls in run)
+    assert calls == Counter(dict.fromkeys(range(counters), full))
+    assert state(copied) == counted
+
+    with hicache.fast.apply(model, HiCacheConfig(interval=1), scheduler=scheduler, granularity="module"):
+        assert torch.equal(replay(model, run, scheduler), uncached)
+    assert state(model) == before
+    assert torch.equal(replay(model, run, Steps()), uncached)
+
+
+@pytest.mark.parametrize("at", [0, 1, 4])
+def test_an_exception_leaves_nothing_behind(at: int):
+    """In a feature's module: the features before it are recorded, those after it not."""
+    pipe, arguments = families.build("flux_cfg")
+    draw(pipe, arguments)  # its first run leaves an attribute of the pipeline's own
+    before = state(pipe.transformer)
+    with hicache.fast.apply(pipe, CONFIG, granularity="module"):
+        expected = draw(pipe, arguments)
+    with hicache.fast.apply(pipe, CONFIG, granularity="module"):
+        runs = Counter[str]()
+
+        def fail(*_: Any) -> None:
+            runs["ff"] += 1
+            if runs["ff"] == at + 1:
+                raise KeyError("interrupted")
+
+        hook = pipe.transformer.transformer_blocks[1].ff.register_forward_pre_hook(fail)
+        with pytest.raises(KeyError):
+            draw(pipe, arguments)
+        hook.remove()
+        assert torch.equal(draw(pipe, arguments), expected)
+    assert state(pipe.transformer) == before
+
+
+def test_other_shapes_between_runs():
+    pipe, arguments = families.build("flux")
+    small = {**arguments, "height": 32}
+    batch = {**arguments, "prompt_embeds": tiny.noise(2, 6, 32), "pooled_prompt_embeds": tiny.noise(2, 32)}
+    expected = []
+    for given in (arguments, small, batch):
+        with hicache.fast.apply(pipe, CONFIG, granularity="module"):
+            expected.append(draw(pipe, given))
+    with hicache.fast.apply(pipe, CONFIG, granularity="module"):
+        for given, alone in zip((arguments, small, batch, arguments), (*expected, expected[0]), strict=True):
+            assert torch.equal(draw(pipe, given), alone)
+
+
+def test_release_frees_and_the_next_run_is_the_same():
+    pipe, arguments = families.build("flux_cfg")
+    with hicache.fast.apply(pipe, CONFIG, granularity="module") as handle:
+        expected = draw(pipe, arguments)
+        held = handle.stats.history_bytes
+        assert held > 0
+        handle.release()
+        assert handle.stats.history_bytes == 0
+        assert torch.equal(draw(pipe, arguments), expected)
+        assert handle.stats.history_bytes == held
+
+
+def test_a_run_in_inference_mode_does_not_spoil_the_next():
+    model, run = recorded("flux")
+    expected = fast(model, run, CONFIG)
+    scheduler = Steps()
+    with hicache.fast.apply(model, CONFIG, scheduler=scheduler, granularity="module"):
+        with torch.inference_mode():
+            first = replay(model, run, scheduler)
+        second = replay(model, run, scheduler)
+    assert torch.equal(first, expected)
+    assert torch.equal(second, expected)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_feature_modules_put_in_place_later_are_recorded(name: str):
+    """As LoRA does: another module where the adapter found one, after the first run."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, base: nn.Module, scale: float) -> None:
+            super().__init__()
+            self.base, self.scale = base, scale
+
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return self.base(*args, **kwargs) * self.scale
+
+    model, run = of_dtype(name, torch.float64)
+    before = state(model)
+    scheduler = Steps()
+    owners = [
+        (block, part)
+        for blocks in block_lists(model).values()
+        for block in blocks
+        for part in ("proj_out", "ff", "ffn")
+        if hasattr(block, part)
+    ]
+    with hicache.fast.apply(model, CONFIG, scheduler=scheduler, granularity="module") as handle:
+        plain = replay(model, run, scheduler)
+        for block, part in owners:
+            setattr(block, part, Wrapped(getattr(block, part), 0.5))
+        wrapped = replay(model, run, scheduler)
+        assert handle.stats.granularity == "module"
+    expected = reference(model, run, CONFIG)
+    assert off(wrapped, expected) <= (1e-6 if name in SINGLE_PRECISION else 1e-10)
+    assert off(wrapped, plain) > 1e-3
+    for block, part in owners:
+        setattr(block, part, getattr(block, part).base)
+    assert state(model) == before
+
+
+def test_residuals_that_come_and_go_within_a_run():
+    """A ControlNet that guides a part of the run: on skipped steps the residuals of now, or none, count."""
+    model, run = of_dtype("flux", torch.float64)
+    width = zoo.WIDTH
+    tokens = run[0][0][1]["hidden_states"].shape[1]
+    residuals = [zoo.noise(1, tokens, width).double(), -zoo.noise(1, tokens, width).double()]
+    for step, [(_, kwargs)] in enumerate(run):
+        if 2 <= step < 7:
+            kwargs["controlnet_block_samples"] = [residual * step for residual in residuals]
+            kwargs["controlnet_single_block_samples"] = residuals[:1] if step > 4 else None
+    # the arguments of a call are part of its context: each kind of call warms up on its own
+    assert off(fast(model, run, CONFIG), reference(model, run, CONFIG)) <= 1e-10
+
+
+def test_residuals_that_change_within_a_context():
+    model, run = of_dtype("flux", torch.float64)
+    tokens = run[0][0][1]["hidden_states"].shape[1]
+    for step, [(_, kwargs)] in enumerate(run):
+        kwargs["controlnet_block_samples"] = [zoo.noise(1, tokens, zoo.WIDTH).double() * (step - 5)]
+    expected = reference(model, run, CONFIG)
+    assert off(fast(model, run, CONFIG), expected) <= 1e-10
+    assert off(fast(model, run, CONFIG, "stack"), expected) > 1e-2
+
+
+# "auto".
+
+
+def test_a_call_is_cached_alike_whatever_was_drawn_before():
+    """With guidance two histories are too much; then without, one fits."""
+    budget = held("flux_cfg") // 2
+    pipe, arguments = families.build("flux_cfg")
+    unguided = {k: v for k, v in arguments.items() if "negative" not in k and k != "true_cfg_scale"}
+    with hicache.fast.apply(pipe, CONFIG, memory_budget=budget) as handle:
+        expected = draw(pipe, unguided)
+        assert handle.stats.granularity == "module"
+        guided = draw(pipe, arguments)
+        assert handle.stats.granularity == "stack"
+        assert torch.equal(draw(pipe, unguided), expected)
+        assert handle.stats.granularity == "module"
+        assert torch.equal(draw(pipe, arguments), guided)
+
+
+def held(name: str) -> int:
+    """Bytes of history a run takes in module granularity, all contexts together."""
+    pipe, arguments = families.build(name)
+    with hicache.fast.apply(pipe, CONFIG, granularity="module") as handle:
+        draw(pipe, arguments)
+        return handle.stats.history_bytes
+
+
+@pytest.fixture
+def alone() -> Iterator[Callable[..., Tensor]]:
+    """Draw in a granularity, from a pipeline built for it."""
+
+    def run(name: str, granularity: str, config: HiCacheConfig = CONFIG) -> Tensor:
+        pipe, arguments = families.build(name)
+        with hicache.fast.apply(pipe, config, granularity=granularity):
+            return draw(pipe, arguments)
+
+    return run
+
+
+@pytest.mark.parametrize("warmup", [1, 2, 3])
+@pytest.mark.parametrize("name", ["flux", "flux_cfg", "sd3_skip_layer"])
+@pytest.mark.parametrize("share", [1.0, 0.999, 0.4, 0.0])
+def test_auto_is_modules_where_all_histories_fit(name: str, share: float, warmup: int, alone: Any):
+    """Also where the second context is what does not fit; and a second run draws what the first did."""
+    config = HiCacheConfig(interval=3, order=2, warmup=warmup)
+    budget = int(held(name) * share)
+    pipe, arguments = families.build(name)
+    with hicache.fast.apply(pipe, config, memory_budget=budget) as handle:
+        first = draw(pipe, arguments)
+        assert handle.stats.history_bytes <= max(budget, held_by_stack(name))
+        second = draw(pipe, arguments)
+        stats = handle.stats
+    assert torch.equal(first, second)
+    chosen = "module" if share == 1.0 else "stack"
+    assert stats.granularity == chosen
+    [choice] = stats.choices.values()
+    assert choice.startswith(f"{chosen}: ")
+    assert f"memory_budget={budget:,}" in choice
+    # what is recorded before the last two warm-up steps is not used: till then a change of mind does not show
+    if chosen == "module" or share == 0 or (warmup == 3 and name != "sd3_skip_layer"):
+        assert torch.equal(first, alone(name, chosen, config))
+
+
+@functools.cache
+def held_by_stack(name: str) -> int:
+    pipe, arguments = families.build(name)
+    with hicache.fast.apply(pipe, CONFIG, granularity="stack") as handle:
+        draw(pipe, arguments)
+        return handle.stats.history_bytes
+
+
+def test_auto_without_an_adapter_is_the_stack():
+    model, call = zoo.ZOO["auraflow"]()
+    run = [[((), call(t))] for t in torch.linspace(1, 0.1, 12)]
+    scheduler = Steps()
+    before = state(model)
+    with pytest.raises(ValueError, match="AuraFlowTransformer2DModel are not known") as error:
+        hicache.fast.apply(model, CONFIG, granularity="module")
+    assert "FluxTransformer2DModel" in str(error.value)
+    assert state(model) == before
+    with hicache.fast.apply(model, CONFIG, scheduler=scheduler) as handle:
+        ours = replay(model, run, scheduler)
+    assert handle.stats.choices == {
+        "transformer": "stack: no adapter knows the modules of AuraFlowTransformer2DModel"
+    }
+    assert torch.equal(ours, fast(model, run, CONFIG, "stack"))
+
+
+def test_asking_for_modules_nobody_knows_keeps_the_cache_there_is():
+    model, _ = zoo.ZOO["auraflow"]()
+    with hicache.fast.apply(model, CONFIG) as handle:
+        with pytest.raises(ValueError, match="granularity='module'"):
+            hicache.fast.apply(model, CONFIG, granularity="module")
+        assert handle.active
+
+
+def _zero_cond_t() -> tuple[nn.Module, Run]:
+    pipe, arguments = tiny.qwen_edit(plus=True)
+    families.lively(pipe.transformer)
+    return pipe.transformer, families.record(pipe, arguments)
+
+
+def _token_replace() -> tuple[nn.Module, Run]:
+    original, call = zoo.ZOO["hunyuan_video"]()
+    model = type(original).from_config(original.config, image_condition_type="token_replace").eval()
+    return families.lively(model), [[((), call(t))] for t in torch.linspace(1, 0.1, 12)]
+
+
+def _per_token(name: str, tokens: int) -> tuple[nn.Module, Run]:
+    """The tokens of the first frame are given: their timestep is 0."""
+    model, run = recorded(name)
+    run = copy.deepcopy(run)
+    for calls in run:
+        for _, kwargs in calls:
+            timestep = kwargs["timestep"]
+            kwargs["timestep"] = timestep[:, None].expand(-1, tokens).clone()
+            kwargs["timestep"][:, : tokens // 3] = 0
+    return copy.deepcopy(model), run
+
+
+def _wan_per_token() -> tuple[nn.Module, Run]:
+    latents = recorded("wan")[1][0][0][1]["hidden_states"]
+    return _per_token("wan", latents[0, 0].numel() // 4)
+
+
+def _ltx_per_token() -> tuple[nn.Module, Run]:
+    return _per_token("ltx", recorded("ltx")[1][0][0][1]["hidden_states"].shape[1])
+
+
+REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, Run]], str]] = {
+    "qwen_zero_cond_t": (_zero_cond_t, "zero_cond_t"),
+    "hunyuan_token_replace": (_token_replace, "token_replace"),
+    "wan_per_token": (_wan_per_token, "a timestep for every token"),
+    "ltx_per_token": (_ltx_per_token, "a timestep for every token"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_calls_whose_gates_are_not_one_a_picture(name: str):
+    make, reason = REFUSED[name]
+    model, run = make()
+    scheduler = Steps()
+    uncached = replay(model, run, scheduler)
+    before = state(model)
+    with hicache.fast.apply(model, CONFIG, scheduler=scheduler, granularity="module") as handle:
+        with pytest.raises(RuntimeError, match="granularity='module' cannot be had") as error:
+            replay(model, run, scheduler)
+    assert reason in str(error.value)
+    assert type(model).__name__ in str(error.value)
+    assert state(model) == before
+    assert torch.equal(replay(model, run, scheduler), uncached)
+
+    with hicache.fast.apply(model, CONFIG, scheduler=scheduler) as handle:
+        first, second = replay(model, run, scheduler), replay(model, run, scheduler)
+        assert handle.stats.granularity == "stack"
+        assert reason in handle.stats.choices["transformer"]
+    assert torch.equal(first, second)
+    assert torch.equal(first, fast(model, run, CONFIG, "stack"))
+    assert state(model) == before
+
+
+# Blocks that are not what the adapter takes them for.
+
+
+def _patch_block(model: Any) -> Callable[[], None]:
+    """A block that adds something of its own to the hidden state."""
+    block = model.transformer_blocks[1]
+    original = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        text, image = original(*args, **kwargs)
+        return text, image + 0.5 * torch.tanh(image)
+
+    block.__dict__["forward"] = forward
+    return lambda: block.__dict__.pop("forward")
+
+
+def _patch_processor(model: Any) -> Callable[[], None]:
+    """An attention whose output is of other tokens than the hidden state's."""
+    attention = model.transformer_blocks[0].attn
+    processor = attention.processor
+
+    class Packed:
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            image, text = processor(*args, **kwargs)
+            return Nameless(image), text
+
+    class Nameless:
+        """Not a tensor, but multiplied like one."""
+
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+            self.shape = (1,)
+            self.ndim = 1
+
+        def __rmul__(self, gate: Tensor) -> Tensor:
+            return gate * self.tensor
+
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            plain = [arg.tensor if isinstance(arg, cls) else arg for arg in args]
+            return function(*plain, **(kwargs or {}))
+
+    attention.processor = Packed()
+    return lambda: setattr(attention, "processor", processor)
+
+
+@pytest.mark.parametrize("patch", [_patch_block, _patch_processor], ids=["block", "processor"])
+@pytest.mark.filterwarnings("default::RuntimeWarning")
+def test_blocks_of_ones_own_are_found_out(patch: Callable[[Any], Callable[[], None]]):
+    pipe, arguments = families.build("flux_cfg")
+    undo = patch(pipe.transformer)
+    draw(pipe, arguments)  # its first run leaves an attribute of the pipeline's own
+    before = state(pipe.transformer)
+    with hicache.fast.apply(pipe, CONFIG, granularity="stack"):
+        expected = draw(pipe, arguments)
+    with hicache.fast.apply(pipe, CONFIG) as handle:
+        with pytest.warns(RuntimeWarning, match="its stack is cached instead") as caught:
+            first = draw(pipe, arguments)
+            second = draw(pipe, arguments)
+        assert len(caught) == 1
+        assert handle.stats.granularity == "stack"
+        assert "FluxTransformer2DModel" in handle.stats.choices["transformer"]
+    assert torch.equal(first, second)
+    assert off(first, expected) == 0
+    with hicache.fast.apply(pipe, CONFIG, granularity="module"):
+        with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="granularity='module'"):
+            draw(pipe, arguments)
+    assert state(pipe.transformer) == before
+    undo()
+
+
+# Weights elsewhere, and calls that broadcast.
+
+
+@every_family
+def test_offloaded_weights(name: str):
+    """Weights that are only there while their own module runs."""
+    model, run = recorded(name)
+    expected = fast(model, run, CONFIG)
+    offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in offloaded.parameters())
+    assert off(fast(offloaded, run, CONFIG), expected) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "chroma", "qwen", "wan"])
+def test_one_timestep_for_several_pictures(name: str):
+    model, run = of_dtype(name, torch.float64)
+    for _, kwargs in (call for calls in run for call in calls):
+        for key in ("hidden_states", "encoder_hidden_states"):
+            kwargs[key] = torch.cat([kwargs[key], kwargs[key] * 0.5])
+        assert len(kwargs["timestep"]) == 1
+    tolerance = 1e-6 if name in SINGLE_PRECISION else 1e-10
+    assert off(fast(model, run, CONFIG), reference(model, run, CONFIG)) <= tolerance
+
+
+@pytest.mark.parametrize("name", ["flux", "dit"])
+def test_a_bare_transformer_counts_by_its_timesteps(name: str):
+    model, run = of_dtype(name, torch.float64)
+    expected = fast(model, run, CONFIG)
+    with hicache.fast.apply(model, CONFIG, granularity="module") as handle:
+        assert off(replay(model, run, Steps()), expected) <= 1e-12
+        assert handle.stats.skipped_steps > 0
