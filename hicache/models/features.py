@@ -45,18 +45,20 @@ class Feature:
             if not isinstance(output, (tuple, list)) or len(output) <= self.element:
                 return None
             output = output[self.element]
-        if self.view is not None:
-            output = self.view(output)
-        if self.joint is not None and output.ndim == len(shape):
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"expected {type(self.module).__name__} to give a tensor, got {type(output).__name__}"
+            )
+        value: Tensor = output if self.view is None else self.view(output)
+        if self.joint is not None and value.ndim == len(shape):
             tokens = shape[1]
-            output = output[:, -tokens:] if self.joint == "last" else output[:, :tokens]
-        if output.shape != shape:
+            value = value[:, -tokens:] if self.joint == "last" else value[:, :tokens]
+        if value.shape != shape:
             raise ValueError(
                 f"expected {type(self.module).__name__} to give a hidden state {tuple(shape)}, got "
-                f"{tuple(output.shape)}"
+                f"{tuple(value.shape)}"
             )
-        assert isinstance(output, Tensor)
-        return output
+        return value
 
 
 class ModuleAdapter:
@@ -158,7 +160,7 @@ class Recording:
         """A feature's module has run.
 
         Raises:
-            ValueError: its output is not of the hidden state's shape.
+            ValueError: its output is no tensor of the hidden state's shape.
         """
         value = feature.read(output, self._slots[0].shape)
         if value is None:
