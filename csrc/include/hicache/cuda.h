@@ -19,9 +19,9 @@ struct sum_tiles {
 // Numbers a thread moves at once: 16 bytes of the narrower type.
 constexpr int pack_size(int bytes, int other_bytes) { return 16 / (bytes < other_bytes ? bytes : other_bytes); }
 
-// ROWS of a tile, by the bytes a thread loads for one of them at a term. 64 to 128 bytes on their way a thread keep the
+// ROWS of a tile, by the bytes a thread loads for one of them at a term. 48 to 96 bytes on their way a thread keep the
 // memory busy; more would not fit 128 registers beside the sums, and spill.
-constexpr int tile_rows(int bytes) { return bytes <= 16 ? 4 : bytes <= 64 ? 2 : 1; }
+constexpr int tile_rows(int bytes) { return bytes <= 16 ? 4 : bytes <= 48 ? 2 : 1; }
 
 using cascade_kernel = void (*)(cascade_args);
 using sum_kernel = void (*)(sum_tiles);

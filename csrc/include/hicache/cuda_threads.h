@@ -54,6 +54,19 @@ struct alignas(16) chunk {
   uint32_t words[4];
 };
 
+HICACHE_INLINE void store(chunk* to, const chunk& part) {
+#if defined(__CUDA_ARCH__)
+  // Left to itself the compiler makes four stores of it in some kernels.
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(part.words[0]), "r"(part.words[1]), "r"(part.words[2]),
+                 "r"(part.words[3])
+               : "memory");
+#else
+  *to = part;
+#endif
+}
+
 template <int LANES, class T>
 HICACHE_INLINE pack<T, LANES> load(const T* from) {
   pack<T, LANES> out;
@@ -79,17 +92,22 @@ HICACHE_INLINE lanes<accumulate_t<T>, LANES> widen(const pack<T, LANES>& from) {
 
 template <int LANES, class T>
 HICACHE_INLINE void store(T* to, const lanes<accumulate_t<T>, LANES>& value) {
-  pack<T, LANES> out;
-  HICACHE_UNROLL
-  for (int i = 0; i < LANES; ++i) narrow(value.at[i], out.at[i]);
   if constexpr (LANES == 1) {
-    to[0] = out.at[0];
+    narrow(value.at[0], to[0]);
   } else {
     HICACHE_UNROLL
-    for (int i = 0; i < static_cast<int>(sizeof out / sizeof(chunk)); ++i) {
+    for (int i = 0; i < static_cast<int>(LANES * sizeof(T) / sizeof(chunk)); ++i) {
       chunk part;
-      std::memcpy(&part, reinterpret_cast<const char*>(&out) + i * sizeof part, sizeof part);
-      reinterpret_cast<chunk*>(to)[i] = part;
+      HICACHE_UNROLL
+      for (int word = 0; word < 4; ++word) {
+        if constexpr (sizeof(T) == 2) {
+          part.words[word] = narrow_pair<T>(value.at[8 * i + 2 * word], value.at[8 * i + 2 * word + 1]);
+        } else if constexpr (sizeof(T) == 4) {
+          part.words[word] = bits_of(value.at[4 * i + word]);
+        }
+      }
+      if constexpr (sizeof(T) == 8) std::memcpy(&part, &value.at[2 * i], sizeof part);
+      store(reinterpret_cast<chunk*>(to) + i, part);
     }
   }
 }

@@ -102,4 +102,13 @@ HICACHE_INLINE void narrow(float value, fp16& out) {  // round to nearest, ties 
 #endif
 }
 
+// Two neighbours in memory as one word, the first in its low half.
+template <class T>
+HICACHE_INLINE uint32_t narrow_pair(float first, float second) {
+  T low, high;
+  narrow(first, low);
+  narrow(second, high);
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+}
+
 }  // namespace hicache
