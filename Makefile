@@ -1,11 +1,12 @@
-# make demo | make test | make lint, each on a machine with only Python, gcc and make.
+# make demo | make test | make lint | make bench, each on a machine with only Python, gcc and make.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+RESULTS := benchmarks/results
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cmake csrc/include/hicache/*.h)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/hicache generate --out demo.png
@@ -18,10 +19,16 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# on a quiet machine, and in less than ten minutes
+bench: $(VENV)/bench.stamp
+	$(BIN)/python -m benchmarks.kernels --minutes 7 --csv $(RESULTS)/kernels-cpu.csv
+	$(BIN)/python -m benchmarks.launches --csv $(RESULTS)/launches.csv
+	$(BIN)/python -m benchmarks.plots $(RESULTS)/kernels-cpu.csv $(RESULTS)/launches.csv
+
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
-# an editable install of the package with one of its extras: demo, test or lint
+# an editable install of the package with one of its extras: demo, test, lint or bench
 $(VENV)/%.stamp: $(BIN)/pip $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
