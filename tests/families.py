@@ -463,4 +463,4 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 def off(one: Tensor, other: Tensor) -> float:
     """Relative root mean square of a difference."""
-    return float((one - other).norm() / other.norm())
+    return float(((one - other).norm() / other.norm()).detach())
