@@ -3,13 +3,15 @@
 Correctness comes first: every contestant's result is compared with float64 before anything is timed
 (benchmarks/gate.py). Then all are timed in turn, beside a plain copy that moves as many bytes, and reported
 as GB/s of the least bytes the op must move (each input once, each output once; hicache_kernels/README.md)
-and as a share of that copy's bandwidth. Order 2, the paper's, goes first: ``--minutes`` cuts off the rest.
+and as a share of that copy's bandwidth. The largest sizes go last, and order 2, the paper's, goes first:
+``--minutes`` cuts off the rest.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence, Set
@@ -37,6 +39,7 @@ from benchmarks.timing import Call, time_in_graph, time_together
 
 _ORDERS = (2, 1, 3, 0, 4)
 _COMPILED = ("update_forecast_", "gated_sum", "gated_sum, no gates")
+_LARGE = 2**25  # numbers of all features
 _GRAPHED = 64 * 2**20  # bytes; above, a launch costs nothing to speak of
 
 
@@ -55,6 +58,7 @@ class Row:
     p20_ms: float
     p50_ms: float
     p80_ms: float
+    calls: int  # timed ones
     GBps: float
     copy_GBps: float
     share_of_copy: float
@@ -106,6 +110,7 @@ def time_op(
                 timing.p20 * 1e3,
                 timing.p50 * 1e3,
                 timing.p80 * 1e3,
+                timing.calls,
                 speed,
                 copied,
                 speed / copied,
@@ -123,7 +128,7 @@ def measure(
     orders: Sequence[int],
     ops: Sequence[str],
     *,
-    compiled: bool = False,
+    compiled: Sequence[str] = (),
     rounds: int = 15,
     seconds: float = 2.0,
     deadline: float = float("inf"),
@@ -135,7 +140,7 @@ def measure(
     Args:
         device: ``"cpu"`` or ``"cuda"``.
         sizes, dtypes, orders, ops: names in ``SIZES``, ``DTYPES`` and ``OPS``; order 2 goes first.
-        compiled: also time ``torch.compile``, at order 2, of the ops a skipped step is.
+        compiled: sizes at which ``torch.compile`` is timed too, at order 2, of the ops a skipped step is.
         rounds, seconds: of each op on each problem, at most.
         deadline: of ``time.monotonic()``, past which nothing more is begun.
         without: backends not to time.
@@ -147,33 +152,37 @@ def measure(
         notes.append(what)
         print(what, file=sys.stderr)
 
-    for order in (order for order in _ORDERS if order in orders):
-        for name in sizes:
-            for key in dtypes:
-                size, dtype = SIZES[name], DTYPES[key]
-                wanted = [op for op in ops_at(order) if op.name in ops]
-                room = int(0.8 * available_bytes(device))
-                fits = [op for op in wanted if peak_bytes(op, size, order, dtype.itemsize, "native") <= room]
-                where = f"{name}, {key}, order {order}"
-                if len(fits) < len(wanted):
-                    leave_out(f"{where}: {len(wanted) - len(fits)} ops left out: over 80% of the free memory")
-                if not fits:
-                    continue
-                if time.monotonic() > deadline:
-                    leave_out(f"{where}: left out: out of time")
-                    continue
-                problem = Problem(size, order, dtype, device)
-                for op in fits:
-                    if time.monotonic() > deadline:
-                        leave_out(f"{where}, {op.name}: left out: out of time")
-                        continue
-                    with_compiled = compiled and order == 2 and op.name in _COMPILED
-                    calls = contestants(problem, op, with_compiled, room, without)
-                    yield time_op(name, problem, op, calls, rounds, seconds)
-                    del calls
-                del problem
-                if device == "cuda":
-                    torch.cuda.empty_cache()
+    for order, name, key in sorted(itertools.product(orders, sizes, dtypes), key=_rank):
+        size, dtype = SIZES[name], DTYPES[key]
+        wanted = [op for op in ops_at(order) if op.name in ops]
+        room = int(0.8 * available_bytes(device))
+        fits = [op for op in wanted if peak_bytes(op, size, order, dtype.itemsize, "native") <= room]
+        where = f"{name}, {key}, order {order}"
+        if len(fits) < len(wanted):
+            leave_out(f"{where}: {len(wanted) - len(fits)} ops left out: over 80% of the free memory")
+        if not fits:
+            continue
+        if time.monotonic() > deadline:
+            leave_out(f"{where}: left out: out of time")
+            continue
+        problem = Problem(size, order, dtype, device)
+        for op in fits:
+            if time.monotonic() > deadline:
+                leave_out(f"{where}, {op.name}: left out: out of time")
+                continue
+            with_compiled = name in compiled and order == 2 and op.name in _COMPILED
+            calls = contestants(problem, op, with_compiled, room, without)
+            yield time_op(name, problem, op, calls, rounds, seconds)
+            del calls
+        del problem
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _rank(chosen: tuple[int, str, str]) -> tuple[bool, int]:
+    """What to time first: sizes that take moments at every order, then the others; order 2 before others."""
+    order, name, _ = chosen
+    return SIZES[name].terms * SIZES[name].feature > _LARGE, _ORDERS.index(order)
 
 
 def line(row: Row) -> str:
@@ -207,7 +216,12 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16", "fp32"])
     parser.add_argument("--orders", nargs="+", type=int, choices=range(5), default=list(_ORDERS))
     parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS))
-    parser.add_argument("--compiled", action="store_true", help="also time torch.compile, at order 2")
+    parser.add_argument(
+        "--compiled",
+        nargs="*",
+        choices=list(SIZES),
+        help="also time torch.compile, at order 2, at these sizes; at all of them if none is named",
+    )
     parser.add_argument("--rounds", type=int, default=15, help="of each op, at most")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each op, about")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="for everything, about")
@@ -216,7 +230,8 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: no CUDA device")
     deadline = time.monotonic() + 60 * options.minutes
-    checks = gate(options.device, [DTYPES[key] for key in options.dtypes], compiled=options.compiled)
+    compiled = list(SIZES) if options.compiled == [] else options.compiled or []
+    checks = gate(options.device, [DTYPES[key] for key in options.dtypes], compiled=bool(compiled))
     print(f"gate: {checks} checks passed on {device_name(options.device)}; {versions()}")
     rows: list[Row] = []
     for block in measure(
@@ -225,7 +240,7 @@ def main() -> None:
         options.dtypes,
         options.orders,
         options.ops,
-        compiled=options.compiled,
+        compiled=compiled,
         rounds=options.rounds,
         seconds=options.seconds,
         deadline=deadline,

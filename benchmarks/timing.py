@@ -20,6 +20,7 @@ class Timing:
     p20: float
     p50: float
     p80: float
+    calls: int
 
 
 def time_together(
@@ -35,23 +36,32 @@ def time_together(
         functions: what to time, by name.
         rounds: counted rounds.
         device: ``"cpu"`` or ``"cuda"``.
-        seconds: stop early after this long, but not before three counted rounds.
+        seconds: stop early after this long, but not before three counted rounds; a function one call of which
+            takes longer is counted once.
     """
     measure = _on_cuda() if device == "cuda" else _on_cpu
     values: dict[str, list[float]] = {name: [] for name in functions}
+    slow: set[str] = set()
     shuffle = random.Random(0)
     started = time.perf_counter()
     for index in range(rounds + 1):
         for name in shuffle.sample(list(functions), len(functions)):
+            if name in slow:
+                continue
             elapsed = measure(functions[name])
-            if index:
+            if index:  # the first call may have compiled something
                 values[name].append(elapsed)
+                if elapsed > seconds > 0:
+                    slow.add(name)
         if index >= 3 and time.perf_counter() - started > seconds:
             break
     timings = {}
     for name, taken in values.items():
+        if len(taken) == 1:
+            timings[name] = Timing(taken[0], taken[0], taken[0], 1)
+            continue
         cuts = statistics.quantiles(taken, n=10, method="inclusive")
-        timings[name] = Timing(cuts[1], statistics.median(taken), cuts[7])
+        timings[name] = Timing(cuts[1], statistics.median(taken), cuts[7], len(taken))
     return timings
 
 

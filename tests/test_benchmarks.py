@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,21 @@ def test_timing_calls_every_function_as_often():
     assert all(0 <= t.p20 <= t.p50 <= t.p80 for t in timings.values())
     time_together({name: lambda name=name: called(name) for name in calls}, rounds=1000, seconds=0)
     assert calls == {"a": 9, "b": 9}
+
+
+def test_timing_calls_a_slow_function_twice():
+    calls = {"slow": 0, "fast": 0}
+
+    def called(name):
+        calls[name] += 1
+        time.sleep(0.05 * (name == "slow"))
+
+    functions = {name: lambda name=name: called(name) for name in calls}
+    timings = time_together(functions, rounds=4, seconds=0.04)
+    assert calls["slow"] == 2
+    assert timings["slow"].calls == 1
+    assert timings["slow"].p20 == timings["slow"].p80 >= 0.05
+    assert timings["fast"].calls >= 3
 
 
 def run_module(*arguments, blocked=(), **environment):
