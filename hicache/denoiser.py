@@ -255,13 +255,18 @@ class Denoiser:
                 granularity.close(hidden)
         except Unfit as error:
             context.engine.reset(num_steps=context.engine.num_steps)
-            if granularity is self._stack:
+            if isinstance(granularity, Stack):
                 self._warn(f"{error}: this call runs uncached")
-            else:
-                self._warn(f"{error}; its stack is cached instead")
-                self._fall_back(f"{self.adapter.name} {error}")
-                self._modules = None
-                self._watch(None)
+                return
+            base = granularity.base
+            self._warn(f"{error}; its stack is cached instead")
+            self._fall_back(f"{self.adapter.name} {error}")
+            self._modules = None
+            self._watch(None)
+            if base is not None:  # this step's stack can still be recorded: as if it had been from the start
+                with torch.no_grad():
+                    self._stack.open(context.engine, base, {}, {})
+                self.result(hidden)
             return
         context.engine.commit(self._local_step)
         if isinstance(granularity, Module):

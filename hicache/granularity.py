@@ -123,6 +123,11 @@ class Module:
         if self._base is not None:
             self._verify(hidden, self._base)
 
+    @property
+    def base(self) -> Tensor | None:
+        """The hidden state that entered the first block, at a full step that is to be verified."""
+        return self._base
+
     def look_ahead(self, ahead: Ahead, steps: range, scheduler_timesteps: Any, hidden: Tensor) -> None:
         """After :meth:`close`: compute the gates of the skipped steps to come."""
         like = hidden.new_empty(()).expand(len(hidden), 1, hidden.shape[-1])
@@ -145,8 +150,9 @@ class Module:
     ) -> Tensor:
         """As :meth:`Stack.forecast`, with the gates of this step where they were foreseen."""
         gates = self.adapter.gates(call, base) if foreseen is None else foreseen
-        if gates.shape[1] != len(base):  # one timestep for several pictures: blocks broadcast it
-            gates = gates.expand(-1, len(base), -1).contiguous()
+        # One timestep may serve several pictures, and autocast may leave embeddings wider than hidden states:
+        # blocks broadcast and promote. Mostly this changes nothing.
+        gates = gates.expand(-1, len(base), -1).to(base.device, base.dtype).contiguous()
         for residual in self.adapter.between(named):
             base = base + residual
         return engine.gated_sum(step, base, gates)

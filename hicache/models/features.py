@@ -160,12 +160,17 @@ class Recording:
         """A feature's module has run.
 
         Raises:
-            ValueError: its output is no tensor of the hidden state's shape.
+            ValueError: its output is no tensor of the hidden state's shape, or not part of a call like this.
         """
         value = feature.read(output, self._slots[0].shape)
         if value is None:
             return
         for term, factor in feature.terms:
+            if term >= len(self._slots):
+                raise ValueError(
+                    f"{type(feature.module).__name__} gives a part of term {term} in a call of "
+                    f"{len(self._slots)} terms"
+                )
             if term in self._shared or factor is not None:
                 self._accumulate(term, value, factor)
             else:
