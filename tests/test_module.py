@@ -335,6 +335,109 @@ def test_feature_modules_put_in_place_later_are_recorded(name: str):
     assert state(model) == before
 
 
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def _residuals(count: int, tokens: int, width: int = zoo.WIDTH, batch: int = 1) -> list[Tensor]:
+    return [zoo.noise(batch, tokens, width) * 0.3 * (index + 1) for index in range(count)]
+
+
+# pipeline to start from, changes of the model's configuration, changes of its calls
+VARIANTS: dict[str, tuple[str, dict[str, Any], Change]] = {
+    "flux, few residuals for many blocks": (
+        "flux",
+        {"num_layers": 5, "num_single_layers": 7},
+        lambda call: {
+            "controlnet_block_samples": _residuals(2, 16),
+            "controlnet_single_block_samples": _residuals(3, 16),
+        },
+    ),
+    "flux, residuals repeat": (
+        "flux",
+        {"num_layers": 5},
+        lambda call: {"controlnet_block_samples": _residuals(2, 16), "controlnet_blocks_repeat": True},
+    ),
+    "flux, no singles": ("flux", {"num_single_layers": 0}, lambda call: {}),
+    "flux2, no singles": ("flux2", {"num_single_layers": 0}, lambda call: {}),
+    "hunyuan, no singles": ("hunyuan", {"num_single_layers": 0}, lambda call: {}),
+    "hunyuan, no guidance": ("hunyuan", {"guidance_embeds": False}, lambda call: {"guidance": None}),
+    "chroma, residuals": (
+        "chroma",
+        {},
+        lambda call: {
+            "controlnet_block_samples": _residuals(1, 16),
+            "controlnet_single_block_samples": _residuals(1, 16),
+        },
+    ),
+    "chroma, residuals repeat": (
+        "chroma",
+        {},
+        lambda call: {"controlnet_block_samples": _residuals(3, 16), "controlnet_blocks_repeat": True},
+    ),
+    "qwen, few residuals for many blocks": (
+        "qwen",
+        {"num_layers": 5},
+        lambda call: {"controlnet_block_samples": _residuals(2, 16, 48)},
+    ),
+    "sd3, few residuals for many blocks": (
+        "sd3",
+        {"num_layers": 5},
+        lambda call: {"block_controlnet_hidden_states": _residuals(2, 64, batch=2)},
+    ),
+    "sd3, two attentions everywhere": (
+        "sd3",
+        {"dual_attention_layers": (0, 1, 2), "qk_norm": "rms_norm"},
+        lambda call: {},
+    ),
+    "sana, residuals": (
+        "sana",
+        {"num_layers": 4},
+        lambda call: {"controlnet_block_samples": tuple(_residuals(2, 16, batch=2))},
+    ),
+    "sana, more residuals than blocks": (
+        "sana",
+        {},
+        lambda call: {"controlnet_block_samples": tuple(_residuals(3, 16, batch=2))},
+    ),
+    "cogvideox, ofs": ("cogvideox", {"ofs_embed_dim": 8}, lambda call: {"ofs": torch.full((1,), 2.0)}),
+    "pixart, sizes": (
+        "pixart",
+        {"use_additional_conditions": True},
+        lambda call: {
+            "added_cond_kwargs": {"resolution": torch.full((2, 2), 64.0), "aspect_ratio": torch.ones(2, 1)}
+        },
+    ),
+    "wan, one block": ("wan", {"num_layers": 1}, lambda call: {}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_a_family_equal_the_reference(name: str):
+    start, changed, more = VARIANTS[name]
+    original, run = recorded(start)
+    torch.manual_seed(0)
+    model = families.lively(type(original).from_config({**original.config, **changed}).eval()).double()
+    run = cast(
+        [[(args, {**kwargs, **more(kwargs)}) for args, kwargs in calls] for calls in run], torch.float64
+    )
+    expected = reference(model, run, CONFIG)
+    assert off(fast(model, run, CONFIG), expected) <= (1e-6 if start in SINGLE_PRECISION else 1e-10)
+    assert off(replay(model, run, Steps()), expected) > 1e-3
+
+
+@pytest.mark.filterwarnings("default::RuntimeWarning")
+def test_feed_forwards_in_chunks_are_found_out():
+    """diffusers can call a feed-forward layer several times, each for some of the tokens."""
+    model, run = of_dtype("sd3", torch.float64)
+    model.enable_forward_chunking(chunk_size=2, dim=1)
+    scheduler = Steps()
+    with hicache.fast.apply(model, CONFIG, scheduler=scheduler) as handle:
+        with pytest.warns(RuntimeWarning, match="expected FeedForward to give a hidden state"):
+            ours = replay(model, run, scheduler)
+    assert handle.stats.granularity == "stack"
+    assert torch.equal(ours, fast(model, run, CONFIG, "stack"))
+
+
 def test_residuals_that_come_and_go_within_a_run():
     """A ControlNet that guides a part of the run: on skipped steps the residuals of now, or none, count."""
     model, run = of_dtype("flux", torch.float64)

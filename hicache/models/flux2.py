@@ -55,7 +55,7 @@ class Flux2(ModuleAdapter):
         if not self.collapse:
             attention_and_mlp = gates[:2].repeat(len(self._doubles), 1, 1)
             gates = torch.cat([attention_and_mlp, gates[2:].repeat(len(self._singles), 1, 1)])
-        return gates.contiguous()
+        return gates[: self.terms(call)].contiguous()  # a model without singles has no gates for them
 
     def refusal(self, call: Mapping[str, Any]) -> str | None:
         if call["temb_mod_img"].numel() // (6 * self.module.inner_dim) not in (1, len(call["hidden_states"])):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +20,10 @@ class Sana(TableAdapter):
     def shared(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
         timestep: Tensor = call["timestep"]  # embedded: [batch, 6 · channels]
         return timestep.reshape(len(base), 6, -1)
+
+    def between(self, named: Mapping[str, Any]) -> Iterable[Tensor]:
+        # one after every block but the first, as many as there are
+        return (named.get("controlnet_block_samples") or ())[: len(self._blocks) - 1]
 
     def mlp(self, block: Any, terms: Terms) -> Feature:
         return Feature(block.ff, terms, view=lambda output: output.flatten(2, 3).permute(0, 2, 1))
