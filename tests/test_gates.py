@@ -320,6 +320,44 @@ class _HalvedLinear(nn.Linear):
         return super().forward(input) * 0.5
 
 
+LORA_TARGETS = {
+    "flux": ["norm1.linear", "norm.linear", "proj_out", "to_q", "ff.net.2"],
+    "qwen": ["img_mod.1", "to_q", "net.2"],
+    "sd3": ["norm1.linear", "to_q", "ff.net.2"],
+    "sana": ["to_q", "conv_point"],
+    "wan": ["to_q", "ffn.net.2"],
+}
+
+
+@pytest.mark.parametrize("name", LORA_TARGETS)
+def test_lora_comes_and_goes(name: str):
+    """On the modulation, on features and inside them; put in, switched off, fused and deleted."""
+    peft = pytest.importorskip("peft", reason="LoRA of diffusers models needs peft")
+    model, run = of_dtype(name, torch.float64)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=LORA_TARGETS[name], init_lora_weights=False)
+    tolerance = 1e-6 if name == "wan" else 1e-10
+    scheduler = Steps()
+    adapted = copy.deepcopy(model)
+    adapted.add_adapter(config)
+    # the adapters' weights are drawn at random, and in fp32
+    weights = {key: value.double() for key, value in adapted.state_dict().items()}
+    expected = reference(adapted.double(), run, CONFIG)
+    with hicache.fast.apply(model, CONFIG, scheduler=scheduler, granularity="module"):
+        plain = replay(model, run, scheduler)
+        assert off(expected, plain) > 0.01
+        model.add_adapter(config)
+        model.double().load_state_dict(weights)
+        assert off(replay(model, run, scheduler), expected) <= tolerance
+        model.disable_adapters()
+        assert off(replay(model, run, scheduler), plain) <= tolerance
+        model.enable_adapters()
+        model.fuse_lora()
+        assert off(replay(model, run, scheduler), expected) <= tolerance
+        model.unfuse_lora()
+        model.delete_adapters("default")
+        assert off(replay(model, run, scheduler), plain) <= tolerance
+
+
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_weights_loaded_between_runs_count(name: str):
     model, run = of_dtype(name, torch.float64)

@@ -532,6 +532,23 @@ def held_by_stack(name: str) -> int:
         return handle.stats.history_bytes
 
 
+def test_every_denoiser_chooses_for_itself():
+    """Two of one kind share nothing but the scheduler; the budget is one denoiser's."""
+    pipe, arguments = families.build("wan22")
+    with hicache.fast.apply(pipe, CONFIG, granularity="module") as handle:
+        expected = draw(pipe, arguments)
+        each = {
+            name: sum(c.history_bytes for label, c in handle.stats.contexts.items() if label[:-3] == name)
+            for name in ("transformer", "transformer_2")
+        }
+    assert each["transformer"] == each["transformer_2"] > 0
+    with hicache.fast.apply(pipe, CONFIG, memory_budget=each["transformer"]) as handle:
+        assert torch.equal(draw(pipe, arguments), expected)
+        choices = handle.stats.choices
+    assert list(choices) == ["transformer", "transformer_2"]
+    assert all(choice.startswith("module: ") for choice in choices.values())
+
+
 def test_auto_without_an_adapter_is_the_stack():
     model, call = zoo.ZOO["auraflow"]()
     run = [[((), call(t))] for t in torch.linspace(1, 0.1, 12)]
