@@ -403,6 +403,8 @@ class Denoiser:
         self._step = -1
         self._idle = {key: c for key, c in self.contexts.items() if c.full_steps}
         self.contexts = {}
+        if self._modules is not None:
+            self._modules.restart()
         self.granularity = self._modules or self._stack
         self.session.start_run(clock.run, clock.num_steps)
 

@@ -83,13 +83,17 @@ class Module:
         self.adapter = adapter
         self._features: list[Feature] = []
         self._recording: Recording | None = None
-        # Of the first full step of every kind of call: what to check the sum against.
+        # Of a run's first full step of every kind of call: what to check the sum against.
         self._base: Tensor | None = None
         self._call: dict[str, Any] = {}
         self._named: Mapping[str, Any] = {}
         self._slots: list[Tensor] = []
         self._verified: set[int] = set()
         self._spoiled: str | None = None  # why this step's features are not what they should be
+
+    def restart(self) -> None:
+        """A new run starts: processors and blocks may have been put in place since the last."""
+        self._verified.clear()
 
     def open(self, engine: Engine, hidden: Tensor, call: Mapping[str, Any], named: Mapping[str, Any]) -> None:
         """As :meth:`Stack.open`."""
@@ -163,7 +167,7 @@ class Module:
         self._call, self._named, self._slots, self._spoiled = {}, {}, [], None
 
     def _verify(self, hidden: Tensor, base: Tensor) -> None:
-        """That base + Σ gate ⊙ feature is what the blocks made: once a kind of call, with a host sync."""
+        """That base + Σ gate ⊙ feature is what the blocks made: once a run and kind of call; a host sync."""
         wide = torch.promote_types(base.dtype, torch.float32)
         gates = self.adapter.gates(self._call, base)[:, :, None]  # [terms, batch, 1, channels]
         total = base.to(wide)

@@ -728,6 +728,24 @@ def test_blocks_of_ones_own_are_found_out(patch: Callable[[Any], Callable[[], No
     undo()
 
 
+@pytest.mark.parametrize(
+    "patch", [_patch_block, _patch_processor, _patch_third], ids=["block", "no tensor", "third output"]
+)
+@pytest.mark.filterwarnings("default::RuntimeWarning")
+def test_blocks_put_in_place_between_runs_are_found_out(patch: Callable[[Any], Callable[[], None]]):
+    pipe, arguments = families.build("flux")
+    with hicache.fast.apply(pipe, CONFIG) as handle:
+        draw(pipe, arguments)
+        assert handle.stats.granularity == "module"
+        undo = patch(pipe.transformer)
+        with pytest.warns(RuntimeWarning, match="its stack is cached instead"):
+            ours = draw(pipe, arguments)
+        assert handle.stats.granularity == "stack"
+    with hicache.fast.apply(pipe, CONFIG, granularity="stack"):
+        assert torch.equal(draw(pipe, arguments), ours)
+    undo()
+
+
 # Weights elsewhere, and calls that broadcast.
 
 
