@@ -1,5 +1,6 @@
 // Picks the instruction set at run time and splits a call over threads.
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -63,11 +64,13 @@ const kernel_table& table() {
   return chosen;
 }
 
+// `terms`: numbers that are read for one of the `numel`.
 template <class Kernel, class Args>
-void launch(Kernel kernel, const Args& args, int64_t numel, int threads) {
+void launch(Kernel kernel, const Args& args, int64_t numel, int64_t terms, int threads) {
   if (numel == 0) return;
   ++launch_count;
-  parallel_for(numel, kGrain, kLeast, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  const int64_t least = std::max(kGrain, kLeast / terms);
+  parallel_for(numel, kGrain, least, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 }  // namespace
@@ -75,22 +78,22 @@ void launch(Kernel kernel, const Args& args, int64_t numel, int threads) {
 const char* cpu_isa() { return table().name; }
 
 void cpu_update(const cascade_args& args, int threads) {
-  launch(table().update[static_cast<int>(args.past.type)][args.read], args, args.numel, threads);
+  launch(table().update[static_cast<int>(args.past.type)][args.read], args, args.numel, 1, threads);
 }
 
 void cpu_update_forecast(const cascade_args& args, int threads) {
-  launch(table().update_forecast[static_cast<int>(args.past.type)][args.read], args, args.numel, threads);
+  launch(table().update_forecast[static_cast<int>(args.past.type)][args.read], args, args.numel, 1, threads);
 }
 
 void cpu_forecast(const cascade_args& args, int threads) {
-  launch(table().forecast[static_cast<int>(args.past.type)][args.read], args, args.numel, threads);
+  launch(table().forecast[static_cast<int>(args.past.type)][args.read], args, args.numel, 1, threads);
 }
 
 void cpu_gated_sum(const sum_args& args, int threads) {
   const sum_fn kernel =
       table().gated_sum[static_cast<int>(args.past.type)][static_cast<int>(args.base_type)][args.orders_used - 1];
   if (kernel == nullptr) throw std::invalid_argument("gated_sum: no native kernel for this pair of dtypes");
-  launch(kernel, args, args.batch * args.rows * args.channels, threads);
+  launch(kernel, args, args.batch * args.rows * args.channels, args.terms, threads);
 }
 
 }  // namespace hicache
