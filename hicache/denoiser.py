@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import operator
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from hicache.ahead import Ahead
+from hicache.compiling import Compiling
 from hicache.config import HiCacheConfig
 from hicache.engine import Engine
-from hicache.granularity import Granularity, Module, Stack, Unfit
+from hicache.granularity import Granularity, Kind, Module, Stack, Unfit
+from hicache.models.call import Mode
 from hicache.models.features import ModuleAdapter
 from hicache.models.generic import BLOCK_ONLY_ARGUMENTS, UNCACHED, StackAdapter
 from hicache.schedule import bound, with_speedup
@@ -79,6 +79,8 @@ class Context:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.ahead = Ahead()
+        self.kind: Kind | None = None  # learned from its first call
+        self.remembered: list[Any] = []  # rotary embeddings of the last full step
 
     def restart(self, label: str, first_step: int) -> None:
         self.label = label
@@ -86,9 +88,22 @@ class Context:
         self.first_step = first_step
         self.full_steps = 0
         self.skipped_steps = 0
-        self.planned = 0  # bytes of history it wants in module granularity, from its first full step on
-        self.remembered: list[Any] = []  # rotary embeddings of the last full step
         self.ahead.restart()
+
+    def release(self) -> None:
+        """Free its memory, and forget what was learned."""
+        self.engine.release()
+        self.ahead.forget()
+        self.remembered.clear()
+        self.kind = None
+
+    @property
+    def planned(self) -> int:
+        """Bytes of history it wants, module by module."""
+        kind = self.kind
+        if kind is None:
+            return 0
+        return self.engine.planned_nbytes([kind.shape] * kind.terms, kind.dtype)
 
 
 @dataclass(frozen=True)
@@ -130,49 +145,51 @@ class Denoiser:
         self._run = -1
         self._step = -1
         self._ordinal = 0
+        self._call = adapter.call
         self._current: Context | None = None
         self._local_step = 0
         self._named: Mapping[str, Any] = {}
-        self._recorded = False
         self._policy = policy
         self._stack = Stack()
-        self._modules = None if modules is None or policy.granularity == "stack" else Module(modules)
+        by_module = modules is not None and policy.granularity != "stack"
+        self._modules = Module(modules, adapter.call) if by_module and modules is not None else None
         self._why_stack = (
             "asked for"
             if policy.granularity == "stack"
             else f"no adapter knows the modules of {adapter.name}"
         )
         self.granularity: Granularity = self._modules or self._stack
-        self._watched: list[nn.Module] = []  # modules whose outputs are recorded
-        self._unwatch: list[Callable[[], None]] = []
-        self._device = torch.device("cpu")  # of the hidden state of the current call
+        self._checked = False
+        self._unfit: str | None = None  # why the stack of the current call could not be recorded
+        self._compiling = Compiling()
+        self._seen: list[Any] = []  # the model's fingerprint when it was learned from
         self._warned: set[str] = set()
-        self.skipping = False
         self._undo: list[Callable[[], None]] = []
 
     def install(self) -> None:
+        # outside of what torch.compile makes of the model: it takes up at the model's own forward
+        before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
         self._undo = [
-            self.module.register_forward_pre_hook(self._before, with_kwargs=True).remove,
+            self.module.register_forward_pre_hook(before, with_kwargs=True).remove,
             # also after an exception: nothing of a call may reach the next one
-            self.module.register_forward_hook(self._after, always_call=True).remove,
+            self.module.register_forward_hook(after, always_call=True).remove,
         ]
         self.adapter.install(self)
         if self._modules is not None:
             self._undo += self._modules.adapter.hooks()
-            self._watch(self._modules)
 
     def remove(self) -> None:
-        self._watch(None)
+        if self._modules is not None:
+            self._modules.unwatch()
         while self._undo:
             self._undo.pop()()
         self.adapter.remove()
+        self._compiling.resume()
 
     def release(self) -> None:
         self._idle.clear()
         for context in self.contexts.values():
-            context.engine.release()
-            context.remembered.clear()
-            context.ahead.forget()
+            context.release()
 
     @property
     def choice(self) -> str:
@@ -188,13 +205,11 @@ class Denoiser:
     def nbytes(self) -> int:
         return sum(context.engine.nbytes for context in (*self.contexts.values(), *self._idle.values()))
 
-    # What a call of the transformer goes through, in order.
+    # What a call of the transformer goes through, in order. From _before() to _after() it may be compiled.
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        self.skipping = False
-        self._current = None
-        self.adapter.end()
+        self._end()
         if torch.is_grad_enabled() and (module.training or _requires_grad(named)):
             self._warn("is called for its gradients: it runs uncached")
             return None
@@ -212,140 +227,229 @@ class Denoiser:
                 "run uncached; is this the scheduler of the run? (see apply(..., scheduler=...))"
             )
             return None
-        dropped = {name for name in BLOCK_ONLY_ARGUMENTS if named.get(name) is not None}
-        self.adapter.begin(checked=not dropped)
         context = self._context(named)
         self._current = context
         self._named = named
         self._local_step = clock.step - context.first_step
-        self._recorded = False
+        self._call.remembered = context.remembered
+        dropped = {name for name in BLOCK_ONLY_ARGUMENTS if named.get(name) is not None}
         if context.engine.is_full(self._local_step):
+            # Not with arguments that are known to be added between blocks, and dropped on skipped steps.
+            self._checked = not dropped
+            self._begin_full(context, args, kwargs)
             return None
-        self.skipping = True
-        if not dropped:
-            return None
-        return (
-            tuple(None if name in dropped else value for name, value in zip(self._names, args, strict=False)),
-            {name: None if name in dropped else value for name, value in kwargs.items()},
-        )
+        if dropped:
+            args = tuple(None if n in dropped else v for n, v in zip(self._names, args, strict=False))
+            kwargs = {name: None if name in dropped else value for name, value in kwargs.items()}
+        self._begin_skipped(context, args, kwargs)
+        return args, kwargs
 
-    @property
-    def remembered(self) -> list[Any]:
-        return [] if self._current is None else self._current.remembered
+    def _begin_full(self, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.adapter.checked = self._checked
+        if context.kind is None:
+            self._call.mode = Mode.LEARN
+            self.adapter.learn()
+            self._compiling.pause()
+            if not self._compiling.inside():
+                return
+            # Too late to keep this call from being compiled: learn from one of our own.
+            self.module.forward(*args, **kwargs)
+            self._learned(context)
+            context.engine.reset(num_steps=context.engine.num_steps)
+            self._between_calls()
+            self.adapter.checked = self._checked
+            self._call.remembered = context.remembered
+            if context.kind is None:
+                return
+        with self.session.watch.measure(context.kind.device), torch.no_grad():
+            self._decide(context, context.kind)
+            self.granularity.open(context.engine, context.kind, self._call)
+        self.adapter.refresh()
+        self._call.mode = Mode.FULL
+
+    def _begin_skipped(self, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = self._call
+        assert context.kind is not None
+        inside = self._compiling.inside()
+        with self.session.watch.measure(context.kind.device), torch.no_grad():
+            # one graph for all skipped steps: where the model is compiled, they must not differ
+            call.sum = context.engine.prepare(self._local_step, fixed=inside)
+            if isinstance(self.granularity, Module):
+                adapter = self.granularity.adapter
+                call.gates = context.ahead.gates(adapter, self._step, self._named)
+                call.between = list(adapter.between(self._named))
+        if not self.adapter.verified:
+            call.mode = Mode.VERIFY
+            self._compiling.pause()
+            if not inside:
+                return
+            self.module.forward(*args, **kwargs)
+            call.recalled = 0
+            self._compiling.resume()
+        call.mode = Mode.SKIP
+
+    # Called back in a call to learn from …
 
     def base(self, hidden: Tensor, call: Mapping[str, Any]) -> None:
         context = self._current
-        if context is None:
-            return
-        started = self.session.watch.start(hidden.device)
-        with torch.no_grad():
-            self._device = hidden.device
-            self._choose(context, hidden, call)
-            self.granularity.open(context.engine, hidden, call, self._named)
-        self.session.watch.stop(started)
+        assert context is not None
+        with self.session.watch.measure(hidden.device), torch.no_grad():
+            kind = Kind(hidden.shape, hidden.dtype, hidden.device)
+            # nothing that holds on to the hidden states themselves
+            kind.arguments = {n: value for n, value in call.items() if not n.endswith("hidden_states")}
+            if self._modules is not None:
+                adapter = self._modules.adapter
+                kind.terms, kind.refusal = adapter.terms(call), adapter.refusal(call)
+            context.kind = kind
+            self._decide(context, kind)
+            self.granularity.open(context.engine, kind, self._call)
+            if self._call.base is not None:
+                self._call.base.copy_(hidden)
+            if isinstance(self.granularity, Module):
+                between = list(self.granularity.adapter.between(self._named))
+                self.granularity.prove(hidden, call, between)
 
     def result(self, hidden: Tensor) -> None:
-        context, granularity = self._current, self.granularity
-        if context is None or not granularity.opened:
+        context, call = self._current, self._call
+        if context is None or context.kind is None or call.left:
             return
-        self._recorded = True
-        started = self.session.watch.start(hidden.device)
-        try:
-            with torch.no_grad():
-                granularity.close(hidden)
-        except Unfit as error:
-            context.engine.reset(num_steps=context.engine.num_steps)
-            if isinstance(granularity, Stack):
-                self._warn(f"{error}: this call runs uncached")
-                return
-            base = granularity.base
-            self._warn(f"{error}; its stack is cached instead")
-            self._fall_back(f"{self.adapter.name} {error}")
-            self._modules = None
-            self._watch(None)
-            if base is not None:  # this step's stack can still be recorded: as if it had been from the start
-                with torch.no_grad():
-                    self._stack.open(context.engine, base, {}, {})
-                self.result(hidden)
-            return
-        context.engine.commit(self._local_step)
-        if isinstance(granularity, Module):
-            with torch.no_grad():
-                timesteps = self.session.clock.timesteps
-                granularity.look_ahead(context.ahead, self._coming(context), timesteps, hidden)
-        self.session.watch.stop(started)
+        call.left = True
+        with self.session.watch.measure(hidden.device), torch.no_grad():
+            if isinstance(self.granularity, Module):
+                base = self.granularity.base
+                try:
+                    self.granularity.verify(hidden, context.kind)
+                except Unfit as error:
+                    self._warn(f"{error}; its stack is cached instead")
+                    self._fall_back(f"{self.adapter.name} {error}")
+                    assert self._modules is not None
+                    self._modules.unwatch()
+                    self._modules = None
+                    # this step's stack can still be recorded: as if it had been from the start
+                    self._stack.open(context.engine, context.kind, call)
+                    if base is None:
+                        self._unfit = str(error)
+                        return
+                    assert call.base is not None
+                    call.base.copy_(base)
+            if call.base is not None and call.slot is not None:
+                if hidden.shape != call.base.shape:
+                    self._unfit = (
+                        f"gives its head a hidden state {tuple(hidden.shape)} that is not of the shape of "
+                        f"its first block's, {tuple(call.base.shape)}"
+                    )
+                    self._warn(f"{self._unfit}: this call runs uncached")
+                    return
+                torch.sub(hidden.to(call.slot.device), call.base, out=call.slot)
+
+    # … and in a skipped step.
 
     def forecast(self, base: Tensor, call: Mapping[str, Any]) -> Tensor:
-        context = self._current
-        assert context is not None
-        started = self.session.watch.start(base.device)
+        """Maybe compiled: the sum, with gates foreseen or computed now."""
+        current = self._call
+        assert current.sum is not None
+        started = None if torch.compiler.is_compiling() else self.session.watch.start(base.device)
         with torch.no_grad():
-            out = self._forecast(context, base, call)
-        self.session.watch.stop(started)
+            gates = current.gates
+            if gates is None and isinstance(self.granularity, Module):
+                gates = self.granularity.gates(call, base)
+            for residual in current.between:
+                base = base + residual
+            out = current.sum(base, gates)
+        if started is not None:
+            self.session.watch.stop(started)
         return out
 
-    def _forecast(self, context: Context, base: Tensor, call: Mapping[str, Any]) -> Tensor:
-        if isinstance(self.granularity, Stack):
-            return self.granularity.forecast(context.engine, self._local_step, base)
-        adapter = self.granularity.adapter
-        foreseen = context.ahead.gates(adapter, self._step, call, self._named)
-        return self.granularity.forecast(context.engine, self._local_step, base, call, self._named, foreseen)
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        context, mode = self._current, self._call.mode
+        if output is None:  # the call raised
+            self._end()
+            self.session.clock.abort()
+            return
+        if context is None:
+            self._end()
+            return
+        if mode >= Mode.VERIFY:
+            context.engine.settle()
+            context.skipped_steps += 1
+            self._end()
+            return
+        context.full_steps += 1
+        try:
+            self._learned(context)
+            if context.kind is not None:
+                with self.session.watch.measure(context.kind.device), torch.no_grad():
+                    context.engine.commit(self._local_step)
+                    self._look_ahead(context, context.kind)
+        finally:
+            self._end()
 
-    def _coming(self, context: Context) -> range:
-        """The skipped steps before this context's next full one."""
+    def _learned(self, context: Context) -> None:
+        """A full call has come to its end: take in what it recorded, if it did.
+
+        Raises:
+            RuntimeError: it did not go through its blocks or its head as it should.
+        """
+        call, name = self._call, type(self.module).__name__
+        if call.mode == Mode.LEARN and not self.adapter.iterated:
+            raise RuntimeError(
+                f"hicache: {name} runs without iterating over its blocks, so they cannot be "
+                f"skipped; {UNCACHED}"
+            )
+        if not call.left:
+            raise RuntimeError(
+                f"hicache: {name} ran without its blocks or its head being seen, so nothing could be "
+                f"recorded; {UNCACHED}"
+            )
+        if self._unfit is not None:
+            context.kind = None
+            context.engine.reset(num_steps=context.engine.num_steps)
+            return
+        assert context.kind is not None
+        with self.session.watch.measure(context.kind.device), torch.no_grad():
+            self.granularity.close(context.kind, call)
+
+    def _end(self) -> None:
+        """A call has ended, or never came to its end."""
+        self._current = None
+        self._named = {}
+        self._between_calls()
+
+    def _between_calls(self) -> None:
+        self._unfit = None
+        if self._modules is not None:
+            self._modules.end()
+        self.adapter.end()
+        self._compiling.resume()
+
+    def _look_ahead(self, context: Context, kind: Kind) -> None:
+        """Compute the gates of the skipped steps before the context's next full one."""
+        if not isinstance(self.granularity, Module):
+            return
         limit = self.session.clock.num_steps
         last = self._step + 1
         while (limit is None or last < limit) and not context.engine.is_full(last - context.first_step):
             last += 1
-        return range(self._step + 1, last)
-
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        context, skipping = self._current, self.skipping
-        self._current = None
-        self._named = {}
-        self.skipping = False
-        self.granularity.end()
-        iterated = self.adapter.iterated
-        self.adapter.end()
-        if output is None:  # the call raised
-            self.session.clock.abort()
-            return
-        if context is None:
-            return
-        if skipping:
-            context.skipped_steps += 1
-            return
-        context.full_steps += 1
-        if not iterated:
-            raise RuntimeError(
-                f"hicache: {type(module).__name__} runs without iterating over its blocks, so they cannot be "
-                f"skipped; {UNCACHED}"
-            )
-        if not self._recorded:
-            raise RuntimeError(
-                f"hicache: {type(module).__name__} ran without its blocks or its head being seen, so "
-                f"nothing could be recorded; {UNCACHED}"
-            )
+        context.ahead.look(
+            self.granularity.adapter,
+            range(self._step + 1, last),
+            self.session.clock.timesteps,
+            kind.arguments,
+            self._named,
+            kind.like(),
+        )
 
     # What is cached.
 
-    def _choose(self, context: Context, hidden: Tensor, call: Mapping[str, Any]) -> None:
-        """Decide at a context's first full step whether its modules can be cached, and watch those of now."""
-        if self._modules is None or self.granularity is self._stack:
+    def _decide(self, context: Context, kind: Kind) -> None:
+        """At every full step: whether this run's contexts can be cached module by module."""
+        if self.granularity is self._stack:
             return
-        if not context.planned:
-            adapter = self._modules.adapter
-            shapes = [hidden.shape] * adapter.terms(call)
-            context.planned = context.engine.planned_nbytes(shapes, hidden.dtype)
-            refusal = adapter.refusal(call)
-            if refusal is not None:
-                refusal = f"{self.adapter.name}: {refusal}"
-            elif self._policy.granularity == "auto":
-                refusal = self._over_budget(context, hidden.device)
-            if refusal is not None:
-                self._fall_back(refusal)
-                return
-        self._watch(self._modules)
+        refusal = None if kind.refusal is None else f"{self.adapter.name}: {kind.refusal}"
+        if refusal is None and self._policy.granularity == "auto":
+            refusal = self._over_budget(context, kind.device)
+        if refusal is not None:
+            self._fall_back(refusal)
 
     def _over_budget(self, context: Context, device: torch.device) -> str | None:
         """Why the histories of this run's contexts must not be held; None when they may."""
@@ -355,8 +459,8 @@ class Denoiser:
         # as nothing of an earlier run may change the picture.
         if planned > budget:
             return f"its modules' history, {planned:,} bytes or more, is over memory_budget={budget:,}"
-        free = _free_bytes(device)
         wanted = context.planned - context.engine.nbytes
+        free = _free_bytes(device) if wanted > 0 else None
         if free is not None and wanted > free:
             why = f"its modules' history wants {wanted:,} bytes and {free:,} are free on {device}"
             self._warn(f"is cached as a stack: {why}")
@@ -369,31 +473,11 @@ class Denoiser:
             raise RuntimeError(
                 f"hicache: granularity='module' cannot be had: {reason}; use granularity='stack' or 'auto'"
             )
-        self.granularity.end()
         self.granularity, self._why_stack = self._stack, reason
+        if self._modules is not None:
+            self._modules.end()
         for context in self.contexts.values():
             context.engine.release()
-
-    def _watch(self, modules: Module | None) -> None:
-        """Record the outputs of a family's modules; LoRA may have put others in their places since."""
-        watched = [] if modules is None else [feature.module for feature in modules.adapter.features()]
-        if len(watched) == len(self._watched) and all(map(operator.is_, watched, self._watched)):
-            return
-        for undo in self._unwatch:
-            undo()
-        self._watched = watched
-        self._unwatch = [
-            module.register_forward_hook(functools.partial(self._feature, index)).remove
-            for index, module in enumerate(watched)
-        ]
-
-    def _feature(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
-        if self._current is None or self.skipping or not isinstance(self.granularity, Module):
-            return
-        started = self.session.watch.start(self._device)
-        with torch.no_grad():
-            self.granularity.add(index, output)
-        self.session.watch.stop(started)
 
     # Contexts and runs.
 
@@ -402,9 +486,15 @@ class Denoiser:
         self._run = clock.run
         self._step = -1
         self._idle = {key: c for key, c in self.contexts.items() if c.full_steps}
+        seen = self.adapter.fingerprint()
+        if seen != self._seen:
+            # blocks, processors or hooks have been put in place since: what was learned may not hold
+            self._seen, self.adapter.verified = seen, False
+            for context in self._idle.values():
+                context.kind = None
+            if self._modules is not None:
+                self._modules.forget()
         self.contexts = {}
-        if self._modules is not None:
-            self._modules.restart()
         self.granularity = self._modules or self._stack
         self.session.start_run(clock.run, clock.num_steps)
 

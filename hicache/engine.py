@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +24,29 @@ import hicache_kernels as kernels
 from hicache.basis import coefficients
 from hicache.config import HiCacheConfig
 from hicache.schedule import is_full
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A skipped step's sum over a history, but for the base and the gates."""
+
+    orders: Tensor  # [K, features, slot]
+    coeffs: Tensor
+    inv_gap: Tensor | None  # an update of the differences waits, and is done with it
+    filled: int
+    backend: str
+
+    def __call__(self, base: Tensor, gates: Tensor | None) -> Tensor:
+        """See :meth:`Engine.gated_sum`."""
+        return kernels.gated_sum(
+            base.detach().contiguous(),
+            self.orders,
+            gates,
+            self.coeffs,
+            inv_gap=self.inv_gap,
+            filled=self.filled,
+            backend=self.backend,
+        )
 
 
 class Engine:
@@ -99,6 +123,7 @@ class Engine:
             self.reset(num_steps=self.num_steps)
             self._numbers.clear()
             self.history = held = kernels.History(wanted, self.config.order, dtype, device)
+            held.orders.zero_()  # orders that do not exist yet may be weighed with zero: see prepare()
         else:
             self.flush()  # the inbox of the last full step must be taken in before it is written again
         return [held.inbox(index) for index in range(len(wanted))]
@@ -179,21 +204,38 @@ class Engine:
             RuntimeError: nothing is recorded to forecast from.
             ValueError: ``step`` is not after the last full step, or shapes do not match.
         """
-        history, coeffs = self._ahead(step)
-        waiting = self._pending is not None
-        out = kernels.gated_sum(
-            base.detach().contiguous(),
-            history.terms(),
-            gates,
-            coeffs,
-            inv_gap=self._inv_gap() if waiting else None,
-            filled=self._pending or 0,
-            backend=self.backend,
-        )
-        self._pending = None
+        out = self.prepare(step)(base, gates)
+        self.settle()
         return out
 
-    def _ahead(self, step: int) -> tuple[kernels.History, Tensor]:
+    def prepare(self, step: int, fixed: bool = False) -> Sum:
+        """The sum of a skipped step, to be done later; :meth:`settle` says that it was.
+
+        Args:
+            step: the skipped step.
+            fixed: do a waiting update now, and weigh all orders, those that do not exist yet with zero: sums
+                of all steps are then alike but for their numbers.
+
+        Raises:
+            RuntimeError, ValueError: as :meth:`gated_sum`.
+        """
+        if fixed:
+            self.flush()
+        history, coeffs = self._ahead(step, padded=fixed)
+        waiting = self._pending is not None
+        return Sum(
+            history.terms(),
+            coeffs,
+            self._inv_gap() if waiting else None,
+            self._pending or 0,
+            self.backend,
+        )
+
+    def settle(self) -> None:
+        """A sum has been done, and with it the waiting update."""
+        self._pending = None
+
+    def _ahead(self, step: int, padded: bool = False) -> tuple[kernels.History, Tensor]:
         if self.history is None or self.last_full is None:
             raise RuntimeError(f"Engine: expected a full step recorded before step {step}, got none")
         if step <= self.last_full:
@@ -201,7 +243,8 @@ class Engine:
         config = self.config
         gaps = self._gaps[: self.filled - 1]
         weights = coefficients(config.basis, gaps, step - self.last_full, self.filled, config.sigma)
-        return self.history, self._tensor(*weights)
+        missing = config.order + 1 - len(weights) if padded else 0
+        return self.history, self._tensor(*weights, *[0.0] * missing)
 
     def _inv_gap(self) -> Tensor:
         return self._tensor(1.0 / self._gaps[0] if self._pending else 1.0).view(())

@@ -7,19 +7,39 @@ in what a full step records and in the gates.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hicache.ahead import Ahead
 from hicache.engine import Engine
-from hicache.models.features import Feature, ModuleAdapter, Recording
+from hicache.models.call import Call
+from hicache.models.features import ModuleAdapter
+from hicache.models.recording import Taps
 
 
 class Unfit(Exception):
     """What a full step recorded cannot stand for the blocks; the message says why."""
+
+
+@dataclass
+class Kind:
+    """What calls of one context have in common, learned from the first."""
+
+    shape: torch.Size  # of the hidden state that enters the first block
+    dtype: torch.dtype
+    device: torch.device
+    terms: int = 0  # features, module by module; 0 where nobody knows the modules
+    refusal: str | None = None  # why they cannot be cached module by module
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the first block, no hidden states
+    unseen: tuple[int, ...] = ()  # terms without a feature
+
+    def like(self) -> Tensor:
+        """Something ``[batch, 1, channels]`` of the hidden state's dtype and device, without memory."""
+        nothing = torch.empty((), dtype=self.dtype, device=self.device)
+        return nothing.expand(self.shape[0], 1, self.shape[-1])
 
 
 class Stack:
@@ -27,47 +47,16 @@ class Stack:
 
     name = "stack"
 
-    def __init__(self) -> None:
-        self._base: Tensor | None = None
-        self._slot: Tensor | None = None
+    def open(self, engine: Engine, kind: Kind, call: Call) -> None:
+        """A full step begins: say where to record."""
+        [slot] = engine.open([kind.shape], kind.dtype, kind.device)
+        # A copy of what enters: blocks may work in place. The inbox has room for it unless it would round.
+        exact = torch.promote_types(slot.dtype, kind.dtype) == slot.dtype
+        call.slot = slot
+        call.base = slot if exact else torch.empty(kind.shape, dtype=kind.dtype, device=kind.device)
 
-    def open(self, engine: Engine, hidden: Tensor, call: Mapping[str, Any], named: Mapping[str, Any]) -> None:
-        """A full step: ``hidden`` enters the first block."""
-        [slot] = engine.open([hidden.shape], hidden.dtype, hidden.device)
-        # A copy: blocks may work in place. The inbox has room for it unless it would round.
-        exact = torch.promote_types(slot.dtype, hidden.dtype) == slot.dtype
-        self._base = slot.copy_(hidden) if exact else hidden.detach().clone()
-        self._slot = slot
-
-    def close(self, hidden: Tensor) -> None:
-        """The same step: ``hidden`` leaves the last block. The features are in the inbox now.
-
-        Raises:
-            Unfit: they cannot stand for the blocks.
-        """
-        base, slot = self._base, self._slot
-        self.end()
-        assert base is not None
-        assert slot is not None
-        if hidden.shape != base.shape:
-            raise Unfit(
-                f"gives its head a hidden state {tuple(hidden.shape)} that is not of the shape of its first "
-                f"block's, {tuple(base.shape)}"
-            )
-        torch.sub(hidden.to(slot.device), base, out=slot)
-
-    @property
-    def opened(self) -> bool:
-        """Whether a full step is being recorded."""
-        return self._slot is not None
-
-    def forecast(self, engine: Engine, step: int, base: Tensor) -> Tensor:
-        """A skipped step: the hidden state that would leave the last block."""
-        return engine.gated_sum(step, base)
-
-    def end(self) -> None:
-        """The call has ended: let go of its tensors."""
-        self._base = self._slot = None
+    def close(self, kind: Kind, call: Call) -> None:
+        """The step has ended: what it recorded is in the inbox."""
 
 
 class Module:
@@ -75,105 +64,92 @@ class Module:
 
     Args:
         adapter: the family's.
+        call: the model's current call.
     """
 
     name = "module"
 
-    def __init__(self, adapter: ModuleAdapter) -> None:
+    def __init__(self, adapter: ModuleAdapter, call: Call) -> None:
         self.adapter = adapter
-        self._features: list[Feature] = []
-        self._recording: Recording | None = None
-        # Of a run's first full step of every kind of call: what to check the sum against.
+        self._call = call
+        self._taps: Taps | None = None
+        self._slots: Sequence[Tensor] = ()
+        # Of a call learned from: what to check the sum against.
         self._base: Tensor | None = None
-        self._call: dict[str, Any] = {}
-        self._named: Mapping[str, Any] = {}
-        self._slots: list[Tensor] = []
+        self._arguments: Mapping[str, Any] = {}
+        self._between: Sequence[Tensor] = ()
         self._verified: set[int] = set()
-        self._spoiled: str | None = None  # why this step's features are not what they should be
 
-    def restart(self) -> None:
-        """A new run starts: processors and blocks may have been put in place since the last."""
+    def watch(self) -> None:
+        """Record the outputs of the family's modules; LoRA may have put others in their places since."""
+        features = list(self.adapter.features())
+        modules: list[nn.Module] = [feature.module for feature in features]
+        if self._taps is not None:
+            held = self._taps.modules
+            if len(held) == len(modules) and all(a is b for a, b in zip(held, modules, strict=True)):
+                return
+            self._taps.remove()
+        self._taps = Taps(self._call, features)
+
+    def forget(self) -> None:
+        """The model may have changed: check its sum anew."""
         self._verified.clear()
 
-    def open(self, engine: Engine, hidden: Tensor, call: Mapping[str, Any], named: Mapping[str, Any]) -> None:
-        """As :meth:`Stack.open`."""
+    def unwatch(self) -> None:
+        """Leave the modules as they were."""
+        if self._taps is not None:
+            self._taps.remove()
+        self._taps = None
         self.end()
-        terms = self.adapter.terms(call)
-        self._slots = engine.open([hidden.shape] * terms, hidden.dtype, hidden.device)
-        self._features = list(self.adapter.features())
-        self._recording = Recording(self._slots, self._features)
-        # nothing that holds on to the hidden states themselves
-        self._call = {name: value for name, value in call.items() if not name.endswith("hidden_states")}
-        self._named = named
-        if terms not in self._verified:
-            self._base = hidden.clone()
 
-    def add(self, index: int, output: Any) -> None:
-        """The module of a feature has run."""
-        if self._recording is None or self._spoiled:
-            return
-        try:
-            self._recording.add(self._features[index], output)
-        except ValueError as error:
-            self._spoiled = str(error)
+    def open(self, engine: Engine, kind: Kind, call: Call) -> None:
+        """As :meth:`Stack.open`."""
+        self.watch()
+        assert self._taps is not None
+        self._slots = engine.open([kind.shape] * kind.terms, kind.dtype, kind.device)
+        self._taps.open(self._slots)
 
-    def close(self, hidden: Tensor) -> None:
-        """As :meth:`Stack.close`."""
-        assert self._recording is not None
-        if self._spoiled:
-            raise Unfit(f"cannot be cached module by module: {self._spoiled}")
-        self._recording.finish()
-        self._recording = None
-        if self._base is not None:
-            self._verify(hidden, self._base)
+    def prove(self, hidden: Tensor, arguments: Mapping[str, Any], between: Sequence[Tensor]) -> None:
+        """A call that is learned from: keep what :meth:`verify` needs."""
+        if len(self._slots) not in self._verified:
+            self._base, self._arguments, self._between = hidden.clone(), dict(arguments), list(between)
 
     @property
     def base(self) -> Tensor | None:
-        """The hidden state that entered the first block, at a full step that is to be verified."""
+        """The hidden state that entered the first block, in a call that is to be verified."""
         return self._base
 
-    def look_ahead(self, ahead: Ahead, steps: range, scheduler_timesteps: Any, hidden: Tensor) -> None:
-        """After :meth:`close`: compute the gates of the skipped steps to come."""
-        like = hidden.new_empty(()).expand(len(hidden), 1, hidden.shape[-1])
-        like = like.to(self._slots[0].device)
-        ahead.look(self.adapter, steps, scheduler_timesteps, self._call, self._named, like)
-
-    @property
-    def opened(self) -> bool:
-        """Whether a full step is being recorded."""
-        return self._recording is not None
-
-    def forecast(
-        self,
-        engine: Engine,
-        step: int,
-        base: Tensor,
-        call: Mapping[str, Any],
-        named: Mapping[str, Any],
-        foreseen: Tensor | None,
-    ) -> Tensor:
-        """As :meth:`Stack.forecast`, with the gates of this step where they were foreseen."""
-        gates = self.adapter.gates(call, base) if foreseen is None else foreseen
+    def gates(self, arguments: Mapping[str, Any], base: Tensor) -> Tensor:
+        """The gates of this step, ``[terms, batch, channels]``."""
+        gates = self.adapter.gates(arguments, base)
         # One timestep may serve several pictures, and autocast may leave embeddings wider than hidden states:
         # blocks broadcast and promote. Mostly this changes nothing.
-        gates = gates.expand(-1, len(base), -1).to(base.device, base.dtype).contiguous()
-        for residual in self.adapter.between(named):
-            base = base + residual
-        return engine.gated_sum(step, base, gates)
+        return gates.expand(-1, len(base), -1).to(base.device, base.dtype).contiguous()
 
-    def end(self) -> None:
-        """As :meth:`Stack.end`."""
-        self._recording = self._base = None
-        self._call, self._named, self._slots, self._spoiled = {}, {}, [], None
+    def verify(self, hidden: Tensor, kind: Kind) -> None:
+        """The same call: ``hidden`` leaves the last block. Takes in which terms have no feature.
 
-    def _verify(self, hidden: Tensor, base: Tensor) -> None:
-        """That base + Σ gate ⊙ feature is what the blocks made: once a run and kind of call; a host sync."""
+        Checks that base + Σ gate ⊙ feature is what the blocks made: once a kind of call, with a host sync.
+
+        Raises:
+            Unfit: it is not.
+        """
+        assert self._taps is not None
+        try:
+            kind.unseen = self._taps.unseen(len(self._slots))
+        except ValueError as error:
+            raise Unfit(f"cannot be cached module by module: {error}") from error
+        if self._base is None:
+            return
+        base = self._base
+        self._taps.close(self._slots, kind.unseen)
+        self._call.sums.clear()
         wide = torch.promote_types(base.dtype, torch.float32)
-        gates = self.adapter.gates(self._call, base)[:, :, None]  # [terms, batch, 1, channels]
+        gates = self.gates(self._arguments, base)[:, :, None]  # [terms, batch, 1, channels]
         total = base.to(wide)
         for slot, gate in zip(self._slots, gates, strict=True):
             total = total + slot.to(wide) * gate
-        for residual in self.adapter.between(self._named):
+        for residual in self._between:
             total = total + residual
         # a narrow model rounds after every block, this sum once; a narrow history rounds features
         dtypes = base.dtype, self._slots[0].dtype
@@ -187,6 +163,17 @@ class Module:
                 "of its blocks or attention processors not its own?"
             )
         self._verified.add(len(self._slots))
+
+    def close(self, kind: Kind, call: Call) -> None:
+        """As :meth:`Stack.close`."""
+        assert self._taps is not None
+        self._taps.close(self._slots, kind.unseen)
+
+    def end(self) -> None:
+        """The call has ended: let go of its tensors."""
+        if self._taps is not None:
+            self._taps.rest()
+        self._slots, self._between, self._arguments, self._base = (), (), {}, None
 
 
 Granularity = Stack | Module

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +80,13 @@ class Stopwatch:
     def __init__(self) -> None:
         self._ms = 0.0
         self._events: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def measure(self, device: torch.device) -> Iterator[None]:
+        """Count what is done inside."""
+        started = self.start(device)
+        yield
+        self.stop(started)
 
     def start(self, device: torch.device) -> Any:
         if device.type != "cuda":

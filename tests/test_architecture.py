@@ -25,7 +25,7 @@ LAYERS = [
     {"hicache.engine"},
     {"hicache"},
     {"hicache.tracker", "hicache.models", "hicache.stats"},
-    {"hicache.ahead", "hicache.plan"},
+    {"hicache.ahead", "hicache.compiling", "hicache.plan"},
     {"hicache.granularity"},
     {"hicache.denoiser"},
     {"hicache.fast"},

@@ -699,7 +699,7 @@ def test_nothing_of_a_call_is_held_after_it():
     with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
         tiny.draw(pipe, arguments)
         adapter = handle._denoisers[0].adapter
-        assert adapter._left is None
+        assert adapter.left is None
         assert adapter._expected is None
 
 

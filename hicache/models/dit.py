@@ -17,7 +17,6 @@ class DiT(ModuleAdapter):
     guidance = (1, 2)
 
     constants = ("class_labels",)
-    varies = "timestep"
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)

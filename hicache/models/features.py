@@ -8,7 +8,6 @@ All of them say the same of a model: its blocks only ever add to the hidden stat
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,8 +73,6 @@ class ModuleAdapter:
 
     #: Arguments of the model, besides the timestep, that gates depend on; empty: they are not foreseen.
     constants: tuple[str, ...] = ()
-    #: The argument of the first block through which the timestep reaches the gates.
-    varies = "temb"
     #: Calls a step and samples a picture in a call when guided: (2, 1) for separate calls, (1, 2) for one
     #: batch, (1, 1) for guidance distilled into the model.
     guidance: tuple[int, int] = (1, 1)
@@ -136,64 +133,6 @@ class ModuleAdapter:
         if not isinstance(patch, (tuple, list)):
             patch = (getattr(self.module.config, "patch_size_t", None) or 1, patch, patch)
         return math.prod(size // step for size, step in zip(latent_shape, patch, strict=True))
-
-
-class Recording:
-    """The features of one full step, on their way into a history.
-
-    A term that one feature makes up is copied into its slot. One that several add up to is summed in fp32
-    (float64 for float64) beside it, and rounded once.
-
-    Args:
-        slots: the inbox of every term, of the hidden state's shape.
-        features: all features of the model.
-    """
-
-    def __init__(self, slots: Sequence[Tensor], features: Sequence[Feature]) -> None:
-        self._slots = slots
-        parts = Counter(term for feature in features for term, _ in feature.terms)
-        self._shared = {term for term, count in parts.items() if count > 1}
-        self._sums: dict[int, Tensor] = {}
-        self._copied: set[int] = set()
-
-    def add(self, feature: Feature, output: Any) -> None:
-        """A feature's module has run.
-
-        Raises:
-            ValueError: its output is no tensor of the hidden state's shape, or not part of a call like this.
-        """
-        value = feature.read(output, self._slots[0].shape)
-        if value is None:
-            return
-        for term, factor in feature.terms:
-            if term >= len(self._slots):
-                raise ValueError(
-                    f"{type(feature.module).__name__} gives a part of term {term} in a call of "
-                    f"{len(self._slots)} terms"
-                )
-            if term in self._shared or factor is not None:
-                self._accumulate(term, value, factor)
-            else:
-                self._slots[term].copy_(value)
-                self._copied.add(term)
-
-    def _accumulate(self, term: int, value: Tensor, factor: Callable[[], Tensor] | None) -> None:
-        wide = torch.promote_types(value.dtype, torch.float32)
-        if factor is not None:
-            value = value * factor().to(value.device, wide)
-        if term in self._sums:
-            self._sums[term] += value
-        else:
-            self._sums[term] = value.to(wide, copy=factor is None)
-
-    def finish(self) -> None:
-        """All blocks have run. A term no feature came for is zero: skip-layer guidance leaves blocks out."""
-        for term, slot in enumerate(self._slots):
-            if term in self._sums:
-                slot.copy_(self._sums[term])
-            elif term not in self._copied:
-                slot.zero_()
-        self._sums.clear()
 
 
 def repeated(value: Tensor | None, steps: int) -> Tensor | None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 class GateRows:
     """The gates one modulation layer gives.
 
-    The rows are views of the layer's own weight, taken anew when that moves; a layer that is anything but a
-    plain ``nn.Linear`` with its weight at hand (LoRA, quantised, offloaded, hooked) is called as it is.
+    The rows are views of the layer's own weight, taken anew each time: one that is held would keep the memory
+    of a weight that has moved to another device. A layer that is anything but a plain ``nn.Linear`` with its
+    weight at hand (LoRA, quantised, offloaded, hooked) is called as it is.
 
     Args:
         owner: has the layer as a child: LoRA puts another in its place.
@@ -34,8 +35,6 @@ class GateRows:
         self._parts = parts
         self._rows = slice(rows[0], rows[-1] + 1, rows[1] - rows[0] if len(rows) > 1 else 1)
         assert tuple(range(parts)[self._rows]) == tuple(rows)
-        self._seen: tuple[Any, ...] = ()
-        self._weight = self._bias = torch.empty(0)
 
     def write(self, activated: Tensor, out: Tensor) -> None:
         """Write the gates ``[count, batch, channels]`` of activated embeddings ``[batch, width]``."""
@@ -55,14 +54,10 @@ class GateRows:
 
     def _views(self, layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
         """The gates' rows ``[count, width, channels]`` and biases ``[count, 1, channels]``."""
-        seen = layer.weight.data_ptr(), None if layer.bias is None else layer.bias.data_ptr()
-        if self._seen != seen:
-            weight = layer.weight.detach().unflatten(0, (self._parts, -1))[self._rows]
-            self._weight = weight.transpose(1, 2)
-            if layer.bias is not None:
-                self._bias = layer.bias.detach().unflatten(0, (self._parts, -1))[self._rows][:, None]
-            self._seen = seen
-        return self._weight, None if layer.bias is None else self._bias
+        weight = layer.weight.detach().unflatten(0, (self._parts, -1))[self._rows].transpose(1, 2)
+        if layer.bias is None:
+            return weight, None
+        return weight, layer.bias.detach().unflatten(0, (self._parts, -1))[self._rows][:, None]
 
 
 def layer_device(layer: nn.Module, like: Tensor) -> torch.device:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hicache.models import rotary
+from hicache.models.call import Call, Mode
 
 # In run order; the names diffusers and most others use.
 BLOCK_LISTS: Final = (
@@ -57,19 +58,11 @@ UNCACHED: Final = "call Handle.remove() to run it uncached"
 class Recorder(Protocol):
     """What the adapter calls back during one call of the model."""
 
-    @property
-    def skipping(self) -> bool:
-        """Whether the current call is a skipped step."""
-
-    @property
-    def remembered(self) -> list[Any]:
-        """What the model's rotary embeddings gave at the context's last full step, call by call."""
-
     def base(self, hidden: Tensor, call: Mapping[str, Any]) -> None:
-        """Full step: the hidden state that enters the first block, and its arguments by name."""
+        """A full step to learn from: the hidden state that enters the first block, its arguments by name."""
 
     def result(self, hidden: Tensor) -> None:
-        """Full step: the hidden state that leaves the last block."""
+        """The same step: the hidden state that leaves the last block."""
 
     def forecast(self, base: Tensor, call: Mapping[str, Any]) -> Tensor:
         """Skipped step: the hidden state that would leave the last block, of the first one's arguments."""
@@ -78,21 +71,84 @@ class Recorder(Protocol):
 class _BlockList(nn.ModuleList):
     """A list of blocks that can be skipped. Lists get this class while hooked, and their own back after."""
 
-    _hicache_stand_in: Callable[[], list[Any] | None] | None = None
+    _hicache: _Entrance | None = None
 
-    def __iter__(self) -> Iterator[nn.Module]:
-        stand_in = self._hicache_stand_in() if self._hicache_stand_in is not None else None
-        return super().__iter__() if stand_in is None else iter(stand_in)
+    def __iter__(self) -> Iterator[Any]:
+        entrance = self._hicache
+        # an empty iterator of the list itself while a copy of the list is being made
+        return super().__iter__() if entrance is None else entrance.blocks(super().__iter__)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice) and self._hicache_stand_in is not None:
+        entrance = self._hicache
+        if isinstance(index, slice) and entrance is not None:
             # some models run their blocks in slices, and offloading takes slices outside of any call
-            blocks = list(self._modules.values())
-            stand_in = self._hicache_stand_in()
-            if stand_in is None:
-                return nn.ModuleList(blocks[index])
-            return stand_in if blocks and blocks[0] in blocks[index] else []
+            return entrance.slice(list(self._modules.values()), index)
         return super().__getitem__(index)
+
+
+class _Entrance:
+    """What a list of blocks gives when it is iterated over: itself, or what stands in for it."""
+
+    def __init__(self, adapter: StackAdapter, first: bool, blocks: nn.ModuleList) -> None:
+        self._adapter = adapter
+        self._call = adapter.call
+        self._stand_in: list[Any] = [_StandIn(adapter)] if first else []
+        self._watched = [_Watched(adapter, block) for block in blocks] if first else None
+
+    def refresh(self, blocks: nn.ModuleList) -> None:
+        """Watch the blocks that are in the list now."""
+        current = list(blocks._modules.values())
+        if self._watched is not None and [watched.block for watched in self._watched] != current:
+            self._watched = [_Watched(self._adapter, block) for block in current if block is not None]
+
+    def blocks(self, own: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        call = self._call
+        mode = call.mode
+        if mode >= Mode.VERIFY:
+            return iter(self._stand_in)
+        if mode == Mode.FULL and self._watched is not None:
+            return iter(self._watched)
+        if mode == Mode.LEARN:
+            self._adapter.iterated = True
+        return own()
+
+    def slice(self, blocks: list[nn.Module], index: slice) -> Any:
+        mode = self._call.mode
+        if mode >= Mode.VERIFY:
+            return self._stand_in if blocks and blocks[0] in blocks[index] else []
+        if mode == Mode.FULL and self._watched is not None:
+            return self._watched[index]
+        if mode == Mode.LEARN:
+            self._adapter.iterated = True
+        return nn.ModuleList(blocks[index])
+
+
+class _Watched:
+    """A block on a full step: the first that runs is where the hidden state enters."""
+
+    def __init__(self, adapter: StackAdapter, block: nn.Module) -> None:
+        self._adapter = adapter
+        self._call = adapter.call
+        self.block = block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        adapter, call = self._adapter, self._call
+        if not call.entered:
+            call.entered = True
+            if call.base is not None:
+                hidden, _ = adapter.hidden(args, kwargs)
+                call.base.copy_(hidden.detach())
+        elif adapter.left is not None:
+            adapter.check(adapter.hidden(args, kwargs)[0])
+        output = self.block(*args, **kwargs)
+        if adapter.checked and not torch.compiler.is_compiling():
+            adapter.leave_block(output)
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # a copy in the making has no block yet
+            raise AttributeError(name)
+        return getattr(self.block, name)
 
 
 class _StandIn:
@@ -105,6 +161,8 @@ class _StandIn:
         return self._adapter.run_stand_in(args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         return getattr(self._adapter.first_block, name)
 
 
@@ -142,27 +200,29 @@ class StackAdapter:
         # One entry an element the first block returns: "image", the argument passed through, or None; () for
         # a tensor.
         self._layout: tuple[str | None, ...] | None = None
+        self._hidden_name = getattr(self._metadata, "hidden_states_argument_name", None) or "hidden_states"
+        self.call = Call()
         self._recorder: Recorder | None = None
         self._undo: list[Callable[[], None]] = []
-        self._active = self._checked = self._iterated = self._entered = False
-        self._recalled = 0  # rotary embeddings asked for in this call
-        self._left: Tensor | None = None  # what a block returned, until the next one is seen to take it
+        self._unlearn: list[Callable[[], None]] = []
+        self.iterated = (
+            False  # whether the call has iterated over its blocks: only such models can be skipped
+        )
+        self.checked = False  # whether nothing but the blocks may change the hidden state in this call
+        self.left: Any = None  # what a block returned
         self._expected: Tensor | None = None  # what the stand-in returned, until it is seen to reach the head
-        self._verified = False
+        self.verified = False  # whether it once did
 
     def install(self, recorder: Recorder) -> None:
         """Hook the model. :meth:`remove` undoes it exactly."""
         self._recorder = recorder
         for position, block_list in enumerate(self.lists):
             self._undo.append(functools.partial(setattr, block_list, "__class__", block_list.__class__))
+            entrance = _Entrance(self, position == 0, block_list)
             block_list.__class__ = _skippable(type(block_list))
-            block_list.__dict__["_hicache_stand_in"] = functools.partial(self._stand_in, position)
-            self._undo.append(functools.partial(block_list.__dict__.pop, "_hicache_stand_in"))
+            block_list.__dict__["_hicache"] = entrance
+            self._undo.append(functools.partial(block_list.__dict__.pop, "_hicache"))
         self._undo += rotary.hook(self.module, self._recall)
-        # on every block of the first list: skip-layer guidance may leave out the very first
-        for block in list(self.lists[0]):
-            self._undo.append(block.register_forward_pre_hook(self._before_block, with_kwargs=True).remove)
-            self._undo.append(block.register_forward_hook(self._after_block, with_kwargs=True).remove)
         if self.heads:
             for head in self.heads:
                 self._undo.append(head.register_forward_pre_hook(self._before_head, with_kwargs=True).remove)
@@ -172,83 +232,98 @@ class StackAdapter:
 
     def remove(self) -> None:
         """Leave the model as it was before :meth:`install`."""
+        self.end()
         while self._undo:
             self._undo.pop()()
         self._recorder = None
-        self.end()
 
-    def begin(self, checked: bool) -> None:
-        """A call of the model starts; :meth:`end` ends it. Between calls the hooks do nothing.
+    def learn(self) -> None:
+        """The call that begins is learned from; :meth:`end` ends it."""
+        # on every block of the first list: skip-layer guidance may leave out the very first
+        for block in self.lists[0]._modules.values():
+            assert block is not None
+            self._unlearn.append(block.register_forward_pre_hook(self._before_block, with_kwargs=True).remove)
+            self._unlearn.append(block.register_forward_hook(self._after_block, with_kwargs=True).remove)
 
-        Args:
-            checked: on a full step, make sure that nothing but the blocks changes the hidden state. Not so
-                with arguments that are known to be added between blocks, and dropped on skipped steps.
-        """
-        self.end()
-        self._active = True
-        self._checked = checked
+    def fingerprint(self) -> list[Any]:
+        """What of the model is not weights: equal as long as nobody puts parts of it in others' places."""
+        return [
+            part
+            for module in self.module.modules()
+            for part in (
+                id(module),
+                id(module.__dict__.get("forward")),
+                id(module.__dict__.get("processor")),
+                len(module._forward_hooks),
+                len(module._forward_pre_hooks),
+            )
+        ]
+
+    def refresh(self) -> None:
+        """Blocks may have been put in others' places since."""
+        for block_list in self.lists:
+            entrance: _Entrance = block_list.__dict__["_hicache"]
+            entrance.refresh(block_list)
 
     def end(self) -> None:
         """A call has ended, or never came to its end: let go of its tensors."""
-        self._active = self._checked = self._iterated = self._entered = False
-        self._left = self._expected = None
-        self._recalled = 0
-
-    @property
-    def iterated(self) -> bool:
-        """Whether the current call has iterated over a list of blocks: only such models can be skipped."""
-        return self._iterated
-
-    def _stand_in(self, position: int) -> list[Any] | None:
-        self._iterated = True
-        if self._recorder is None or not self._recorder.skipping:
-            return None
-        return [_StandIn(self)] if position == 0 else []
+        while self._unlearn:
+            self._unlearn.pop()()
+        self.iterated = self.checked = False
+        self.left = self._expected = None
+        self.call.clear()
 
     def _recall(self, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._recorder is None or not self._active:
-            return compute(*args, **kwargs)
-        remembered = self._recorder.remembered
-        if not self._recorder.skipping:
-            remembered[self._recalled :] = [compute(*args, **kwargs)]
-        elif self._recalled >= len(remembered):
-            return compute(*args, **kwargs)
-        self._recalled += 1
-        return remembered[self._recalled - 1]
+        call = self.call
+        index = call.recalled
+        call.recalled = index + 1
+        if call.mode >= Mode.VERIFY and index < len(call.remembered):
+            return call.remembered[index]
+        output = compute(*args, **kwargs)
+        if call.mode == Mode.FULL and index < len(call.remembered):
+            call.remembered[index] = output
+        elif call.mode == Mode.LEARN:
+            call.remembered[index:] = [output]
+        return output
 
-    def _hidden(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def hidden(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """The hidden state among a block's arguments, and all of them by name."""
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        wanted = getattr(self._metadata, "hidden_states_argument_name", None) or "hidden_states"
-        hidden = named.get(wanted, named.get(self._names[0]) if self._names else None)
+        hidden = named.get(self._hidden_name, named.get(self._names[0]) if self._names else None)
         if not isinstance(hidden, Tensor):
             raise RuntimeError(
                 f"hicache: {self.name}: expected {type(self.first_block).__name__} to take a hidden state as "
-                f"{wanted!r} or as its first argument, got {sorted(named)}"
+                f"{self._hidden_name!r} or as its first argument, got {sorted(named)}"
             )
         return hidden, named
 
     def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._recorder is None or not self._active:
-            return
-        hidden, named = self._hidden(args, kwargs)
-        if not self._entered:
-            self._entered = True
+        assert self._recorder is not None
+        hidden, named = self.hidden(args, kwargs)
+        if not self.call.entered:
+            self.call.entered = True
             self._recorder.base(hidden, named)
-        elif self._left is not None:
-            # the same object, but for models that rewrap it: only those are compared by value
-            if hidden is not self._left and not _equal(hidden, self._left):
-                raise self._changed()
-            self._left = None
+        elif self.left is not None:
+            self.check(hidden)
 
     def _after_block(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if not self._active:
-            return
         if self._layout is None:
-            self._layout = self._read_layout(*self._hidden(args, kwargs), output)
-        if self._checked:
-            self._left = output[self._layout.index("image")] if self._layout else output
+            self._layout = self._read_layout(*self.hidden(args, kwargs), output)
+        if self.checked:
+            self.leave_block(output)
+
+    def leave_block(self, output: Any) -> None:
+        """Keep what a block returned, until the next one is seen to take it."""
+        self.left = output[self._layout.index("image")] if self._layout else output
+
+    def check(self, hidden: Tensor) -> None:
+        """Make sure that a block takes what the last one returned: nothing else changes the hidden state."""
+        # the same object, but for models that rewrap it: only those are compared by value
+        if hidden is not self.left and not _equal(hidden, self.left):
+            raise self._changed()
+        self.left = None
 
     def _changed(self) -> RuntimeError:
         return RuntimeError(
@@ -315,9 +390,13 @@ class StackAdapter:
             self._leave(hidden)
 
     def _leave(self, hidden: Tensor) -> None:
-        if self._recorder is None:
-            return
-        if not self._recorder.skipping:
+        call = self.call
+        if call.mode == Mode.FULL:
+            call.left = True
+            if call.base is not None and call.slot is not None:
+                torch.sub(hidden.detach().to(call.slot.device), call.base, out=call.slot)
+        elif call.mode == Mode.LEARN:
+            assert self._recorder is not None
             self._recorder.result(hidden)
         elif self._expected is not None:
             # Once a model: nothing but the blocks may stand between the stand-in and the head either. What
@@ -326,15 +405,15 @@ class StackAdapter:
             self._expected = None
             if not same:
                 raise self._changed()
-            self._verified = True
+            self.verified = True
 
     def run_stand_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the first block returns on a skipped step."""
         assert self._recorder is not None
         assert self._layout is not None
-        hidden, named = self._hidden(args, kwargs)
+        hidden, named = self.hidden(args, kwargs)
         image = self._recorder.forecast(hidden, named)
-        if not self._verified:
+        if self.call.mode == Mode.VERIFY:
             self._expected = image
         if not self._layout:
             return image

@@ -1,0 +1,140 @@
+"""torch.compile with the cache: one graph of full steps, one of skipped, nothing broken, equal results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import hicache.demo
+import hicache.fast
+from hicache import HiCacheConfig
+
+CONFIG = HiCacheConfig(interval=3, order=2, warmup=3)
+STEPS = 12
+# the transformer compiled as a whole before or after the cache comes to it, or in place
+ORDERS = ["before", "after", "in place"]
+REGIONAL = {"flux": 3, "wan": 2}  # graphs of all kinds of blocks and of what else is between them
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def demo() -> tuple[Any, Callable[[Any], Tensor]]:
+    pipe = hicache.demo.load()
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(pipe: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        drawn = pipe(["a red ring on blue"], STEPS, generator=generator, output_type="latent")
+        return torch.as_tensor(drawn.images)
+
+    return pipe, draw
+
+
+def build(name: str) -> tuple[Any, Callable[[Any], Tensor]]:
+    if name == "bundled":
+        return demo()
+    pipe, arguments = getattr(tiny, name)()
+    return pipe, lambda pipe: tiny.draw(pipe, arguments, STEPS)
+
+
+@pytest.mark.parametrize("granularity", ["module", "stack"])
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [
+        *(("flux", order) for order in ORDERS),
+        ("sd3", "before"),
+        ("wan", "after"),
+        ("dit", "in place"),
+        ("bundled", "before"),
+        ("bundled", "after"),
+    ],
+)
+def test_two_graphs_for_all_steps_and_runs(name, granularity, order):
+    pipe, draw = build(name)
+    with hicache.fast.apply(pipe, CONFIG, granularity=granularity):
+        expected = draw(pipe)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def compile_it() -> None:
+        if order == "in place":
+            pipe.transformer.compile(backend=counter, fullgraph=True)
+        else:
+            pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
+
+    if order != "after":
+        compile_it()
+    with hicache.fast.apply(pipe, CONFIG, granularity=granularity) as handle:
+        if order == "after":
+            compile_it()
+        first = draw(pipe)
+        assert counter.frame_count == 2
+        second = draw(pipe)
+        assert counter.frame_count == 2
+        assert (handle.stats.full_steps, handle.stats.skipped_steps) == (6, 6)
+    assert torch.equal(first, expected)
+    assert torch.equal(second, expected)
+
+
+@pytest.mark.parametrize("granularity", ["module", "stack"])
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_blocks_compiled_one_by_one(name, granularity):
+    pipe, draw = build(name)
+    with hicache.fast.apply(pipe, CONFIG, granularity=granularity):
+        expected = draw(pipe)
+    counter = CompileCounterWithBackend("aot_eager")
+    pipe.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
+    with hicache.fast.apply(pipe, CONFIG, granularity=granularity):
+        first = draw(pipe)
+        graphs = counter.frame_count
+        assert 0 < graphs <= REGIONAL[name]
+        assert torch.equal(first, expected)
+        assert torch.equal(draw(pipe), expected)
+        assert counter.frame_count == graphs
+
+
+def test_two_contexts_share_the_graphs():
+    """Separate calls for classifier-free guidance: other prompts, other histories, the same code."""
+    pipe, draw = build("flux_cfg")
+    with hicache.fast.apply(pipe, CONFIG):
+        expected = draw(pipe)
+    counter = CompileCounterWithBackend("aot_eager")
+    pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
+    with hicache.fast.apply(pipe, CONFIG):
+        assert torch.equal(draw(pipe), expected)
+        assert counter.frame_count == 2
+        assert torch.equal(draw(pipe), expected)
+        assert counter.frame_count == 2
+
+
+def test_uncached_after_removal():
+    pipe, draw = build("flux")
+    plain = draw(pipe)
+    counter = CompileCounterWithBackend("aot_eager")
+    pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
+    with hicache.fast.apply(pipe, CONFIG):
+        assert not torch.equal(draw(pipe), plain)
+    assert torch.equal(draw(pipe), plain)
+
+
+def test_an_exception_in_a_call_learned_from_leaves_compilation_on():
+    pipe, draw = build("flux")
+    counter = CompileCounterWithBackend("aot_eager")
+    pipe.transformer.compile(backend=counter, fullgraph=True)
+    with hicache.fast.apply(pipe, CONFIG):
+        broken = pipe.transformer.norm_out.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            draw(pipe)
+        broken.remove()
+        draw(pipe)
+    assert counter.frame_count == 2
