@@ -16,6 +16,7 @@ from hicache.compiling import Compiling
 from hicache.config import HiCacheConfig
 from hicache.engine import Engine
 from hicache.granularity import Granularity, Kind, Module, Stack, Unfit
+from hicache.graphs import Graphs
 from hicache.models.call import Mode
 from hicache.models.features import ModuleAdapter
 from hicache.models.generic import BLOCK_ONLY_ARGUMENTS, UNCACHED, StackAdapter
@@ -124,6 +125,7 @@ class Denoiser:
         modules: knows what its modules compute; None where nobody does.
         policy: what to cache.
         session: what all denoisers of the pipeline share.
+        graphs: captures and replays its calls; None for none.
     """
 
     def __init__(
@@ -134,6 +136,7 @@ class Denoiser:
         modules: ModuleAdapter | None,
         policy: Policy,
         session: Session,
+        graphs: Graphs | None = None,
     ) -> None:
         self.name = name
         self.module = module
@@ -162,6 +165,8 @@ class Denoiser:
         self._checked = False
         self._unfit: str | None = None  # why the stack of the current call could not be recorded
         self._compiling = Compiling()
+        self.graphs = graphs
+        self._inside = False  # whether the current call is compiled as a whole
         self._seen: list[Any] = []  # the model's fingerprint when it was learned from
         self._warned: set[str] = set()
         self._undo: list[Callable[[], None]] = []
@@ -185,6 +190,8 @@ class Denoiser:
             self._undo.pop()()
         self.adapter.remove()
         self._compiling.resume()
+        if self.graphs is not None:
+            self.graphs.remove()
 
     def release(self) -> None:
         self._idle.clear()
@@ -227,6 +234,7 @@ class Denoiser:
                 "run uncached; is this the scheduler of the run? (see apply(..., scheduler=...))"
             )
             return None
+        self._inside = self._compiling.inside()
         context = self._context(named)
         self._current = context
         self._named = named
@@ -237,12 +245,25 @@ class Denoiser:
             # Not with arguments that are known to be added between blocks, and dropped on skipped steps.
             self._checked = not dropped
             self._begin_full(context, args, kwargs)
+            self._use_graphs()
             return None
         if dropped:
             args = tuple(None if n in dropped else v for n, v in zip(self._names, args, strict=False))
             kwargs = {name: None if name in dropped else value for name, value in kwargs.items()}
         self._begin_skipped(context, args, kwargs)
+        self._use_graphs()
         return args, kwargs
+
+    def _use_graphs(self) -> None:
+        """Have the call that begins replayed, if it may be."""
+        self._call.quiet = self._inside
+        graphs = self.graphs
+        if graphs is None:
+            return
+        if self._inside:
+            graphs.refuse("the transformer is compiled as a whole")
+        if graphs.usable():
+            self._call.quiet = graphs.begin()
 
     def _begin_full(self, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.adapter.checked = self._checked
@@ -250,7 +271,7 @@ class Denoiser:
             self._call.mode = Mode.LEARN
             self.adapter.learn()
             self._compiling.pause()
-            if not self._compiling.inside():
+            if not self._inside:
                 return
             # Too late to keep this call from being compiled: learn from one of our own.
             self.module.forward(*args, **kwargs)
@@ -270,10 +291,10 @@ class Denoiser:
     def _begin_skipped(self, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = self._call
         assert context.kind is not None
-        inside = self._compiling.inside()
+        # one graph for all skipped steps: where they are compiled or captured, they must not differ
+        fixed = self._inside or (self.graphs is not None and self.graphs.stats.eager is None)
         with self.session.watch.measure(context.kind.device), torch.no_grad():
-            # one graph for all skipped steps: where the model is compiled, they must not differ
-            call.sum = context.engine.prepare(self._local_step, fixed=inside)
+            call.sum = context.engine.prepare(self._local_step, fixed=fixed)
             if isinstance(self.granularity, Module):
                 adapter = self.granularity.adapter
                 call.gates = context.ahead.gates(adapter, self._step, self._named)
@@ -281,7 +302,7 @@ class Denoiser:
         if not self.adapter.verified:
             call.mode = Mode.VERIFY
             self._compiling.pause()
-            if not inside:
+            if not self._inside:
                 return
             self.module.forward(*args, **kwargs)
             call.recalled = 0
@@ -348,7 +369,7 @@ class Denoiser:
         """Maybe compiled: the sum, with gates foreseen or computed now."""
         current = self._call
         assert current.sum is not None
-        started = None if torch.compiler.is_compiling() else self.session.watch.start(base.device)
+        started = None if current.quiet else self.session.watch.start(base.device)
         with torch.no_grad():
             gates = current.gates
             if gates is None and isinstance(self.granularity, Module):
@@ -417,6 +438,8 @@ class Denoiser:
 
     def _between_calls(self) -> None:
         self._unfit = None
+        if self.graphs is not None:
+            self.graphs.end()
         if self._modules is not None:
             self._modules.end()
         self.adapter.end()
@@ -487,6 +510,8 @@ class Denoiser:
         self._step = -1
         self._idle = {key: c for key, c in self.contexts.items() if c.full_steps}
         seen = self.adapter.fingerprint()
+        if self.graphs is not None:
+            self.graphs.start_run(changed=seen != self._seen)
         if seen != self._seen:
             # blocks, processors or hooks have been put in place since: what was learned may not hold
             self._seen, self.adapter.verified = seen, False

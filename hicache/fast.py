@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from types import TracebackType
@@ -18,6 +19,7 @@ from torch import nn
 
 from hicache.config import HiCacheConfig
 from hicache.denoiser import Denoiser, Policy, Session
+from hicache.graphs import CudaBackend, Graphs
 from hicache.models import registry
 from hicache.models.generic import StackAdapter
 from hicache.plan import DenoiserPlan, Plan, make_plan
@@ -80,6 +82,11 @@ class Handle:
             held,
             session.watch.read(),
             {denoiser.name: denoiser.choice for denoiser in self._denoisers},
+            {
+                denoiser.name: dataclasses.replace(denoiser.graphs.stats)
+                for denoiser in self._denoisers
+                if denoiser.graphs is not None
+            },
         )
 
     def release(self) -> None:
@@ -122,6 +129,7 @@ def apply(
     scheduler: Any = None,
     granularity: str = "auto",
     memory_budget: int = MEMORY_BUDGET,
+    cuda_graphs: bool | str = "auto",
     backend: str = "auto",
 ) -> Handle:
     """Cache a diffusers pipeline, or a bare transformer driven by a loop of your own.
@@ -143,6 +151,10 @@ def apply(
             ``"stack"``, the residual of all blocks together; ``"auto"``, modules where they are known and
             their history fits ``memory_budget``, else the stack. ``Handle.stats.choices`` says which.
         memory_budget: bytes a denoiser's histories may take for ``"auto"`` to choose modules.
+        cuda_graphs: capture full and skipped steps and replay them: ``"auto"`` where it can be done (never
+            off a GPU, under offload, with gradients or inside torch.compile; ``Handle.stats.graphs`` says why
+            not), ``True`` the same but with a warning where it cannot, ``False`` never. The environment
+            variable ``HICACHE_CUDA_GRAPHS=0`` switches them off.
         backend: of :mod:`hicache_kernels`: ``"auto"`` or a name; a name never falls back silently.
 
     Returns:
@@ -156,6 +168,8 @@ def apply(
     _check_choice("granularity", granularity, GRANULARITIES)
     _check_choice("backend", backend, ("auto", *BACKENDS))
     _check_budget(memory_budget)
+    if cuda_graphs != "auto" and not isinstance(cuda_graphs, bool):
+        raise ValueError(f"hicache: expected cuda_graphs to be True, False or 'auto', got {cuda_graphs!r}")
     modules = _denoisers(pipe)
     for module in modules.values():
         _check_backend(backend, module)
@@ -183,10 +197,12 @@ def apply(
     clock = TimestepClock() if clock_source is None else SchedulerClock(clock_source)
     session = Session(clock, config, speedup, backend)
     policy = Policy(granularity, memory_budget)
-    denoisers = [
-        Denoiser(name, module, adapters[name], families[name], policy, session)
-        for name, module in modules.items()
-    ]
+    denoisers = []
+    for name, module in modules.items():
+        graphs = None
+        if cuda_graphs is not False:
+            graphs = Graphs(module, adapters[name].call, CudaBackend(), wanted=cuda_graphs is True)
+        denoisers.append(Denoiser(name, module, adapters[name], families[name], policy, session, graphs))
     handle = Handle(session, denoisers)
     try:
         for denoiser in denoisers:

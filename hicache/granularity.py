@@ -52,7 +52,7 @@ class Stack:
         [slot] = engine.open([kind.shape], kind.dtype, kind.device)
         # A copy of what enters: blocks may work in place. The inbox has room for it unless it would round.
         exact = torch.promote_types(slot.dtype, kind.dtype) == slot.dtype
-        call.slot = slot
+        call.targets, call.slot = [slot], slot
         call.base = slot if exact else torch.empty(kind.shape, dtype=kind.dtype, device=kind.device)
 
     def close(self, kind: Kind, call: Call) -> None:
@@ -108,6 +108,7 @@ class Module:
         assert self._taps is not None
         self._slots = engine.open([kind.shape] * kind.terms, kind.dtype, kind.device)
         self._taps.open(self._slots)
+        call.targets = self._slots
 
     def prove(self, hidden: Tensor, arguments: Mapping[str, Any], between: Sequence[Tensor]) -> None:
         """A call that is learned from: keep what :meth:`verify` needs."""

@@ -23,6 +23,15 @@ class ContextStats:
 
 
 @dataclass
+class GraphStats:
+    """What CUDA graphs did for one transformer since :func:`hicache.fast.apply`."""
+
+    captures: int = 0
+    replays: int = 0
+    eager: str | None = None  # why calls run without, if they do
+
+
+@dataclass
 class Stats:
     """What the cache did in the current run, or in the last one if none is going on."""
 
@@ -33,6 +42,7 @@ class Stats:
     history_bytes: int = 0  # held, all contexts together, those the run no longer uses included
     cache_ms: float = 0.0  # time in recording and forecasting
     choices: dict[str, str] = field(default_factory=dict)  # denoiser → what is cached of it, and why
+    graphs: dict[str, GraphStats] = field(default_factory=dict)  # denoiser → captures, replays, or why none
 
     @property
     def full_steps(self) -> int:
@@ -69,6 +79,11 @@ class Stats:
                 for name, context in self.contexts.items()
             ),
             *(f"  {name}: {choice}" for name, choice in self.choices.items()),
+            *(
+                f"  {name}: {graphs.captures} graphs captured, {graphs.replays} replays"
+                + (f"; without graphs: {graphs.eager}" if graphs.eager else "")
+                for name, graphs in self.graphs.items()
+            ),
             f"  bound {self.bound:.2f}x, cache {self.cache_ms:.2f} ms",
         ]
         return "\n".join(lines)

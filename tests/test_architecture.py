@@ -27,6 +27,7 @@ LAYERS = [
     {"hicache.tracker", "hicache.models", "hicache.stats"},
     {"hicache.ahead", "hicache.compiling", "hicache.plan"},
     {"hicache.granularity"},
+    {"hicache.graphs"},
     {"hicache.denoiser"},
     {"hicache.fast"},
     {"hicache.reference"},

@@ -7,12 +7,17 @@ of a skipped step, whatever the step, the context or the run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
 from hicache.engine import Sum
+
+# Under this key a module has the hook that records its output. The same on every module, where torch's
+# counter would make each block another one to torch.compile.
+TAP: Final[Any] = "hicache"
 
 
 class Mode(IntEnum):
@@ -39,11 +44,14 @@ class Call:
         # FULL, by stack: memory for the hidden state that enters, and the inbox (which may be the same)
         self.base: Tensor | None = None
         self.slot: Tensor | None = None
+        # FULL: the inboxes that are written to
+        self.targets: Sequence[Tensor] = ()
         # FULL, by module: sums of terms that several features make up, summed as they come
         self.sums: dict[int, Tensor] = {}
         # SKIP: what the forecast needs
         self.sum: Sum | None = None
         self.gates: Tensor | None = None  # foreseen ones
+        self.quiet = False  # compiled, captured or replayed: nothing inside can be timed
         self.between: list[Tensor] = []  # what the model itself adds between its blocks
         # rotary embeddings of the context's last full step, and how many this call has asked for
         self.remembered: list[Any] = []

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hicache.models import rotary
-from hicache.models.call import Call, Mode
+from hicache.models.call import TAP, Call, Mode
 
 # In run order; the names diffusers and most others use.
 BLOCK_LISTS: Final = (
@@ -254,7 +254,8 @@ class StackAdapter:
                 id(module),
                 id(module.__dict__.get("forward")),
                 id(module.__dict__.get("processor")),
-                len(module._forward_hooks),
+                str(getattr(module.__dict__.get("processor"), "_attention_backend", None)),
+                len(module._forward_hooks) - (TAP in module._forward_hooks),
                 len(module._forward_pre_hooks),
             )
         ]

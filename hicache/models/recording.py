@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hicache.models.call import Call, Mode
+from hicache.models.call import TAP, Call, Mode
 from hicache.models.features import Feature
-
-# The same key on every module, where a counter would make each block another one to torch.compile.
-_KEY: Final = "hicache"
 
 
 class _Part:
@@ -98,12 +95,12 @@ class Taps:
         self._taps = taps
         self._opened = False
         for module, tap in taps.items():
-            module._forward_hooks[_KEY] = tap  # type: ignore[index]
+            module._forward_hooks[TAP] = tap
 
     def remove(self) -> None:
         """Take the taps off."""
         for module in self._taps:
-            module._forward_hooks.pop(_KEY, None)  # type: ignore[call-overload]
+            module._forward_hooks.pop(TAP, None)
 
     def open(self, slots: Sequence[Tensor]) -> None:
         """The features of the call that begins go into these slots, one a term."""

@@ -1,0 +1,397 @@
+"""CUDA graphs without a GPU: keys, copies, clones, eviction and invalidation against a capture that is faked.
+
+The fake records a closure and runs it again at every replay, as a graph would: into the same output memory,
+with the Python state of the capture and without leaving any behind. Between replays it poisons its outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import hicache.fast
+import hicache.graphs
+from hicache import HiCacheConfig
+from hicache.models.call import Call
+
+CONFIG = HiCacheConfig(interval=3, order=2, warmup=3)
+STEPS = 14
+PIPELINES = ["flux", "flux_cfg", "qwen", "sd3", "wan", "hunyuan", "ltx", "dit", "pixart"]
+
+
+class Fake:
+    """Records closures. One per transformer, as the backend it stands in for."""
+
+    made: ClassVar[list[Fake]] = []
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.outputs: list[Tensor] = []
+        self.captures = self.replays = 0
+        self.fails: Exception | None = None
+        Fake.made.append(self)
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return None
+
+    def warm(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        self.captures += 1
+        if self.fails is not None:
+            raise self.fails
+        assert self.call is not None
+        call = self.call
+        before = frozen(call)
+        history = [tensor.clone() for tensor in call.targets]
+        output = function()
+        # a capture computes nothing
+        for tensor, old in zip(call.targets, history, strict=True):
+            tensor.copy_(old)
+        written = [*tensors(output), *tensors(call.sums), *tensors(call.remembered)]
+        mine = [
+            tensor for tensor in written if not any(tensor is old for old in tensors(before["remembered"]))
+        ]
+        poison(mine)
+        self.outputs += mine
+
+        def replay() -> None:
+            self.replays += 1
+            poison(self.outputs)  # a pool is shared: any replay may overwrite what others gave
+            now = dict(call.__dict__)
+            held = list(call.remembered)
+            restore(call, before)
+            again = function()
+            fresh = [*tensors(again), *tensors(call.sums), *tensors(call.remembered)]
+            for tensor, new in zip(written, fresh, strict=True):
+                if tensor is not new:
+                    tensor.copy_(new)
+            call.__dict__.update(now)
+            call.remembered[:] = held
+
+        return replay, output
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def poison(outputs: list[Tensor]) -> None:
+    for tensor in outputs:
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+
+
+def frozen(call: Call) -> dict[str, Any]:
+    return {**call.__dict__, "remembered": list(call.remembered), "sums": dict(call.sums)}
+
+
+def restore(call: Call, state: dict[str, Any]) -> None:
+    held = call.remembered
+    call.__dict__.update({**state, "sums": dict(state["sums"]), "remembered": held})
+    held[:] = state["remembered"]
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    Fake.made.clear()
+    monkeypatch.setattr(hicache.fast, "CudaBackend", Fake)
+
+
+def apply(pipe: Any, config: HiCacheConfig = CONFIG, **more: Any) -> hicache.fast.Handle:
+    handle = hicache.fast.apply(pipe, config, **more)
+    for denoiser in handle._denoisers:
+        if denoiser.graphs is not None:
+            denoiser.graphs._backend.call = denoiser.adapter.call
+    return handle
+
+
+def draw(pipe: Any, arguments: dict[str, Any], steps: int = STEPS) -> Tensor:
+    with torch.no_grad():
+        return tiny.draw(pipe, arguments, steps)
+
+
+def eager(pipe: Any, arguments: dict[str, Any], steps: int = STEPS, **more: Any) -> Tensor:
+    with hicache.fast.apply(pipe, CONFIG, cuda_graphs=False, **more):
+        return draw(pipe, arguments, steps)
+
+
+def other_prompt(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value * 0.7 + 0.1 if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """A waiting update is done apart where steps are replayed: its rounding may differ."""
+    return bool((one - other).norm() <= 1e-6 * other.norm())
+
+
+@pytest.mark.parametrize("granularity", ["module", "stack"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_replays_equal_eager(name, granularity):
+    """Over runs with other prompts and step counts."""
+    pipe, arguments = getattr(tiny, name)()
+    expected = [eager(pipe, given, steps, granularity=granularity) for given, steps in runs(arguments)]
+    with apply(pipe, granularity=granularity) as handle:
+        drawn = [draw(pipe, given, steps) for given, steps in runs(arguments)]
+        [stats] = handle.stats.graphs.values()
+    contexts = len(handle.stats.contexts)
+    assert stats.eager is None
+    assert stats.captures == 2 * contexts  # a full and a skipped one, whatever the distance and the gap
+    assert stats.replays > 12 * contexts
+    for ours, theirs in zip(drawn, expected, strict=True):
+        assert close(ours, theirs)
+    if name != "dit":  # whose prompt is a class
+        assert not torch.equal(drawn[0], drawn[1])
+
+
+def runs(arguments: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
+    return [(arguments, STEPS), (other_prompt(arguments), STEPS), (arguments, STEPS - 3)]
+
+
+def test_outputs_are_the_callers():
+    """What one call returned outlives the next replay: guidance subtracts two of them."""
+    pipe, arguments = tiny.flux_cfg()
+    kept: list[tuple[Tensor, Tensor]] = []
+    with apply(pipe) as handle:
+        draw(pipe, arguments)
+
+        def keep(module: Any, args: Any, output: Any) -> None:
+            kept.append((output[0], output[0].clone()))
+
+        hook = pipe.transformer.register_forward_hook(keep)
+        draw(pipe, arguments)
+        hook.remove()
+        assert handle.stats.graphs["transformer"].replays
+    assert kept
+    for output, at_once in kept:
+        assert torch.equal(output, at_once)
+
+
+def test_other_resolutions_have_graphs_of_their_own():
+    pipe, arguments = tiny.flux()
+    larger = {**arguments, "height": 96}
+    expected = eager(pipe, larger)
+    with apply(pipe) as handle:
+        draw(pipe, arguments)
+        first = handle.stats.graphs["transformer"].captures
+        assert close(draw(pipe, larger), expected)
+        assert handle.stats.graphs["transformer"].captures == 2 * first
+
+
+def test_the_least_recently_used_graph_goes(monkeypatch):
+    pipe, arguments = tiny.flux()
+    monkeypatch.setattr(hicache.graphs, "LIMIT", 2)
+    with apply(pipe) as handle:
+        graphs = handle._denoisers[0].graphs
+        graphs._limit = 2
+        draw(pipe, arguments)
+        held = list(graphs._graphs)
+        assert len(held) == 2
+        draw(pipe, {**arguments, "height": 96})
+        assert len(graphs._graphs) == 2
+        assert not set(held) & set(graphs._graphs)
+
+
+def recaptured(pipe: Any, arguments: dict[str, Any], change: Callable[[Any], Any]) -> tuple[int, Tensor]:
+    """Captures that a change between two runs costs, and what the second run draws."""
+    with apply(pipe) as handle:
+        draw(pipe, arguments)
+        before = handle.stats.graphs["transformer"].captures
+        draw(pipe, arguments)
+        assert handle.stats.graphs["transformer"].captures == before
+        change(pipe.transformer)
+        drawn = draw(pipe, arguments)
+        return handle.stats.graphs["transformer"].captures - before, drawn
+
+
+def move_weights(transformer: Any) -> None:
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.clone() * 1.01
+
+
+def replace_module(transformer: Any) -> None:
+    block = transformer.transformer_blocks[1]
+    block.ff = copy.deepcopy(block.ff)
+    with torch.no_grad():
+        block.ff.net[2].weight.mul_(1.5)
+
+
+def replace_block(transformer: Any) -> None:
+    transformer.transformer_blocks[0] = copy.deepcopy(transformer.transformer_blocks[0])
+    with torch.no_grad():
+        transformer.transformer_blocks[0].ff.net[2].weight.mul_(1.5)
+
+
+def replace_processor(transformer: Any) -> None:
+    attention = transformer.transformer_blocks[0].attn
+    attention.processor = copy.copy(attention.processor)
+
+
+@pytest.mark.parametrize("change", [move_weights, replace_module, replace_block, replace_processor])
+def test_changed_models_are_captured_anew(change):
+    pipe, arguments = tiny.flux()
+    captures, drawn = recaptured(pipe, arguments, change)
+    assert captures == 2
+    assert close(drawn, eager(pipe, arguments))
+
+
+def test_lora_scales_are_noticed_in_a_run():
+    """A layer with peft's attributes: another scale is another graph."""
+    pipe, arguments = tiny.flux()
+    layer = pipe.transformer.x_embedder
+    layer.scaling = {"style": 1.0}
+    original = type(layer).forward
+
+    class Scaled(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return original(self, x) * self.scaling["style"]
+
+    layer.__class__ = Scaled
+    captures, drawn = recaptured(pipe, arguments, lambda transformer: layer.scaling.update(style=0.5))
+    assert captures == 2
+    assert close(drawn, eager(pipe, arguments))
+
+
+def test_weights_changed_in_place_need_no_capture():
+    pipe, arguments = tiny.flux()
+
+    def scale(transformer: Any) -> None:
+        with torch.no_grad():
+            transformer.x_embedder.weight.mul_(1.1)
+
+    captures, drawn = recaptured(pipe, arguments, scale)
+    assert captures == 0
+    assert close(drawn, eager(pipe, arguments))
+
+
+@pytest.mark.filterwarnings("default::RuntimeWarning")
+def test_a_failed_capture_leaves_the_run_right_and_is_told():
+    pipe, arguments = tiny.flux()
+    expected = eager(pipe, arguments)
+    with apply(pipe) as handle:
+        Fake.made[-1].fails = RuntimeError("operation not permitted when stream is capturing\nand more")
+        with pytest.warns(
+            RuntimeWarning, match="runs without CUDA graphs, as a capture failed: RuntimeError"
+        ):
+            drawn = draw(pipe, arguments)
+        assert close(drawn, expected)
+        assert close(draw(pipe, arguments), expected)
+        stats = handle.stats.graphs["transformer"]
+        assert (stats.captures, stats.replays) == (0, 0)
+        assert (
+            stats.eager == "a capture failed: RuntimeError: operation not permitted when stream is capturing"
+        )
+        assert "without graphs: a capture failed" in str(handle.stats)
+    assert Fake.made[-1].captures == 1  # not tried again
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_kill_switches(how, monkeypatch):
+    pipe, arguments = tiny.flux()
+    if how == "environment":
+        monkeypatch.setenv("HICACHE_CUDA_GRAPHS", "0")
+    with apply(pipe, **({"cuda_graphs": False} if how == "argument" else {})) as handle:
+        draw(pipe, arguments)
+        stats = handle.stats.graphs
+    assert not any(fake.captures for fake in Fake.made)
+    if how == "environment":
+        assert stats["transformer"].eager == "HICACHE_CUDA_GRAPHS=0"
+    else:
+        assert stats == {}
+
+
+def test_never_with_gradients_in_training_or_under_offload():
+    pipe, arguments = tiny.flux()
+    with apply(pipe) as handle:
+        with torch.enable_grad():
+            latents = torch.zeros(1, 16, 4)
+            pipe.scheduler.set_timesteps(6)
+            for t in pipe.scheduler.timesteps:
+                pipe.transformer(**flux_call(latents, t.expand(1) / 1000))
+                pipe.scheduler.step(latents, t, latents)
+        assert handle.stats.graphs["transformer"].captures == 0
+    pipe.transformer.x_embedder._hf_hook = object()
+    with apply(pipe) as handle:
+        draw(pipe, arguments)
+        assert handle.stats.graphs["transformer"].eager == "Linear is offloaded or hooked"
+    assert not any(fake.captures for fake in Fake.made)
+
+
+def flux_call(latents: Tensor, timestep: Tensor) -> dict[str, Any]:
+    return {
+        "hidden_states": latents,
+        "encoder_hidden_states": tiny.noise(1, 6, 32),
+        "pooled_projections": tiny.noise(1, 32),
+        "timestep": timestep,
+        "guidance": torch.full((1,), 3.5),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(6, 3),
+        "return_dict": False,
+    }
+
+
+def test_compiled_as_a_whole_and_graphs_are_not_both_to_be_had():
+    pipe, arguments = tiny.flux()
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    with apply(pipe) as handle:
+        draw(pipe, arguments)
+        assert handle.stats.graphs["transformer"].eager == "the transformer is compiled as a whole"
+    with apply(pipe, cuda_graphs=True):
+        with pytest.raises(
+            RuntimeError, match=r"cuda_graphs=True, but .* compiled as a whole.*reduce-overhead"
+        ):
+            draw(pipe, arguments)
+    torch._dynamo.reset()
+
+
+def test_asked_for_and_not_to_be_had_is_told_once(monkeypatch):
+    monkeypatch.setattr(Fake, "unavailable", lambda self, device: "the transformer is on cpu")
+    pipe, arguments = tiny.flux()
+    with apply(pipe, cuda_graphs=True), pytest.warns(RuntimeWarning, match="on cpu") as told:
+        draw(pipe, arguments)
+        draw(pipe, arguments)
+    assert len(told) == 1
+
+
+def test_an_exception_in_a_replayed_run_leaves_nothing():
+    pipe, arguments = tiny.flux()
+    plain = draw(pipe, arguments)
+    cls, keys = type(pipe.transformer), set(pipe.transformer.__dict__)
+    expected = eager(pipe, arguments)
+    with apply(pipe):
+        draw(pipe, arguments)
+        step, calls = pipe.scheduler.step, []
+
+        def broken(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 7:
+                raise KeyError("stop")
+            return step(*args, **kwargs)
+
+        pipe.scheduler.step = broken
+        with pytest.raises(KeyError):
+            draw(pipe, arguments)
+        del pipe.scheduler.__dict__["step"]
+        pipe.scheduler.step = step
+        assert close(draw(pipe, arguments), expected)
+    assert type(pipe.transformer) is cls
+    assert set(pipe.transformer.__dict__) == keys
+    assert torch.equal(draw(pipe, arguments), plain)
+
+
+@pytest.mark.parametrize("value", ["yes", None, 1])
+def test_bad_argument(value):
+    pipe, _ = tiny.flux()
+    with pytest.raises(ValueError, match="cuda_graphs to be True, False or 'auto'"):
+        hicache.fast.apply(pipe, cuda_graphs=value)

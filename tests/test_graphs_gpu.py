@@ -1,0 +1,73 @@
+"""CUDA graphs on a GPU: replay equals eager, bit for bit, for every tiny pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_graphs import CONFIG, PIPELINES, STEPS, other_prompt
+
+import hicache.fast
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Iterator[None]:
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = False
+
+
+def on_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {n: value.cuda() if isinstance(value, torch.Tensor) else value for n, value in arguments.items()}
+
+
+def runs(arguments: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
+    other = {**other_prompt(arguments), **({"height": 96} if arguments.get("height") == 64 else {})}
+    return [(arguments, STEPS), (other, STEPS), (arguments, STEPS - 3), (other, STEPS)]
+
+
+@pytest.mark.parametrize("granularity", ["module", "stack"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_replay_is_eager_bit_for_bit(name, granularity):
+    """Two runs each with other prompts, resolutions and step counts; the waiting update done apart in both."""
+    pipe, arguments = getattr(tiny, name)()
+    pipe.to("cuda")
+    arguments = on_gpu(arguments)
+    with torch.no_grad():
+        with hicache.fast.apply(pipe, CONFIG, granularity=granularity, cuda_graphs=True) as handle:
+            drawn = [tiny.draw(pipe, given, steps) for given, steps in runs(arguments)]
+            [stats] = handle.stats.graphs.values()
+        assert stats.eager is None
+        assert stats.captures > 0
+        assert stats.replays > stats.captures
+        with hicache.fast.apply(pipe, CONFIG, granularity=granularity, cuda_graphs=True) as handle:
+            # the same fixed form of every step, replaying nothing
+            for denoiser in handle._denoisers:
+                denoiser.graphs.usable = lambda: False
+            for ours, (given, steps) in zip(drawn, runs(arguments), strict=True):
+                assert torch.equal(ours, tiny.draw(pipe, given, steps))
+
+
+def test_a_call_that_cannot_be_captured_runs_eagerly():
+    pipe, arguments = tiny.flux()
+    pipe.to("cuda")
+    arguments = on_gpu(arguments)
+    with torch.no_grad():
+        with hicache.fast.apply(pipe, CONFIG, cuda_graphs=False):
+            expected = tiny.draw(pipe, arguments)
+        embedder = pipe.transformer.x_embedder
+        sync = embedder.register_forward_hook(lambda module, args, output: print(output.sum().item()))
+        with hicache.fast.apply(pipe, CONFIG) as handle:
+            with pytest.warns(RuntimeWarning, match="a capture failed"):
+                drawn = tiny.draw(pipe, arguments)
+            assert handle.stats.graphs["transformer"].eager is not None
+        sync.remove()
+    torch.testing.assert_close(drawn, expected)
