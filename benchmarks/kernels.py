@@ -87,7 +87,11 @@ def time_op(
     size, order, device = problem.size, problem.order, problem.device
     moved = minimum_bytes(op, size, order, problem.dtype.itemsize)
     timings = time_together(
-        {"copy": copy_call(moved, problem.dtype, device), **calls}, rounds, device, seconds
+        {"copy": copy_call(moved, problem.dtype, device), **calls},
+        rounds,
+        device,
+        seconds,
+        before=problem.record if op.updates else None,
     )
     copied = moved / timings["copy"].p50 / 1e9
     [dtype] = [key for key, value in DTYPES.items() if value == problem.dtype]

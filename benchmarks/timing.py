@@ -24,7 +24,11 @@ class Timing:
 
 
 def time_together(
-    functions: Mapping[str, Call], rounds: int = 15, device: str = "cpu", seconds: float = float("inf")
+    functions: Mapping[str, Call],
+    rounds: int = 15,
+    device: str = "cpu",
+    seconds: float = float("inf"),
+    before: Call | None = None,
 ) -> dict[str, Timing]:
     """Call every function once a round, so that a busy moment of the machine hits all alike.
 
@@ -38,6 +42,7 @@ def time_together(
         device: ``"cpu"`` or ``"cuda"``.
         seconds: stop early after this long, but not before three counted rounds; a function one call of which
             takes longer is counted once.
+        before: called before every call, not timed.
     """
     measure = _on_cuda() if device == "cuda" else _on_cpu
     values: dict[str, list[float]] = {name: [] for name in functions}
@@ -48,6 +53,8 @@ def time_together(
         for name in shuffle.sample(list(functions), len(functions)):
             if name in slow:
                 continue
+            if before is not None:
+                before()
             elapsed = measure(functions[name])
             if index:  # the first call may have compiled something
                 values[name].append(elapsed)

@@ -27,14 +27,23 @@ CONTESTANTS = (*(name for name in usable_backends("cpu", torch.float32, 3) if na
 
 @pytest.mark.parametrize("contestant", CONTESTANTS)
 @pytest.mark.parametrize("name", OPS)
-@pytest.mark.benchmark(max_time=0.1, min_rounds=3, warmup=False)
 def test_op(benchmark, name, contestant):
     op = OPS[name]
     benchmark.group = name
     problem = Problem(SMALL, 2, torch.bfloat16, "cpu")
     call = problem.peers(op)["eager"] if contestant == "eager" else problem.call(op, contestant)
     check_op(problem, op, contestant, call)
-    benchmark(call)
+    benchmark.pedantic(call, setup=problem.record if op.updates else None, rounds=10, warmup_rounds=1)
+
+
+def test_recording_keeps_differences_normal():
+    """As many updates as a benchmark makes: none of the differences dies away or blows up."""
+    problem = Problem(Size(1, 8, 64), 4, torch.float32, "cpu")
+    call = problem.call(OPS["update_"], "auto")
+    for _ in range(100):
+        problem.record()
+        call()
+    assert all(1e-6 < row.abs().max() < 1e3 for row in problem.orders)
 
 
 @pytest.mark.parametrize("name", OPS)
