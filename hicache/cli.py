@@ -63,6 +63,9 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each kind; medians count")
+    parser.add_argument(
+        "--granularity", default="stack", help="what is cached: stack, module or auto (%(default)s)"
+    )
     parser.add_argument("--backend", default="auto", help="of hicache_kernels (%(default)s)")
 
 
@@ -105,6 +108,7 @@ def generate(options: argparse.Namespace) -> int:
         steps=options.steps,
         guidance_scale=options.guidance,
         seed=options.seed,
+        granularity=options.granularity,
         backend=options.backend,
         repeats=options.repeats,
     )

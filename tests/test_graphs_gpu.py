@@ -37,7 +37,7 @@ def runs(arguments: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
 @pytest.mark.parametrize("granularity", ["module", "stack"])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_replay_is_eager_bit_for_bit(name, granularity):
-    """Two runs each with other prompts, resolutions and step counts; the waiting update done apart in both."""
+    """Runs with other prompts, resolutions and step counts; the waiting update is done apart in both."""
     pipe, arguments = getattr(tiny, name)()
     pipe.to("cuda")
     arguments = on_gpu(arguments)

@@ -64,13 +64,14 @@ def compare(
     steps: int = 50,
     guidance_scale: float = 4.0,
     seed: int = 0,
-    granularity: str = "auto",
+    granularity: str = "stack",
     backend: str = "auto",
     repeats: int = 3,
 ) -> Comparison:
     """Run the pipeline in full and with HiCache, in turn, ``repeats`` times; medians of the times count.
 
-    Arguments are those of :func:`hicache.fast.apply` and of the pipeline. One step of each kind comes first,
+    Arguments are those of :func:`hicache.fast.apply` and of the pipeline; the stack is cached by default: on a
+    model this small, the gates of its modules would take a tenth of the time saved. One step of each kind comes first,
     untimed: threads are started and the history is allocated there.
     """
     _keep_freed_memory()

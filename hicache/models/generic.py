@@ -141,7 +141,7 @@ class _Watched:
         elif adapter.left is not None:
             adapter.check(adapter.hidden(args, kwargs)[0])
         output = self.block(*args, **kwargs)
-        if adapter.checked and not torch.compiler.is_compiling():
+        if adapter.checked and not call.quiet:
             adapter.leave_block(output)
         return output
 
