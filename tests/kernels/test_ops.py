@@ -393,6 +393,11 @@ WHOLE, GATES = torch.ones(16), torch.ones(1, 2, 4)
             r"contiguous gates \(1, 2, 4\) of torch.float32, got shape \(1, 4\)",
         ),
         (
+            lambda: forecast(ORDERS, ONE.view(1).expand(3)),
+            ValueError,
+            "forecast: expected contiguous coeffs",
+        ),
+        (
             lambda: gated_sum(torch.ones(1, 8), torch.zeros(3, 0, 8), None, THREE),
             ValueError,
             "terms >= 1",
