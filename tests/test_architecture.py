@@ -19,7 +19,7 @@ FILES = {
 # lowest first; a module imports only from layers before its own
 LAYERS = [
     {"hicache_kernels"},
-    {"hicache._version", "hicache.basis"},
+    {"hicache._version", "hicache.basis", "hicache.offences"},
     {"hicache.config"},
     {"hicache.schedule"},
     {"hicache.engine"},

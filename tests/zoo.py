@@ -23,6 +23,7 @@ WIDTH = 32  # of every hidden state
 HEADS = {"num_attention_heads": 2, "attention_head_dim": WIDTH // 2}
 
 ZOO: dict[str, Callable[[], Built]] = {}
+PIPED: dict[str, Callable[[], Built]] = {}  # more; the tests of whole pipelines draw with these
 UNSKIPPABLE: dict[str, Callable[[], Built]] = {}  # more than the blocks changes the hidden state, or two do
 
 
@@ -100,6 +101,20 @@ def flux() -> tuple[nn.Module, dict[str, Any]]:
         "img_ids": ids(3),
         "txt_ids": torch.zeros(TOKENS, 3),
         "guidance": torch.tensor([3.5]),
+    }
+
+
+@builder(PIPED)
+def kontext() -> tuple[nn.Module, dict[str, Any]]:
+    """FLUX with the tokens of a given picture after those of the picture drawn."""
+    model, call = flux()
+    fixed = call(1.0)
+    given = ids(3)
+    given[:, 0] = 1
+    return model, {
+        **fixed,
+        "hidden_states": noise(1, 2 * TOKENS, 4),
+        "img_ids": torch.cat([fixed["img_ids"], given]),
     }
 
 
@@ -253,6 +268,52 @@ def sd3() -> tuple[nn.Module, dict[str, Any]]:
     }
 
 
+def _qwen_image(**config: Any) -> nn.Module:
+    model: nn.Module = diffusers.QwenImageTransformer2DModel(
+        **HEADS,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        joint_attention_dim=8,
+        axes_dims_rope=(4, 6, 6),
+        **config,
+    )
+    return model
+
+
+def _qwen_arguments() -> dict[str, Any]:
+    return {
+        "hidden_states": noise(1, TOKENS, 16),
+        "encoder_hidden_states": noise(1, TOKENS, 8),
+        "img_shapes": [[(1, 4, TOKENS // 4)]],
+    }
+
+
+@builder(PIPED)
+def qwen_image() -> tuple[nn.Module, dict[str, Any]]:
+    """Without a mask: pipelines drop one that lets all of the text through."""
+    return _qwen_image(), _qwen_arguments()
+
+
+@builder(PIPED)
+def qwen_image_mask() -> tuple[nn.Module, dict[str, Any]]:
+    """A prompt shorter than another one."""
+    return _qwen_image(), {
+        **_qwen_arguments(),
+        "encoder_hidden_states_mask": (torch.arange(TOKENS) < TOKENS - 3)[None].long(),
+    }
+
+
+@builder(PIPED)
+def qwen_image_edit() -> tuple[nn.Module, dict[str, Any]]:
+    """Of 2511: the given picture's tokens are modulated as at timestep zero."""
+    return _qwen_image(zero_cond_t=True), {
+        **_qwen_arguments(),
+        "hidden_states": noise(1, 2 * TOKENS, 16),
+        "img_shapes": [[(1, 4, TOKENS // 4)] * 2],
+    }
+
+
 @builder(ZOO, thousand)
 def cogvideox() -> tuple[nn.Module, dict[str, Any]]:
     model = diffusers.CogVideoXTransformer3DModel(
@@ -312,6 +373,71 @@ def mochi() -> tuple[nn.Module, dict[str, Any]]:
 
 
 # One stream.
+
+
+@builder(PIPED, thousand)
+def wan() -> tuple[nn.Module, dict[str, Any]]:
+    model = diffusers.WanTransformer3DModel(
+        **HEADS,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=8,
+        ffn_dim=16,
+        num_layers=2,
+        rope_max_seq_len=16,
+    )
+    return model, {"hidden_states": noise(1, 4, 2, 4, 4), "encoder_hidden_states": noise(1, TOKENS, 8)}
+
+
+@builder(PIPED, thousand)
+def ltx() -> tuple[nn.Module, dict[str, Any]]:
+    model = diffusers.LTXVideoTransformer3DModel(
+        **HEADS,
+        in_channels=4,
+        out_channels=4,
+        cross_attention_dim=WIDTH,
+        num_layers=2,
+        caption_channels=8,
+    )
+    return model, {
+        "hidden_states": noise(1, TOKENS, 4),
+        "encoder_hidden_states": noise(1, TOKENS, 8),
+        "encoder_attention_mask": mask(1, TOKENS),
+        "num_frames": 4,
+        "height": 2,
+        "width": 2,
+        "rope_interpolation_scale": (0.3, 32, 32),
+    }
+
+
+@builder(PIPED, thousand)
+def pixart() -> tuple[nn.Module, dict[str, Any]]:
+    model = diffusers.PixArtTransformer2DModel(
+        **HEADS,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=WIDTH,
+        caption_channels=8,
+        sample_size=8,
+        patch_size=2,
+        use_additional_conditions=False,
+    )
+    return model, {
+        "hidden_states": noise(1, 4, 8, 8),
+        "encoder_hidden_states": noise(1, TOKENS, 8),
+        "encoder_attention_mask": mask(1, TOKENS),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+@builder(PIPED, thousand)
+def dit() -> tuple[nn.Module, dict[str, Any]]:
+    model = diffusers.DiTTransformer2DModel(
+        **HEADS, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2
+    )
+    return model, {"hidden_states": noise(1, 4, 8, 8), "class_labels": torch.tensor([1])}
 
 
 @builder(ZOO, thousand)

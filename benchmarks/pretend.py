@@ -1,0 +1,158 @@
+"""A GPU that is not there: tensors that say they are on ``cuda:0``, while the host has their numbers.
+
+Fake tensors have no numbers, so code that reads one from the device stops there. These go on, and every copy
+between the two memories is an operation that can be seen. What Python asks of a tensor is answered for CUDA;
+torch's own C++ takes it to be on the meta device, as a build without CUDA refuses to index others.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import Any, Final
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hicache.stats import Stopwatch
+
+DEVICE: Final = torch.device("cuda", 0)
+_META: Final = torch.device("meta")
+
+
+class PretendTensor(Tensor):
+    """A tensor on the GPU that is not there.
+
+    Args:
+        host: has its numbers.
+    """
+
+    host: Tensor
+
+    @staticmethod
+    def __new__(cls, host: Tensor) -> PretendTensor:
+        made: PretendTensor = Tensor._make_wrapper_subclass(
+            cls,
+            host.shape,
+            strides=host.stride(),
+            storage_offset=host.storage_offset(),
+            dtype=host.dtype,
+            device=_META,
+        )
+        made.host = host
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise RuntimeError(f"{func}: expected PretendGpu to be entered")
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return DEVICE
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return True
+
+    @property
+    def is_meta(self) -> bool:  # type: ignore[override]
+        return False
+
+    def data_ptr(self) -> int:
+        return self.host.data_ptr()
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    # Where torch's C++ would make tensors of lists on the meta device, past everything that looks on.
+
+    def new_tensor(  # type: ignore[override]
+        self, data: Any, *, dtype: torch.dtype | None = None, **more: Any
+    ) -> Tensor:
+        return torch.tensor(data, dtype=dtype or self.dtype, **{"device": DEVICE, **more})
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return super().__getitem__(self._index(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(self._index(index), value)
+
+    def _index(self, index: Any) -> Any:
+        if isinstance(index, tuple):
+            return tuple(self._index(part) for part in index)
+        return torch.tensor(index, device=DEVICE) if isinstance(index, list) else index
+
+
+class PretendGpu(TorchDispatchMode):
+    """While it is entered, the device "cuda" is the host."""
+
+    def __enter__(self) -> PretendGpu:
+        with ExitStack() as stack:
+            # no CUDA to initialise, no events to record, no graphs to capture
+            stack.enter_context(mock.patch("torch.cuda._lazy_init"))
+            stack.enter_context(mock.patch.object(Stopwatch, "start", return_value=0.0))
+            stack.enter_context(mock.patch.dict(os.environ, {"HICACHE_CUDA_GRAPHS": "0"}))
+            # torch.tensor(…, device=…) is to show its copy
+            stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+            torch._C._set_only_lift_cpu_tensors(True)
+            # the same operations in every build of torch
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            super().__enter__()
+            self._undo = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._undo.close()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known: dict[int, PretendTensor] = {}  # by the id of their host's: what works in place returns itself
+
+        def unwrap(leaf: Any) -> Any:
+            if not isinstance(leaf, PretendTensor):
+                if isinstance(leaf, Tensor) and leaf.is_meta:
+                    raise NotImplementedError(f"{func}: a tensor was made without its numbers")
+                return leaf
+            known[id(leaf.host)] = leaf
+            return leaf.host
+
+        args, kwargs = pytree.tree_map(unwrap, (args, kwargs or {}))
+        there = bool(known)
+        if kwargs.get("device") is not None:
+            there = torch.device(kwargs["device"]).type != "cpu"
+            kwargs["device"] = torch.device("cpu")
+            if func is torch.ops.aten.scalar_tensor.default:
+                # a number assigned by an index: on the host if the tensor is on a GPU
+                there = False
+        output = func(*args, **kwargs)
+
+        def wrap(leaf: Any) -> Any:
+            if id(leaf) in known:
+                return known[id(leaf)]
+            return PretendTensor(leaf) if there and isinstance(leaf, Tensor) else leaf
+
+        return pytree.tree_map(wrap, output)
+
+
+def to_gpu(value: Any) -> Any:
+    """Tensors on the host, however nested, as ones on the GPU."""
+    return pytree.tree_map(lambda leaf: PretendTensor(leaf) if isinstance(leaf, Tensor) else leaf, value)
+
+
+def move(model: nn.Module) -> None:
+    """Take the parameters and buffers of a model to the GPU, as its ``to()`` would; nothing else."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(PretendTensor(parameter.data), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = PretendTensor(buffer)
