@@ -81,7 +81,13 @@ between calls (coefficients, gates foreseen) is not captured, and not in here.
 Made by `python -m benchmarks.capture_safety --write docs/capture-safety.md`; a test makes it again. Every
 model, small, runs on a GPU that is not there, and every operation of torch's is looked at: not seen are
 launches and waits that bypass them, and what a library does inside one. One kind of input was tried of each
-model, text with no padding unless the name says so.
+model, text with no padding unless the name says so. The same of any call, on whatever device:
+
+```python
+from hicache.offences import offences
+
+print(*offences(lambda: transformer(**inputs), transformer.blocks), sep="\\n")
+```
 
 {versions}
 

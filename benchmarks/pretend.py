@@ -96,8 +96,9 @@ class PretendGpu(TorchDispatchMode):
 
     def __enter__(self) -> PretendGpu:
         with ExitStack() as stack:
-            # no CUDA to initialise, no events to record, no graphs to capture
-            stack.enter_context(mock.patch("torch.cuda._lazy_init"))
+            if not torch.cuda.is_available():
+                stack.enter_context(mock.patch("torch.cuda._lazy_init"))
+            # no events to record, no graphs to capture
             stack.enter_context(mock.patch.object(Stopwatch, "start", return_value=0.0))
             stack.enter_context(mock.patch.dict(os.environ, {"HICACHE_CUDA_GRAPHS": "0"}))
             # torch.tensor(…, device=…) is to show its copy
