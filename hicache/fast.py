@@ -17,9 +17,10 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from hicache.capture import CudaBackend
 from hicache.config import HiCacheConfig
 from hicache.denoiser import Denoiser, Policy, Session
-from hicache.graphs import CudaBackend, Graphs
+from hicache.graphs import Graphs
 from hicache.models import registry
 from hicache.models.generic import StackAdapter
 from hicache.plan import DenoiserPlan, Plan, make_plan

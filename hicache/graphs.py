@@ -9,68 +9,23 @@ coefficients and gates. So one graph of a skipped step serves every distance, on
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hicache.block_graphs import BlockGraphs
+from hicache.capture import Backend, Replay, like, modes, tensors
 from hicache.models.call import Call, Mode
 from hicache.stats import GraphStats
 
 ENVIRONMENT: Final = "HICACHE_CUDA_GRAPHS"  # "0" switches graphs off, whatever the code asks for
 LIMIT: Final = 16  # live graphs of one transformer
-
-Replay = Callable[[], None]
-
-
-class Backend(Protocol):
-    """What captures."""
-
-    def unavailable(self, device: torch.device) -> str | None:
-        """Why nothing can be captured on this device; None when it can."""
-
-    def warm(self, function: Callable[[], Any]) -> Any:
-        """Run a function as it will be captured, without capturing it."""
-
-    def capture(self, function: Callable[[], Any]) -> tuple[Replay, Any]:
-        """Capture a function: what replays it, and what it returned, overwritten by every replay."""
-
-
-class CudaBackend:
-    """``torch.cuda.CUDAGraph`` on a stream and in a memory pool shared by all graphs of a transformer."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-        self._stream: Any = None
-
-    def unavailable(self, device: torch.device) -> str | None:
-        return None if device.type == "cuda" else f"the transformer is on {device.type}"
-
-    def warm(self, function: Callable[[], Any]) -> Any:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
-            self._pool = torch.cuda.graph_pool_handle()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            output = function()
-        torch.cuda.current_stream().wait_stream(self._stream)
-        for tensor in pytree.tree_leaves(output):
-            if isinstance(tensor, Tensor):
-                tensor.record_stream(torch.cuda.current_stream())
-        return output
-
-    def capture(self, function: Callable[[], Any]) -> tuple[Replay, Any]:
-        graph = torch.cuda.CUDAGraph()
-        # other threads (a data loader's) may go on using the device
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            output = function()
-        return graph.replay, output
 
 
 class _Replayable(nn.Module):
@@ -120,10 +75,12 @@ class Graphs:
         self._parameters: list[Tensor] = []
         self._scaled: list[Any] = []  # LoRA layers
         self._weights: tuple[Any, ...] = ()
-        self._failed: str | None = None
+        self._whole: str | None = None  # why calls cannot be captured as a whole
+        self._failed: str | None = None  # nor blocks
         self._class: type[nn.Module] | None = None  # of the transformer, while it has ours
         self.due = False  # whether the current call is to be replayed
         self.stats = GraphStats()
+        self._blocks = BlockGraphs(call, backend, self.stats, limit=8 * limit)
 
     def start_run(self, changed: bool) -> None:
         """A run starts.
@@ -212,6 +169,7 @@ class Graphs:
         """Forget all graphs."""
         self._graphs.clear()
         self._warmed.clear()
+        self._blocks.drop()
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the transformer: eagerly the first time in this form, captured the second, then replayed.
@@ -225,6 +183,8 @@ class Graphs:
         if weights != self._weights:
             self._weights = weights
             self.drop()
+        if self._whole is not None:
+            return self._run_blocks(forward, args, kwargs)
         leaves, layout = pytree.tree_flatten((args, kwargs))
         state = self._state()
         key = self._key(leaves, layout, state)
@@ -246,8 +206,27 @@ class Graphs:
         self._graphs.move_to_end(key)
         return self._replay(graph, leaves, state)
 
+    def _run_blocks(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Around captured blocks all is eager; a skipped step has no blocks."""
+        call = self._call
+        if call.mode != Mode.FULL:
+            return forward(*args, **kwargs)
+        self._blocks.begin()
+        call.run_block = self._run_block
+        return _cloned(forward(*args, **kwargs))
+
+    def _run_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._failed is None:
+            sums = dict(self._call.sums)
+            try:
+                return self._blocks.run(block, args, kwargs)
+            except Exception as error:
+                self._call.sums = sums
+                self._give_up(error)
+        return block(*args, **kwargs)
+
     def _replay(self, graph: _Graph, leaves: Sequence[Any], state: Sequence[Tensor]) -> Any:
-        for own, given in zip(graph.inputs, _tensors(leaves), strict=True):
+        for own, given in zip(graph.inputs, tensors(leaves), strict=True):
             own.copy_(given)
         for own, given in zip(graph.state, state, strict=True):
             own.copy_(given)
@@ -258,7 +237,7 @@ class Graphs:
         call.sums = dict(graph.sums)
         call.remembered[:] = graph.remembered
         # the next replay overwrites them, and this call's output may outlive it
-        return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, graph.output)
+        return _cloned(graph.output)
 
     def _capture(
         self,
@@ -270,12 +249,12 @@ class Graphs:
         call = self._call
         kept = dict(call.__dict__)
         remembered = list(call.remembered)
-        inputs = [_like(tensor) for tensor in _tensors(leaves)]
-        own = [_like(tensor) for tensor in state]
+        inputs = [like(tensor) for tensor in tensors(leaves)]
+        own = [like(tensor) for tensor in state]
         queue = iter(inputs)
         own_leaves = [next(queue) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         own_args, own_kwargs = pytree.tree_unflatten(own_leaves, layout)
-        for buffer, given in zip([*inputs, *own], [*_tensors(leaves), *state], strict=True):
+        for buffer, given in zip([*inputs, *own], [*tensors(leaves), *state], strict=True):
             buffer.copy_(given)
         self._set_state(own)
         try:
@@ -291,10 +270,18 @@ class Graphs:
         return graph
 
     def _fail(self, error: Exception) -> None:
+        """A call cannot be captured as a whole, maybe for what is before its blocks: try them alone."""
+        self._whole = _first_line(error)
+        self.stats.partly = f"only its blocks are captured: {self._whole}"
+        self.drop()
+
+    def _give_up(self, error: Exception) -> None:
         """From here on eagerly: what failed once fails again, and each time costs a step."""
         name = type(self._module).__name__
-        self._failed = f"a capture failed: {type(error).__name__}: {error}".splitlines()[0]
-        self.stats.eager = self._failed
+        self._failed = f"a capture failed: {_first_line(error)}"
+        if _first_line(error) != self._whole:
+            self._failed += f" (of a block; of the whole call: {self._whole})"
+        self.stats.eager, self.stats.partly = self._failed, None
         self.drop()
         warnings.warn(
             f"hicache: {name} runs without CUDA graphs, as {self._failed}", RuntimeWarning, stacklevel=2
@@ -335,7 +322,7 @@ class Graphs:
         # fixed memory: the history, and what full steps left for skipped ones
         fixed = [call.base, call.slot, None if call.sum is None else call.sum.orders, *call.targets]
         if call.mode == Mode.SKIP:
-            fixed += _tensors(pytree.tree_leaves(call.remembered))
+            fixed += tensors(pytree.tree_leaves(call.remembered))
         return (
             call.mode,
             layout,
@@ -343,14 +330,7 @@ class Graphs:
             tuple(None if tensor is None else tensor.data_ptr() for tensor in fixed),
             call.gates is not None,
             len(call.between),
-            torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled(),
-            torch.get_autocast_dtype("cuda"),
-            torch.backends.cuda.flash_sdp_enabled(),
-            torch.backends.cuda.mem_efficient_sdp_enabled(),
-            torch.backends.cuda.math_sdp_enabled(),
-            torch.backends.cuda.cudnn_sdp_enabled(),
-            _attention_backend(),
+            *modes(),
         )
 
     def _current_weights(self) -> tuple[Any, ...]:
@@ -363,19 +343,9 @@ class Graphs:
         )
 
 
-def _attention_backend() -> str:
-    """diffusers' choice for processors that have none of their own."""
-    dispatch: Any = sys.modules.get("diffusers.models.attention_dispatch")
-    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
-    return str(getattr(registry, "_active_backend", None))
+def _cloned(output: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
 
 
-def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _like(tensor: Tensor) -> Tensor:
-    """Memory for a tensor, dense in the order of its strides; of the same strides where those are dense."""
-    # outlives the mode of the run that made it
-    with torch.inference_mode(False):
-        return torch.empty_like(tensor)
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

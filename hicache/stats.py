@@ -29,6 +29,7 @@ class GraphStats:
     captures: int = 0
     replays: int = 0
     eager: str | None = None  # why calls run without, if they do
+    partly: str | None = None  # what is captured, and why not all, if only a part is
 
 
 @dataclass
@@ -82,6 +83,7 @@ class Stats:
             *(
                 f"  {name}: {graphs.captures} graphs captured, {graphs.replays} replays"
                 + (f"; without graphs: {graphs.eager}" if graphs.eager else "")
+                + (f"; {graphs.partly}" if graphs.partly else "")
                 for name, graphs in self.graphs.items()
             ),
             f"  bound {self.bound:.2f}x, cache {self.cache_ms:.2f} ms",

@@ -27,6 +27,8 @@ LAYERS = [
     {"hicache.tracker", "hicache.models", "hicache.stats"},
     {"hicache.ahead", "hicache.compiling", "hicache.plan"},
     {"hicache.granularity"},
+    {"hicache.capture"},
+    {"hicache.block_graphs"},
     {"hicache.graphs"},
     {"hicache.denoiser"},
     {"hicache.fast"},

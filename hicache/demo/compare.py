@@ -70,9 +70,9 @@ def compare(
 ) -> Comparison:
     """Run the pipeline in full and with HiCache, in turn, ``repeats`` times; medians of the times count.
 
-    Arguments are those of :func:`hicache.fast.apply` and of the pipeline; the stack is cached by default: on a
-    model this small, the gates of its modules would take a tenth of the time saved. One step of each kind comes first,
-    untimed: threads are started and the history is allocated there.
+    Arguments are those of :func:`hicache.fast.apply` and of the pipeline. The stack is cached by default: on
+    a model this small, reading the history of its modules takes as long as its head. One step of each kind
+    comes first, untimed: threads are started and the history is allocated there.
     """
     _keep_freed_memory()
 

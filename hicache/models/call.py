@@ -7,11 +7,11 @@ of a skipped step, whatever the step, the context or the run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Any, Final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hicache.engine import Sum
 
@@ -51,6 +51,8 @@ class Call:
         # SKIP: what the forecast needs
         self.sum: Sum | None = None
         self.gates: Tensor | None = None  # foreseen ones
+        # FULL: runs a block, given it and its arguments, where blocks are captured one by one
+        self.run_block: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any] | None = None
         self.quiet = False  # compiled, captured or replayed: nothing inside can be timed
         self.between: list[Tensor] = []  # what the model itself adds between its blocks
         # rotary embeddings of the context's last full step, and how many this call has asked for

@@ -93,20 +93,21 @@ class _Entrance:
         self._adapter = adapter
         self._call = adapter.call
         self._stand_in: list[Any] = [_StandIn(adapter)] if first else []
-        self._watched = [_Watched(adapter, block) for block in blocks] if first else None
+        self._first = first
+        self._watched = [_Watched(adapter, block, first) for block in blocks]
 
     def refresh(self, blocks: nn.ModuleList) -> None:
         """Watch the blocks that are in the list now."""
         current = list(blocks._modules.values())
-        if self._watched is not None and [watched.block for watched in self._watched] != current:
-            self._watched = [_Watched(self._adapter, block) for block in current if block is not None]
+        if [watched.block for watched in self._watched] != current:
+            self._watched = [_Watched(self._adapter, b, self._first) for b in current if b is not None]
 
     def blocks(self, own: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         call = self._call
         mode = call.mode
         if mode >= Mode.VERIFY:
             return iter(self._stand_in)
-        if mode == Mode.FULL and self._watched is not None:
+        if mode == Mode.FULL and (self._first or call.run_block is not None):
             return iter(self._watched)
         if mode == Mode.LEARN:
             self._adapter.iterated = True
@@ -116,7 +117,7 @@ class _Entrance:
         mode = self._call.mode
         if mode >= Mode.VERIFY:
             return self._stand_in if blocks and blocks[0] in blocks[index] else []
-        if mode == Mode.FULL and self._watched is not None:
+        if mode == Mode.FULL and (self._first or self._call.run_block is not None):
             return self._watched[index]
         if mode == Mode.LEARN:
             self._adapter.iterated = True
@@ -126,22 +127,26 @@ class _Entrance:
 class _Watched:
     """A block on a full step: the first that runs is where the hidden state enters."""
 
-    def __init__(self, adapter: StackAdapter, block: nn.Module) -> None:
+    def __init__(self, adapter: StackAdapter, block: nn.Module, first: bool) -> None:
         self._adapter = adapter
         self._call = adapter.call
+        self._first = first  # in the first list
         self.block = block
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         adapter, call = self._adapter, self._call
-        if not call.entered:
+        if self._first and not call.entered:
             call.entered = True
             if call.base is not None:
                 hidden, _ = adapter.hidden(args, kwargs)
                 call.base.copy_(hidden.detach())
         elif adapter.left is not None:
             adapter.check(adapter.hidden(args, kwargs)[0])
-        output = self.block(*args, **kwargs)
-        if adapter.checked and not call.quiet:
+        if call.run_block is not None:
+            output = call.run_block(self.block, args, kwargs)
+        else:
+            output = self.block(*args, **kwargs)
+        if self._first and adapter.checked and not call.quiet:
             adapter.leave_block(output)
         return output
 
