@@ -5,6 +5,9 @@ them beside a copy and beside eager torch, searches for the best Triton tiles, a
 ``summary.md``, ``kernels.csv``, ``tiles.json`` and ``checks.txt``. It needs the repository, torch, triton and
 pybind11, and nvcc for the CUDA C++ backend. Every stage watches the clock and says what it left out.
 ``--dry-run`` goes through the same stages on the CPU, at small sizes.
+
+``--stage pipelines``, run after it, times whole denoising loops of true-size models instead:
+``pipelines.csv`` and ``pipelines.md``. It needs diffusers too.
 """
 
 from __future__ import annotations
@@ -67,12 +70,34 @@ def sanitize(timeout: float) -> str:
     return f"left out: it refused to run here: {last}"
 
 
+def time_pipelines(device: str, out: Path, minutes: float) -> bool:
+    """The second stage; whether nothing failed. On a CPU: a short loop of small models."""
+    from benchmarks import pipelines
+    from benchmarks.denoisers import MODELS
+    from hicache import HiCacheConfig
+
+    notes = pipelines.run(
+        device,
+        list(MODELS[device]),
+        HiCacheConfig(),
+        steps=50 if device == "cuda" else 12,
+        minutes=minutes,
+        rounds=2 if device == "cuda" else 1,
+        csv=out / "pipelines.csv",
+        markdown=out / "pipelines.md",
+    )
+    return not notes.failed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--dry-run", action="store_true", help="the same on the CPU, at small sizes")
+    parser.add_argument(
+        "--stage", choices=("kernels", "pipelines"), default="kernels", help="pipelines needs diffusers"
+    )
     parser.add_argument("--minutes", type=float, default=7.5, help="for everything")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>")
     options = parser.parse_args()
@@ -97,6 +122,10 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     where = f"{device_name(device)}; driver {driver()}; {versions()}"
     print(where, flush=True)
+    if options.stage == "pipelines":
+        if not time_pipelines(device, out, options.minutes - (time.monotonic() - started) / 60):
+            raise SystemExit(1)
+        return
     report = Report(device, where, native, out)
     stages: dict[str, Callable[[], None]] = {"checks": lambda: report.check(until(0.35))}
     if device == "cuda":

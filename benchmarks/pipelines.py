@@ -445,12 +445,16 @@ def _compare(what: str, latents: Tensor, expected: Tensor) -> None:
 @contextmanager
 def _compiled(transformer: Any) -> Iterator[None]:
     """Its blocks compiled, for as long as this lasts; what is compiled once is kept by torch."""
-    transformer.compile_repeated_blocks()
+    # compile_repeated_blocks() does the same where the class names its blocks, which SD3's does not
+    lists = [part for part in transformer.children() if isinstance(part, torch.nn.ModuleList)]
+    blocks = [block for part in lists for block in part]
+    for block in blocks:
+        block.compile()
     try:
         yield
     finally:
-        for module in transformer.modules():
-            module._compiled_call_impl = None  # what Module.compile() sets
+        for block in blocks:
+            block._compiled_call_impl = None  # what compile() set
 
 
 def _median(values: Sequence[float]) -> float | None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 import time
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,14 +12,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from test_graphs import Fake
 
 import hicache.fast
-from benchmarks import pipelines
+from benchmarks import gpu, pipelines
 from benchmarks.denoisers import MODELS, build, denoise, random_inputs
 from benchmarks.gate import WrongResult
 from benchmarks.pipeline_rows import Row, page
 from benchmarks.pipelines import Bench, Notes, Taken, Variant, measure, measure_model, measure_variant, prove
 from hicache import HiCacheConfig
 
-ROOT = Path(__file__).parent.parent
 CONFIG = HiCacheConfig(interval=3, order=1, warmup=2)
 STEPS = 7  # 0, 1 and 4 are full
 # of the published checkpoints
@@ -44,7 +40,7 @@ def tiny(monkeypatch):
         key: replace(model, changes={**model.changes, **SMALLER[key]}, drawn={**model.drawn, **TINY}, text=4)
         for key, model in MODELS["cpu"].items()
     }
-    monkeypatch.setitem(pipelines.MODELS, "cpu", models)
+    monkeypatch.setitem(MODELS, "cpu", models)
     monkeypatch.setitem(pipelines._LEAST, "cpu", 0.0)
 
 
@@ -233,8 +229,37 @@ def test_blocks_are_compiled_for_as_long_as_asked():
     assert all(block._compiled_call_impl is None for block in blocks)
 
 
-def test_command_names_what_it_does_not_know():
-    command = [sys.executable, "-m", "benchmarks.pipelines", "--device", "cpu", "--models", "flax"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "--models: unknown on cpu: flax; known: flux, sd3, qwen, wan" in done.stderr
+def test_stage_of_the_gpu_command(tmp_path, monkeypatch):
+    """Its dry run, without the build."""
+    monkeypatch.setitem(MODELS, "cpu", {"flux": MODELS["cpu"]["flux"]})
+    assert gpu.time_pipelines("cpu", tmp_path, 1.0)
+    assert {path.name for path in tmp_path.iterdir()} == {"pipelines.csv", "pipelines.md"}
+    page = (tmp_path / "pipelines.md").read_text()
+    assert "12 steps, N=7, O=2, w=3" in page
+    assert page.count("| stack |") == 1
+
+
+def test_command_names_what_it_does_not_know(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["pipelines", "--device", "cpu", "--models", "flax"])
+    with pytest.raises(SystemExit):
+        pipelines.main()
+    assert "--models: unknown on cpu: flax; known: flux, sd3, qwen, wan" in capsys.readouterr().err
+
+
+def test_command_fails_where_a_check_does(monkeypatch, capsys):
+    """The cache is broken by hand; what it draws is not timed."""
+    run = Bench.run
+    monkeypatch.setattr(
+        Bench,
+        "run",
+        lambda self, *args: run(self, *args) + ("_hicache_handle" in self.transformer.__dict__),
+    )
+    arguments = ["--device", "cpu", "--models", "flux", "--steps", "5", "--rounds", "1"]
+    monkeypatch.setattr("sys.argv", ["pipelines", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        pipelines.main()
+    assert ended.value.code == 1
+    out, err = capsys.readouterr()
+    assert "FLUX.1, small, stack, interval=1: FAILED: WrongResult" in err
+    assert "uncached" in out
+    assert "stack" not in out
