@@ -266,6 +266,8 @@ def measure_variant(
                 known[variant, stop] = bench.run(stop)
         with bench.apply(variant) if cached else nullcontext() as handle:
             warm = bench.run(stop)
+            if variant.graphs and (reason := _graphs(handle).eager) is not None:
+                return reason
             _compare("first steps", warm, known.setdefault((variant, stop), warm))
             if whole:
                 captures = _graphs(handle).captures
@@ -285,7 +287,7 @@ def measure_variant(
                 taken.full_ms, taken.skipped_ms = bench.step_ms(stop if cached else _PROVED + 1)
             taken.peak_bytes = bench.peak() or None
             if variant.graphs and not _graphs(handle).replays:
-                return _graphs(handle).eager or "nothing was captured"
+                return "nothing was captured"
     return None
 
 
@@ -384,6 +386,8 @@ def measure(
             del bench
         except torch.OutOfMemoryError:
             notes.leave(model.name, "it does not fit in memory")
+        except Exception as error:  # the other models are still worth their time
+            notes.fail(model.name, error)
         if compiled:
             torch.compiler.reset()  # or the next model's blocks count as other shapes of this one's
         gc.collect()

@@ -169,6 +169,16 @@ def test_what_fails_is_said_and_not_timed(monkeypatch, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_a_model_that_breaks_leaves_the_others(monkeypatch):
+    broken = replace(MODELS["cpu"]["sd3"], changes={"unheard_of": 1}, kind="NoTransformer")
+    monkeypatch.setitem(MODELS["cpu"], "sd3", broken)
+    notes = Notes()
+    [rows] = measure("cpu", ["sd3", "flux"], CONFIG, STEPS, notes, rounds=1)
+    assert {row.model for row in rows} == {"FLUX.1, small"}
+    [failed] = notes.failed
+    assert "SD3.5, small: FAILED: AttributeError" in failed
+
+
 def test_a_history_that_does_not_fit_is_left_out(monkeypatch):
     monkeypatch.setattr(pipelines, "available_bytes", lambda device: 1000)
     notes = Notes()
