@@ -314,6 +314,7 @@ class Denoiser:
     def base(self, hidden: Tensor, call: Mapping[str, Any]) -> None:
         context = self._current
         assert context is not None
+        iterated = self.adapter.iterated
         with self.session.watch.measure(hidden.device), torch.no_grad():
             kind = Kind(hidden.shape, hidden.dtype, hidden.device)
             # nothing that holds on to the hidden states themselves
@@ -329,6 +330,7 @@ class Denoiser:
             if isinstance(self.granularity, Module):
                 between = list(self.granularity.adapter.between(self._named))
                 self.granularity.prove(hidden, call, between)
+        self.adapter.iterated = iterated  # by the model, not by what lists its features
 
     def result(self, hidden: Tensor) -> None:
         context, call = self._current, self._call
@@ -562,9 +564,25 @@ def _requires_grad(named: Mapping[str, Any]) -> bool:
 
 
 def _signature(named: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Shapes, dtypes and devices of the tensors in a call; a context's history fits no others."""
-    seen: list[Any] = []
-    for name, value in named.items():
-        tensors = value if isinstance(value, (list, tuple)) else (value,)
-        seen.extend((name, t.shape, t.dtype, t.device) for t in tensors if isinstance(t, Tensor))
-    return tuple(seen)
+    """What a context's history fits, and no other: the form of a call.
+
+    Shapes, dtypes and devices of its tensors, those in lists and dictionaries too (IP-Adapters'), whole
+    numbers in lists (which layers to skip), and what autocast makes of them.
+    """
+    seen = _forms(named, in_list=False)
+    kinds = sorted({device.type for *_, device in seen if isinstance(device, torch.device)})
+    known = [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
+    casts = [torch.get_autocast_dtype(kind) for kind in known if torch.is_autocast_enabled(kind)]
+    return (*seen, *casts)
+
+
+def _forms(values: Any, in_list: bool) -> list[tuple[Any, ...]]:
+    seen: list[tuple[Any, ...]] = []
+    for name, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+        if isinstance(value, Tensor):
+            seen.append((name, value.shape, value.dtype, value.device))
+        elif isinstance(value, (list, tuple, Mapping)):
+            seen += [(name, *form) for form in _forms(value, not isinstance(value, Mapping))]
+        elif in_list and isinstance(value, int):
+            seen.append((name, value))
+    return seen

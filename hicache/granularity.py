@@ -92,8 +92,11 @@ class Module:
         self._taps = Taps(self._call, features)
 
     def forget(self) -> None:
-        """The model may have changed: check its sum anew."""
+        """The model may have changed: check its sum anew, and record after hooks that others put there."""
         self._verified.clear()
+        if self._taps is not None:
+            self._taps.remove()
+        self._taps = None
 
     def unwatch(self) -> None:
         """Leave the modules as they were."""

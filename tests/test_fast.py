@@ -14,6 +14,8 @@ from torch import nn
 
 import hicache.fast
 from hicache import HiCacheConfig, full_steps
+from hicache.models import registry
+from hicache.models.features import Feature, ModuleAdapter
 from hicache.models.generic import BLOCK_LISTS
 
 EVERY_THIRD = HiCacheConfig(interval=3)
@@ -483,6 +485,29 @@ def test_model_that_cannot_be_skipped_says_so():
     with hicache.fast.apply(model), pytest.raises(RuntimeError, match="IndexingModel runs without iterating"):
         model(x, timestep=1.0)
     assert model(x, timestep=1.0).shape == x.shape
+
+
+def test_an_adapter_that_lists_blocks_does_not_make_them_skippable(monkeypatch):
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + self.out(x)
+
+    class Blocks(ModuleAdapter):
+        def features(self):
+            return [Feature(block.out, ((i, None),)) for i, block in enumerate(self.module.blocks)]
+
+        def gates(self, call, base):
+            return base.new_ones(2, len(base), base.shape[-1])
+
+    monkeypatch.setitem(registry._ADAPTERS, "IndexingModel", Blocks)
+    model = IndexingModel().eval()
+    model.blocks = nn.ModuleList([Residual(), Residual()])
+    with hicache.fast.apply(model), pytest.raises(RuntimeError, match="IndexingModel runs without iterating"):
+        model(torch.ones(1, 2, 4), timestep=1.0)
 
 
 def test_model_without_a_head_that_adds_between_blocks_is_found_out():

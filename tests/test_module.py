@@ -299,6 +299,48 @@ def test_a_run_in_inference_mode_does_not_spoil_the_next(name: str):
     assert torch.equal(second, expected)
 
 
+@pytest.mark.parametrize("granularity", ["module", "stack"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_run_under_autocast_does_not_spoil_the_next(first: bool, granularity: str):
+    pipe, arguments = tiny.flux()
+
+    def draw_under(autocast: bool) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return draw(pipe, arguments)
+
+    with hicache.fast.apply(pipe, CONFIG, granularity=granularity):
+        expected = draw_under(not first)
+    with hicache.fast.apply(pipe, CONFIG, granularity=granularity):
+        draw_under(first)
+        assert torch.equal(draw_under(not first), expected)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_other_layers_skipped_in_the_next_run(first: int):
+    """Skip-layer guidance: which features a call has is learned of this call, not of the last run's."""
+    pipe, arguments = tiny.sd3_skip_layer()
+    runs = [{**arguments, "skip_guidance_layers": [layer]} for layer in (first, 1 - first)]
+    with hicache.fast.apply(pipe, CONFIG, granularity="module"):
+        expected = draw(pipe, runs[1])
+    with hicache.fast.apply(pipe, CONFIG, granularity="module"):
+        assert not torch.equal(draw(pipe, runs[0]), expected)
+        assert torch.equal(draw(pipe, runs[1]), expected)
+
+
+def test_hooks_exchanged_between_runs_are_recorded():
+    """As many as before, and after the tap that recorded the last run."""
+    pipe, arguments = tiny.flux()
+    layer = pipe.transformer.transformer_blocks[1].ff
+    hook = layer.register_forward_hook(lambda module, args, output: output * 0.5)
+    with hicache.fast.apply(pipe, CONFIG, granularity="module"):
+        draw(pipe, arguments)
+        hook.remove()
+        layer.register_forward_hook(lambda module, args, output: output * 2)
+        drawn = draw(pipe, arguments)
+    with hicache.fast.apply(pipe, CONFIG, granularity="module"):
+        assert torch.equal(drawn, draw(pipe, arguments))
+
+
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_feature_modules_put_in_place_later_are_recorded(name: str):
     """As LoRA does: another module where the adapter found one, after the first run."""

@@ -259,9 +259,10 @@ class StackAdapter:
                 id(module),
                 id(module.__dict__.get("forward")),
                 id(module.__dict__.get("processor")),
+                type(module.__dict__.get("processor")),  # an id may be that of one long gone
                 str(getattr(module.__dict__.get("processor"), "_attention_backend", None)),
-                len(module._forward_hooks) - (TAP in module._forward_hooks),
-                len(module._forward_pre_hooks),
+                [key for key in module._forward_hooks if key != TAP],  # torch numbers them
+                list(module._forward_pre_hooks),
             )
         ]
 
