@@ -81,6 +81,7 @@ class Engine:
         self.filled = 0  # differences that exist, D0 included
         self._gaps: list[int] = []  # behind the differences, newest first
         self._pending: int | None = None  # differences the waiting update takes; None: no update waits
+        self._blank: int | None = None  # orders from this one on hold zeros
 
     def release(self) -> None:
         """Free the history and forget the run's state."""
@@ -123,7 +124,6 @@ class Engine:
             self.reset(num_steps=self.num_steps)
             self._numbers.clear()
             self.history = held = kernels.History(wanted, self.config.order, dtype, device)
-            held.orders.zero_()  # orders that do not exist yet may be weighed with zero: see prepare()
         else:
             self.flush()  # the inbox of the last full step must be taken in before it is written again
         return [held.inbox(index) for index in range(len(wanted))]
@@ -222,6 +222,10 @@ class Engine:
         if fixed:
             self.flush()
         history, coeffs = self._ahead(step, padded=fixed)
+        if fixed and self._blank != self.filled:
+            # weighed with zero, which makes nothing of numbers but not of what an earlier run overflowed to
+            history.orders[self.filled :].zero_()
+            self._blank = self.filled
         waiting = self._pending is not None
         return Sum(
             history.terms(),

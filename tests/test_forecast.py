@@ -214,6 +214,21 @@ def test_lazy_update_equals_an_immediate_one():
                 assert torch.equal(ours, base.view(1, 4) + eager.forecast(step)[0])
 
 
+def test_an_overflow_does_not_reach_the_next_run():
+    """Orders that do not exist are weighed with zero, and what an earlier run left there may be no number."""
+    engine = Engine(HiCacheConfig(interval=3, order=3, warmup=1))
+    for value in (math.nan, 1.0):
+        engine.reset()
+        for step in range(9):
+            if engine.is_full(step):
+                engine.record(step, [torch.full((1, 4, 8), value)])
+                continue
+            hidden = engine.prepare(step, fixed=True)(torch.zeros(1, 4, 8), None)
+            engine.settle()
+            # differences of a constant are zero
+            assert torch.equal(hidden, torch.full((1, 4, 8), value)) or math.isnan(value)
+
+
 def test_a_basis_of_ones_own_sees_gaps_and_distance():
     seen = []
 
