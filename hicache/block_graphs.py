@@ -6,14 +6,13 @@ one's graph and is read where it stands; whatever else a block takes is copied i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hicache.capture import Backend, Replay, like, modes, tensors
+from hicache.capture import Backend, Replay, describe, like, modes, tensors
 from hicache.models.call import Call
 from hicache.stats import GraphStats
 
@@ -66,7 +65,10 @@ class BlockGraphs:
         What it returns is overwritten by the next call of the transformer.
         """
         leaves, layout = pytree.tree_flatten((args, kwargs))
-        place = (self._position, id(block), layout, self._describe(leaves), *modes())
+        form = describe(leaves)
+        if form is None:
+            raise TypeError(f"{type(block).__name__} takes what cannot be told apart from call to call")
+        place = (self._position, id(block), layout, form, *modes())
         self._position += 1
         targets = tuple(tensor.data_ptr() for tensor in self._call.targets)
         if (place, targets) not in self._warmed:
@@ -75,12 +77,15 @@ class BlockGraphs:
             self._warmed.add((place, targets))
             return self._backend.warm(lambda: block(*args, **kwargs))
         own = [self._own(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        key = (place, targets, tuple(tensor.data_ptr() for tensor in tensors(own)))
+        read = [*tensors(own), *self._call.sums.values()]
+        key = (place, targets, tuple(tensor.data_ptr() for tensor in read))
         graph = self._graphs.get(key)
         if graph is None:
             own_args, own_kwargs = pytree.tree_unflatten(own, layout)
             before = dict(self._call.sums)
             replay, output = self._backend.capture(lambda: block(*own_args, **own_kwargs))
+            if describe(pytree.tree_leaves(output)) is None:
+                raise TypeError(f"{type(block).__name__} returns {type(output).__name__}")
             begun = {term: total for term, total in self._call.sums.items() if term not in before}
             graph = self._graphs[key] = _Block(replay, output, begun)
             self._stats.captures += 1
@@ -103,10 +108,3 @@ class BlockGraphs:
         copy = self._buffers[key].copy_(given)
         self._copied.append((given, copy))
         return copy
-
-    @staticmethod
-    def _describe(leaves: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(
-            (leaf.shape, leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf)
-            for leaf in leaves
-        )

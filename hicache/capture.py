@@ -83,6 +83,30 @@ def tensors(leaves: Sequence[Any]) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
+def describe(leaves: Sequence[Any]) -> tuple[Any, ...] | None:
+    """What of the leaves of a tree is part of a graph; None where one of them cannot be told.
+
+    Objects of classes that torch's trees do not know may hold tensors, which nobody would copy.
+    """
+    described: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            described.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
+        elif leaf is None or isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device)):
+            described.append((type(leaf), leaf))
+        else:
+            return None
+    return tuple(described)
+
+
+def parts(weight: Tensor) -> list[Tensor]:
+    """The tensors that hold a weight's numbers: those of a quantised one are inside of it."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return [weight]
+    names, _ = weight.__tensor_flatten__()
+    return [part for name in names for part in parts(getattr(weight, name))]
+
+
 def like(tensor: Tensor) -> Tensor:
     """Memory for a tensor, dense in the order of its strides; of the same strides where those are dense."""
     # outlives the mode of the run that made it

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hicache.block_graphs import BlockGraphs
-from hicache.capture import Backend, Replay, like, modes, tensors
+from hicache.capture import Backend, Replay, describe, like, modes, parts, tensors
 from hicache.models.call import Call, Mode
 from hicache.stats import GraphStats
 
@@ -74,6 +74,7 @@ class Graphs:
         self._warmed: set[Any] = set()
         self._parameters: list[Tensor] = []
         self._scaled: list[Any] = []  # LoRA layers
+        self._processors: list[Any] = []  # of attentions
         self._weights: tuple[Any, ...] = ()
         self._whole: str | None = None  # why calls cannot be captured as a whole
         self._failed: str | None = None  # nor blocks
@@ -88,8 +89,11 @@ class Graphs:
         Args:
             changed: parts of the model are not what they were.
         """
-        self._parameters = list(self._module.parameters())
-        self._scaled = [m for m in self._module.modules() if isinstance(getattr(m, "scaling", None), dict)]
+        self._parameters = [part for weight in self._module.parameters() for part in parts(weight)]
+        modules = list(self._module.modules())
+        self._scaled = [m for m in modules if isinstance(getattr(m, "scaling", None), dict)]
+        processors = [getattr(m, "processor", None) for m in modules]
+        self._processors = [processor for processor in processors if hasattr(processor, "__dict__")]
         if changed:
             self.drop()
         before, self.stats.eager = self.stats.eager, self._failed or self._reason()
@@ -264,6 +268,12 @@ class Graphs:
             call.remembered[:] = remembered
             self._fail(error)
             return None
+        if describe(pytree.tree_leaves(output)) is None:
+            # its tensors would be overwritten by the next replay
+            call.__dict__.update(kept)
+            call.remembered[:] = remembered
+            self._give_up(TypeError(f"expected tensors to be returned, got {type(output).__name__}"))
+            return None
         self.stats.captures += 1
         graph = _Graph(replay, output, inputs, own, list(call.remembered), dict(call.sums))
         call.__dict__.update(kept)
@@ -279,7 +289,7 @@ class Graphs:
         """From here on eagerly: what failed once fails again, and each time costs a step."""
         name = type(self._module).__name__
         self._failed = f"a capture failed: {_first_line(error)}"
-        if _first_line(error) != self._whole:
+        if self._whole not in (None, _first_line(error)):
             self._failed += f" (of a block; of the whole call: {self._whole})"
         self.stats.eager, self.stats.partly = self._failed, None
         self.drop()
@@ -311,14 +321,9 @@ class Graphs:
         call = self._call
         if call.sum is not None and call.sum.inv_gap is not None:
             return None  # an update waits: it runs once
-        described: list[Any] = []
-        for leaf in [*leaves, *state]:
-            if isinstance(leaf, Tensor):
-                described.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
-            elif leaf is None or isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device)):
-                described.append((type(leaf), leaf))
-            else:
-                return None
+        described = describe([*leaves, *state])
+        if described is None:
+            return None
         # fixed memory: the history, and what full steps left for skipped ones
         fixed = [call.base, call.slot, None if call.sum is None else call.sum.orders, *call.targets]
         if call.mode == Mode.SKIP:
@@ -326,21 +331,36 @@ class Graphs:
         return (
             call.mode,
             layout,
-            tuple(described),
-            tuple(None if tensor is None else tensor.data_ptr() for tensor in fixed),
+            described,
+            # the form too: a history may be followed by a smaller one in the same place
+            tuple(None if tensor is None else (tensor.data_ptr(), tensor.shape) for tensor in fixed),
             call.gates is not None,
             len(call.between),
             *modes(),
         )
 
     def _current_weights(self) -> tuple[Any, ...]:
-        """Where the weights are, and how LoRA weighs its own."""
+        """Where the weights are, how LoRA weighs its own, and the settings of attention processors.
+
+        Numbers of Python are part of a graph: an IP-Adapter's scale may change between any two calls.
+        """
         return (
             *(parameter.data_ptr() for parameter in self._parameters),
             *(tuple(layer.scaling.items()) for layer in self._scaled),
             *(str(getattr(layer, "active_adapters", None)) for layer in self._scaled),
             *(bool(getattr(layer, "disable_adapters", False)) for layer in self._scaled),
+            *(_settings(processor) for processor in self._processors),
         )
+
+
+def _settings(processor: Any) -> tuple[Any, ...]:
+    """The plain values among an object's attributes, and lists of them."""
+    found: list[Any] = []
+    for name, value in vars(processor).items():
+        values = value if isinstance(value, (list, tuple)) else (value,)
+        if all(isinstance(one, (bool, int, float, str)) for one in values):
+            found.append((name, *values))
+    return tuple(found)
 
 
 def _cloned(output: Any) -> Any:

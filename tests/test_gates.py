@@ -240,6 +240,16 @@ def test_gates_of_a_model_come_in_one_tensor():
         assert torch.equal(found[6:], torch.ones_like(found[6:]))
 
 
+def test_gates_of_a_form_keep_their_place():
+    """A CUDA graph goes on writing to where it was captured, whatever has been called since."""
+    gates = Gates([GateRows(Owner(3), "linear", (2,), 3)])
+    x = activated()
+    with torch.no_grad():
+        place = gates.of(x, CHANNELS).data_ptr()
+        assert gates.of(x.repeat(3, 1), CHANNELS).data_ptr() != place
+        assert gates.of(x, CHANNELS).data_ptr() == place
+
+
 def test_gates_of_embeddings_of_their_own():
     owners = [Owner(6), Owner(6)]
     gates = Gates([GateRows(owner, "linear", (2, 5), 6) for owner in owners])

@@ -7,6 +7,7 @@ with the Python state of the capture and without leaving any behind. Between rep
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -19,10 +20,12 @@ from torch.utils import _pytree as pytree
 import hicache.fast
 import hicache.graphs
 from hicache import HiCacheConfig
-from hicache.models.call import Call
+from hicache.engine import Sum
+from hicache.models.call import Call, Mode
 
 CONFIG = HiCacheConfig(interval=3, order=2, warmup=3)
 STEPS = 14
+MEMORY = torch.zeros(3 * 3 * 8).untyped_storage()
 PIPELINES = ["flux", "flux_cfg", "qwen", "sd3", "wan", "hunyuan", "ltx", "dit", "pixart"]
 
 
@@ -244,10 +247,61 @@ def replace_processor(transformer: Any) -> None:
     attention.processor = copy.copy(attention.processor)
 
 
-@pytest.mark.parametrize("change", [move_weights, replace_module, replace_block, replace_processor])
+def set_processor(transformer: Any) -> None:
+    """As an IP-Adapter's scale: a number of Python, which a graph has in it."""
+    transformer.transformer_blocks[0].attn.processor.scale = [0.5]
+
+
+def exchange_hooks(transformer: Any) -> None:
+    layer = transformer.transformer_blocks[1].ff
+    layer._forward_hooks.clear()
+    layer.register_forward_hook(lambda module, args, output: output * 0.5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [move_weights, replace_module, replace_block, replace_processor, set_processor, exchange_hooks],
+)
 def test_changed_models_are_captured_anew(change):
     pipe, arguments = tiny.flux()
+    if change is exchange_hooks:
+        pipe.transformer.transformer_blocks[1].ff.register_forward_hook(lambda module, args, output: output)
     captures, drawn = recaptured(pipe, arguments, change)
+    assert captures == 2
+    assert close(drawn, eager(pipe, arguments))
+
+
+class Quantised(Tensor):
+    """A weight whose numbers are in another tensor, as those of torchao."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Quantised:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        bare = [arg.inner if isinstance(arg, cls) else arg for arg in args]
+        output = function(*bare, **(kwargs or {}))
+        return cls(output) if function is torch.ops.aten.detach.default else output
+
+
+def test_quantised_weights_that_move_are_captured_anew():
+    pipe, arguments = tiny.flux()
+    layer = pipe.transformer.x_embedder
+    layer.weight = torch.nn.Parameter(Quantised(layer.weight.detach()), requires_grad=False)
+
+    def move(transformer: Any) -> None:
+        layer.weight = torch.nn.Parameter(Quantised(layer.weight.inner * 1.1), requires_grad=False)
+
+    captures, drawn = recaptured(pipe, arguments, move)
     assert captures == 2
     assert close(drawn, eager(pipe, arguments))
 
@@ -279,6 +333,51 @@ def test_weights_changed_in_place_need_no_capture():
     captures, drawn = recaptured(pipe, arguments, scale)
     assert captures == 0
     assert close(drawn, eager(pipe, arguments))
+
+
+def test_a_smaller_history_in_the_same_place_is_another_form():
+    """Memory freed for the stack: its address may come again, and a graph of modules must not be replayed."""
+    graphs = hicache.graphs.Graphs(torch.nn.Linear(1, 1), Call(), Fake())
+    keys = []
+    for terms in (3, 1):
+        orders = torch.empty(0).set_(MEMORY, 0, (3, terms, 8))
+        graphs._call.mode = Mode.SKIP
+        graphs._call.sum = Sum(orders, torch.zeros(3), None, 0, "reference")
+        keys.append(graphs._key([], None, graphs._state()))
+    assert keys[0] != keys[1]
+
+
+@dataclasses.dataclass
+class Output:
+    """Nothing that torch's trees know."""
+
+    sample: Tensor
+
+
+class Own(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+        self.norm_out = torch.nn.Linear(8, 8)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Output:
+        hidden_states = hidden_states * timestep
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return Output(self.norm_out(hidden_states))
+
+
+@pytest.mark.filterwarnings("default::RuntimeWarning")
+def test_outputs_that_cannot_be_cloned_are_not_captured():
+    torch.manual_seed(0)
+    model, hidden = Own().eval(), tiny.noise(1, 4, 8)
+    with apply(model) as handle, torch.no_grad(), pytest.warns(RuntimeWarning, match="got Output"):
+        outputs = [model(hidden, torch.tensor(1 - 0.05 * step)).sample for step in range(STEPS)]
+        assert handle.stats.graphs["transformer"].replays == 0
+    assert len({output.data_ptr() for output in outputs}) == STEPS
+    with hicache.fast.apply(model, CONFIG, cuda_graphs=False), torch.no_grad():
+        for step, output in enumerate(outputs):
+            assert close(output, model(hidden, torch.tensor(1 - 0.05 * step)).sample)
 
 
 @pytest.mark.filterwarnings("default::RuntimeWarning")

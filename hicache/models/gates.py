@@ -96,6 +96,8 @@ class Gates:
         self._held: tuple[Any, ...] = ()
         self._out = torch.empty(0)
         self._parts: list[Tensor] = []
+        # of every form met: a CUDA graph goes on writing to the memory it was captured with
+        self._buffers: dict[tuple[Any, ...], tuple[Tensor, list[Tensor]]] = {}
 
     def of(self, activated: Tensor | Sequence[Tensor], channels: int) -> Tensor:
         """``[terms, batch, channels]`` for activated embeddings ``[batch, width]``: one, or one a layer.
@@ -110,11 +112,14 @@ class Gates:
         return self._out
 
     def _hold(self, batch: int, channels: int, dtype: torch.dtype, device: torch.device) -> None:
-        if self._held == (batch, channels, dtype, device):
+        form = batch, channels, dtype, device
+        if self._held == form:
             return
-        # outlives the mode of the run that made it
-        with torch.inference_mode(False):
-            self._out = torch.ones(self._terms, batch, channels, dtype=dtype, device=device)
-            counts = [row.count for row in self._rows]
-            self._parts = list(self._out[: sum(counts)].split(counts)) if counts else []
-        self._held = (batch, channels, dtype, device)
+        if form not in self._buffers:
+            # outlives the mode of the run that made it
+            with torch.inference_mode(False):
+                out = torch.ones(self._terms, batch, channels, dtype=dtype, device=device)
+                counts = [row.count for row in self._rows]
+                self._buffers[form] = out, list(out[: sum(counts)].split(counts)) if counts else []
+        self._out, self._parts = self._buffers[form]
+        self._held = form
