@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+import families
 import pytest
 import tiny
 import torch
@@ -44,6 +45,19 @@ def test_true_guidance_and_batches():
     plan = hicache.fast.plan(pipe, height=64, width=64, calls=2, batch=2)
     with hicache.fast.apply(pipe) as handle:
         tiny.draw(pipe, {**arguments, "num_images_per_prompt": 2}, steps=5)
+        assert handle.stats.history_bytes == plan.history_bytes
+
+
+@pytest.mark.parametrize("num_frames", [9, 13])
+def test_frames_are_padded_to_whole_patches(num_frames):
+    """CogVideoX 1.5 takes its latent frames in pairs: its pipeline adds one to an odd number."""
+    pipe, arguments = families.build("cogvideox")
+    config = {**pipe.transformer.config, "patch_size_t": 2, "patch_bias": False}
+    pipe.register_modules(transformer=diffusers.CogVideoXTransformer3DModel.from_config(config).eval())
+    arguments["num_frames"] = num_frames
+    plan = hicache.fast.plan(pipe, height=32, width=32, num_frames=num_frames)
+    with hicache.fast.apply(pipe) as handle:
+        tiny.draw(pipe, arguments, steps=5)
         assert handle.stats.history_bytes == plan.history_bytes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,3 +46,8 @@ class CogVideoX(ModuleAdapter):
             ofs = model.ofs_proj(named["ofs"]).to(like.dtype)
             temb = temb + repeated(model.ofs_embedding(ofs), steps)
         return {**call, "temb": temb}
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        frames, height, width = latent_shape
+        step = self.module.config.patch_size_t or 1  # the pipeline of CogVideoX 1.5 adds frames up to it
+        return super().tokens((math.ceil(frames / step) * step, height, width))
