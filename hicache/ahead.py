@@ -69,7 +69,7 @@ class Ahead:
         coming = timesteps[origin + steps.start : origin + steps.stop]
         batch, channels = len(like), like.shape[-1]
         values = [named.get(name) for name in adapter.constants]
-        if len(coming) != len(steps) or any(isinstance(v, Tensor) and len(v) != batch for v in values):
+        if len(coming) != len(steps) or not _fit(adapter, named, batch):
             return
         made = adapter.coming(call, named, coming.repeat_interleave(batch), len(steps), like)
         gates = adapter.gates(made, like[:1].expand(len(steps) * batch, *like.shape[1:]))
@@ -110,6 +110,36 @@ class Ahead:
             )
             self._rule, self._searched = None, True
         return not wrong
+
+
+def foreseeable(
+    adapter: ModuleAdapter, call: Mapping[str, Any], named: Mapping[str, Any], like: Tensor, gates: Tensor
+) -> bool:
+    """Whether the gates of this step, computed as those of coming steps are, are its gates; reads the device.
+
+    Not so where a subclass of the model makes its embedding of more than the family's does.
+
+    Args:
+        adapter: the family's.
+        call: the first block's arguments.
+        named: the model's.
+        like: ``[batch, ..., channels]`` of the hidden state's dtype and device.
+        gates: of this step, ``[terms, batch, channels]``; not the adapter's own memory.
+    """
+    timestep, batch = named.get("timestep"), len(like)
+    if not adapter.constants or not isinstance(timestep, Tensor) or timestep.ndim > 1:
+        return False
+    if not _fit(adapter, named, batch) or timestep.numel() not in (1, batch):
+        return False
+    made = adapter.coming(call, named, timestep.reshape(-1).expand(batch), 1, like)
+    off = (adapter.gates(made, like) - gates).norm()
+    return bool(off <= max(1e-3, 4 * torch.finfo(like.dtype).eps) * gates.norm())
+
+
+def _fit(adapter: ModuleAdapter, named: Mapping[str, Any], batch: int) -> bool:
+    """Whether what gates depend on, but for the timestep, is there once a sample."""
+    values = [named.get(name) for name in adapter.constants]
+    return all(len(value) == batch for value in values if isinstance(value, Tensor))
 
 
 def _find_rule(scheduler_timesteps: Any, timestep: Any, step: int) -> tuple[Tensor, int] | None:

@@ -329,7 +329,7 @@ class Denoiser:
                 self._call.base.copy_(hidden)
             if isinstance(self.granularity, Module):
                 between = list(self.granularity.adapter.between(self._named))
-                self.granularity.prove(hidden, call, between)
+                self.granularity.prove(hidden, call, between, self._named)
         self.adapter.iterated = iterated  # by the model, not by what lists its features
 
     def result(self, hidden: Tensor) -> None:
@@ -449,7 +449,7 @@ class Denoiser:
 
     def _look_ahead(self, context: Context, kind: Kind) -> None:
         """Compute the gates of the skipped steps before the context's next full one."""
-        if not isinstance(self.granularity, Module):
+        if not isinstance(self.granularity, Module) or not self.granularity.foreseeable:
             return
         limit = self.session.clock.num_steps
         last = self._step + 1

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hicache.ahead import foreseeable
 from hicache.engine import Engine
 from hicache.models.call import Call
 from hicache.models.features import ModuleAdapter
@@ -78,7 +79,9 @@ class Module:
         self._base: Tensor | None = None
         self._arguments: Mapping[str, Any] = {}
         self._between: Sequence[Tensor] = ()
+        self._named: Mapping[str, Any] = {}
         self._verified: set[int] = set()
+        self.foreseeable = True  # whether gates of coming steps can be computed before them
 
     def watch(self) -> None:
         """Record the outputs of the family's modules; LoRA may have put others in their places since."""
@@ -113,10 +116,17 @@ class Module:
         self._taps.open(self._slots)
         call.targets = self._slots
 
-    def prove(self, hidden: Tensor, arguments: Mapping[str, Any], between: Sequence[Tensor]) -> None:
+    def prove(
+        self,
+        hidden: Tensor,
+        arguments: Mapping[str, Any],
+        between: Sequence[Tensor],
+        named: Mapping[str, Any],
+    ) -> None:
         """A call that is learned from: keep what :meth:`verify` needs."""
         if len(self._slots) not in self._verified:
             self._base, self._arguments, self._between = hidden.clone(), dict(arguments), list(between)
+            self._named = named
 
     @property
     def base(self) -> Tensor | None:
@@ -149,9 +159,9 @@ class Module:
         self._taps.close(self._slots, kind.unseen)
         self._call.sums.clear()
         wide = torch.promote_types(base.dtype, torch.float32)
-        gates = self.gates(self._arguments, base)[:, :, None]  # [terms, batch, 1, channels]
+        gates = self.gates(self._arguments, base).clone()
         total = base.to(wide)
-        for slot, gate in zip(self._slots, gates, strict=True):
+        for slot, gate in zip(self._slots, gates[:, :, None], strict=True):  # [batch, 1, channels] each
             total = total + slot.to(wide) * gate
         for residual in self._between:
             total = total + residual
@@ -167,6 +177,7 @@ class Module:
                 "of its blocks or attention processors not its own?"
             )
         self._verified.add(len(self._slots))
+        self.foreseeable = foreseeable(self.adapter, self._arguments, self._named, kind.like(), gates)
 
     def close(self, kind: Kind, call: Call) -> None:
         """As :meth:`Stack.close`."""
@@ -178,6 +189,7 @@ class Module:
         if self._taps is not None:
             self._taps.rest()
         self._slots, self._between, self._arguments, self._base = (), (), {}, None
+        self._named = {}
 
 
 Granularity = Stack | Module

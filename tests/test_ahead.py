@@ -168,3 +168,27 @@ def test_timesteps_that_turn_out_others_are_told_and_no_longer_foreseen(foreseen
         loop(lambda t: t if t > 0.95 else t * 0.8, lambda step, prompt: prompt)
     assert foreseen[0]
     assert not any(foreseen[4:])
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_subclass_that_makes_more_of_its_embedding_computes_its_own_gates(own, foreseen):
+    """Its blocks are its family's, so its modules are recorded; but nobody else knows its gates."""
+    pipe, arguments = tiny.flux()
+    family = type(pipe.transformer)
+
+    class Moved(family):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            # once a call, as if written between the embedding and the blocks
+            def add(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+                hook.remove()
+                return output + kwargs["hidden_states"].mean()
+
+            hook = self.time_text_embed.register_forward_hook(add)
+            return super().forward(*args, **kwargs)
+
+    if own:
+        pipe.transformer.__class__ = Moved
+    drawn = cached(pipe, arguments)
+    assert foreseen
+    assert any(foreseen) is not own
+    assert close(drawn, without(lambda: cached(pipe, arguments)))
