@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import hicache.demo
 import hicache.fast
 from hicache import HiCacheConfig
+from hicache.compiling import Compiling
 
 CONFIG = HiCacheConfig(interval=3, order=2, warmup=3)
 STEPS = 12
@@ -125,6 +126,22 @@ def test_uncached_after_removal():
     with hicache.fast.apply(pipe, CONFIG):
         assert not torch.equal(draw(pipe), plain)
     assert torch.equal(draw(pipe), plain)
+
+
+def test_pauses_of_several_transformers_overlap():
+    """In threads, or after an interrupt: compilation is on again once all have resumed, and not before."""
+
+    def stance() -> str:
+        return torch._dynamo.eval_frame._stance.stance
+
+    one, other = Compiling(), Compiling()
+    one.pause()
+    other.pause()
+    one.resume()
+    one.resume()
+    assert stance() == "force_eager"
+    other.resume()
+    assert stance() == "default"
 
 
 def test_an_exception_in_a_call_learned_from_leaves_compilation_on():
