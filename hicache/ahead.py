@@ -9,7 +9,7 @@ own, another prompt half-way) has its gates computed at each step.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ class Ahead:
 
     def restart(self) -> None:
         """A new run starts: its timesteps may be others."""
-        self._rule: tuple[Tensor, int] | None = None  # the model's timesteps of the run, index of step 0
+        # the model's timesteps of the run, index of step 0: those that fit the first full step
+        self._rules: list[tuple[Tensor, int]] = []
+        self._met: list[tuple[int, Tensor]] = []  # later full steps and their timesteps
         self._searched = False
         self._wrong: Tensor | None = None  # whether a timestep was not the one foreseen, left on the device
         self.forget()
@@ -60,12 +62,19 @@ class Ahead:
         self.forget()
         if not adapter.constants or not self._check():
             return
+        timestep, step = named.get("timestep"), steps.start - 1
         if not self._searched:
-            self._rule = _find_rule(scheduler_timesteps, named.get("timestep"), steps.start - 1)
+            self._rules = _find_rules(scheduler_timesteps, timestep, step)
             self._searched = True
-        if self._rule is None or not steps:
+        elif self._rules and isinstance(timestep, Tensor) and timestep.ndim <= 1:
+            self._met.append((step, timestep.reshape(-1)[0].clone()))
+        if not self._rules or not steps:
             return
-        timesteps, origin = self._rule
+        while self._rules and not _fits(*self._rules[0], self._met):
+            del self._rules[0]
+        if not self._rules:
+            return
+        timesteps, origin = self._rules[0]
         coming = timesteps[origin + steps.start : origin + steps.stop]
         batch, channels = len(like), like.shape[-1]
         values = [named.get(name) for name in adapter.constants]
@@ -108,7 +117,7 @@ class Ahead:
                 RuntimeWarning,
                 stacklevel=2,
             )
-            self._rule, self._searched = None, True
+            self._rules, self._searched = [], True
         return not wrong
 
 
@@ -142,21 +151,35 @@ def _fit(adapter: ModuleAdapter, named: Mapping[str, Any], batch: int) -> bool:
     return all(len(value) == batch for value in values if isinstance(value, Tensor))
 
 
-def _find_rule(scheduler_timesteps: Any, timestep: Any, step: int) -> tuple[Tensor, int] | None:
+def _find_rules(scheduler_timesteps: Any, timestep: Any, step: int) -> list[tuple[Tensor, int]]:
     """The model's timesteps of the whole run, and the index that step 0 has among them; reads the device."""
     if not isinstance(scheduler_timesteps, Tensor) or not isinstance(timestep, Tensor) or timestep.ndim > 1:
-        return None
+        return []
     given = timestep.reshape(-1)
     if not bool((given == given[0]).all()):
-        return None
+        return []
     cast = scheduler_timesteps.to(given.device).to(given.dtype)
+    rules = [
+        (timesteps, index - step)
+        for timesteps in (cast, (cast / 1000).to(given.dtype))
+        for index in (timesteps == given[0]).nonzero().flatten().tolist()
+        if index >= step
+    ]
     # as few left out before the first step as may be: a last timestep of 1 is also a first one of 1000 / 1000
-    best: tuple[Tensor, int] | None = None
-    for timesteps in (cast, cast / 1000):
-        for index in (timesteps == given[0]).nonzero().flatten().tolist():
-            if index >= step and (best is None or index - step < best[1]):
-                best = timesteps.to(given.dtype), index - step
-    return best
+    return sorted(rules, key=lambda rule: rule[1])
+
+
+def _fits(timesteps: Tensor, origin: int, met: Sequence[tuple[int, Tensor]]) -> bool:
+    """Whether a run that begins there has come through these timesteps; reads the device.
+
+    Narrow timesteps of neighbouring steps may be rounded to the same, so that the first fits several.
+    """
+    if not met:
+        return True
+    if origin + met[-1][0] >= len(timesteps):
+        return False
+    expected = torch.stack([timesteps[origin + step] for step, _ in met])
+    return bool((expected == torch.stack([timestep for _, timestep in met])).all())
 
 
 def _identity(value: Any) -> Any:
