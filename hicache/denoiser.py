@@ -263,7 +263,8 @@ class Denoiser:
         if self._inside:
             graphs.refuse("the transformer is compiled as a whole")
         if graphs.usable():
-            self._call.quiet = graphs.begin()
+            self._call.quiet = True
+            graphs.begin()
 
     def _begin_full(self, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.adapter.checked = self._checked

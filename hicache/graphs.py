@@ -102,6 +102,11 @@ class Graphs:
             warnings.warn(
                 f"hicache: {name} runs without CUDA graphs: {self.stats.eager}", RuntimeWarning, stacklevel=2
             )
+        if self.stats.eager is None and self._class is None:
+            # it is the class that makes forward ours: from the next call on, as this one has looked its up
+            self._class = cls = type(self._module)
+            self._module.__class__ = type(cls.__name__, (_Replayable, cls), {"__module__": cls.__module__})
+            self._module.__dict__["_hicache_graphs"] = self
 
     def _reason(self) -> str | None:
         if os.environ.get(ENVIRONMENT) == "0":
@@ -143,19 +148,9 @@ class Graphs:
             )
         self.stats.eager = reason
 
-    def begin(self) -> bool:
-        """A call that is :meth:`usable` begins; whether it will be replayed.
-
-        The first one is not: its forward has been looked up, and it is the class that makes it ours.
-        """
-        cls = type(self._module)
-        if not issubclass(cls, _Replayable):
-            self._class = cls
-            self._module.__class__ = type(cls.__name__, (_Replayable, cls), {"__module__": cls.__module__})
-            self._module.__dict__["_hicache_graphs"] = self
-            return False
+    def begin(self) -> None:
+        """A call that is :meth:`usable` begins."""
         self.due = True
-        return True
 
     def end(self) -> None:
         """The call has ended."""
