@@ -126,6 +126,16 @@ def test_float64_calls_equal_the_reference(name: str):
     assert off(fast(model, run, config, "stack"), expected) > 1e-4
 
 
+@pytest.mark.parametrize("name", SINGLE_PRECISION)
+def test_wan_in_float64_throughout(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Its blocks compute in ``.float()``. Where that leaves float64 alone, Wan is equal like the others."""
+    model, run = of_dtype(name, torch.float64)
+    single = Tensor.float
+    monkeypatch.setattr(Tensor, "float", lambda self: self if self.dtype == torch.float64 else single(self))
+    for label, config in CONFIGS.items():
+        assert off(fast(model, run, config), reference(model, run, config)) <= 1e-10, label
+
+
 @every_family
 def test_bfloat16_is_as_close_to_float64_as_the_reference(name: str):
     model, run = of_dtype(name, torch.bfloat16)
