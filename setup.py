@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -41,7 +40,7 @@ def digest(environment: Mapping[str, str], *more: str) -> str:
     options = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "HICACHE_")
     chosen = sorted(item for item in environment.items() if item[0].startswith(options))
     tools = [shutil.which(name, path=environment.get("PATH")) for name in ("nvcc", "c++", "g++", "clang++")]
-    found.update(repr((chosen, tools, sys.version, sys.executable, platform.platform(), more)).encode())
+    found.update(repr((chosen, tools, sys.version, sys.executable, sysconfig.get_platform(), more)).encode())
     return found.hexdigest()[:16]
 
 
@@ -93,8 +92,9 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         subprocess.run(configure, check=True, env=environment)
         subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(target, kept)
+        if target.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(target, kept)
 
 
 setup(

@@ -220,8 +220,6 @@ def _check_coeffs(op: str, coeffs: Tensor, orders: Tensor, expected: int | None)
         )
     if expected is not None and len(coeffs) != expected:
         raise ValueError(f"{op}: expected {expected} coeffs (filled + 1), got {len(coeffs)}")
-    if not coeffs.is_contiguous():
-        raise ValueError(f"{op}: expected contiguous coeffs, got strides {coeffs.stride()}")
     if not 1 <= len(coeffs) <= orders.shape[0]:
         raise ValueError(f"{op}: expected 1 to {orders.shape[0]} coeffs, one an order, got {len(coeffs)}")
     _check_device(op, "coeffs", coeffs, orders)

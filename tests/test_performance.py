@@ -4,7 +4,10 @@ tries."""
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,14 +36,6 @@ def _native():
         pytest.skip(reason)
 
 
-@pytest.fixture
-def _two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("_native")
 def test_native_update_forecast_is_three_times_the_eager_reference():
     """16 Mi bf16 numbers, order 2."""
@@ -59,20 +54,9 @@ def past_the_cache(op: Op, terms: int, order: int, itemsize: int) -> Size:
     return Size(terms, wanted // a_row, 3072)
 
 
-@pytest.mark.usefixtures("_native", "_two_threads")
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize(
-    ("name", "terms"),
-    [
-        ("update_forecast_", 1),
-        ("gated_sum, no gates", 1),
-        ("gated_sum", 32),
-        ("gated_sum, no gates, update", 1),
-        ("gated_sum, update", 32),
-    ],
-)
-def test_native_keeps_up_with_a_copy_and_outruns_eager(name, terms, dtype):
-    """Past the caches, order 2: 80% of the bandwidth of a copy of as many bytes, and 4 times eager torch."""
+def measured(name: str, terms: int, dtype: str) -> tuple[float, float]:
+    """Share of a copy's bandwidth, and how often eager torch's time, with two threads."""
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
     op = OPS[name]
     problem = Problem(past_the_cache(op, terms, 2, DTYPES[dtype].itemsize), 2, DTYPES[dtype], "cpu")
     native, eager = {"native": problem.call(op, "native")}, {"eager": problem.peers(op)["eager"]}
@@ -85,8 +69,35 @@ def test_native_keeps_up_with_a_copy_and_outruns_eager(name, terms, dtype):
         row, _ = time_op("", problem, op, native | eager, rounds=3, seconds=3.0)
         return row.over_eager
 
-    assert best_of_three(share, 0.8) >= 0.8
-    assert best_of_three(ratio, 4.0) >= 4.0
+    return best_of_three(share, 0.8), best_of_three(ratio, 4.0)
+
+
+@pytest.mark.usefixtures("_native")
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [
+        ("update_forecast_", 1),
+        ("gated_sum, no gates", 1),
+        ("gated_sum", 32),
+        ("gated_sum, no gates, update", 1),
+        ("gated_sum, update", 32),
+    ],
+)
+def test_native_keeps_up_with_a_copy_and_outruns_eager(name, terms, dtype):
+    """Past the caches, order 2: 80% of the bandwidth of a copy of as many bytes, and 4 times eager torch.
+
+    In a process of its own: the demo tells malloc to keep what is freed, which spares eager torch the page
+    faults of its temporaries, and is not how anybody finds it.
+    """
+    here = Path(__file__).parent
+    script = f"import test_performance; print(*test_performance.measured({name!r}, {terms}, {dtype!r}))"
+    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    share, ratio = map(float, done.stdout.split()[-2:])
+    assert share >= 0.8
+    assert ratio >= 4.0
 
 
 def test_bundled_model_keeps_most_of_the_bound():

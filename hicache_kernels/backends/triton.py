@@ -241,6 +241,7 @@ def forecast(orders: Tensor, coeffs: Tensor, out: Tensor) -> None:
     numel = out.numel()
     if not numel:
         return
+    coeffs = coeffs.contiguous()  # the kernels step through them by one
     tile = tiles.tile("forecast", len(coeffs), orders.itemsize, 1)
     constants = {"TERMS": len(coeffs), "BLOCK": tile.block}
     grid = (-(-numel // tile.block),)
@@ -252,6 +253,7 @@ def update_forecast_(orders: Tensor, inv_gap: Tensor, coeffs: Tensor, filled: in
     numel = out.numel()
     if not numel:
         return
+    coeffs = coeffs.contiguous()
     tile = tiles.tile("update_forecast_", filled + 1, orders.itemsize, 1)
     constants = {"TOP": orders.shape[0] - 1, "READ": filled, "BLOCK": tile.block}
     grid = (-(-numel // tile.block),)
@@ -275,6 +277,7 @@ def gated_sum(
     # without gates a row has no meaning: one long row keeps the tiles whole
     batch, channels = (1, base.numel()) if gates is None else (base.shape[0], base.shape[-1])
     rows = base.numel() // (batch * channels)
+    coeffs = coeffs.contiguous()
     updating = inv_gap is not None
     op = "gated_sum_update_" if updating else "gated_sum"
     tile = tiles.tile(op, len(coeffs), orders.itemsize, orders.shape[1])
