@@ -103,9 +103,7 @@ class Module:
 
     def unwatch(self) -> None:
         """Leave the modules as they were."""
-        if self._taps is not None:
-            self._taps.remove()
-        self._taps = None
+        self.forget()
         self.end()
 
     def open(self, engine: Engine, kind: Kind, call: Call) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hicache.models.controlnet import flux_controlnet
-from hicache.models.features import Feature, ModuleAdapter
+from hicache.models.features import Feature, ModuleAdapter, doubles_and_singles, packed
 
 
 class Chroma(ModuleAdapter):
@@ -26,14 +26,7 @@ class Chroma(ModuleAdapter):
         self._vectors: Tensor | None = None
 
     def features(self) -> Sequence[Feature]:
-        found = []
-        for index, block in enumerate(self.module.transformer_blocks):
-            found.append(Feature(block.attn, ((2 * index, None),), element=0))
-            found.append(Feature(block.ff, ((2 * index + 1, None),)))
-        first = len(found)
-        for index, block in enumerate(self.module.single_transformer_blocks):
-            found.append(Feature(block.proj_out, ((first + index, None),), joint="last"))
-        return found
+        return doubles_and_singles(self.module, joint="last")
 
     def hooks(self) -> list[Callable[[], None]]:
         def keep(network: nn.Module, args: Any, output: Tensor) -> None:
@@ -59,5 +52,4 @@ class Chroma(ModuleAdapter):
         return flux_controlnet(self.module, named)
 
     def tokens(self, latent_shape: Sequence[int]) -> int:
-        _, height, width = latent_shape  # the pipeline packs 2 × 2 of them
-        return (height // 2) * (width // 2)
+        return packed(latent_shape)

@@ -138,3 +138,25 @@ class ModuleAdapter:
 def repeated(value: Tensor | None, steps: int) -> Tensor | None:
     """A per-sample argument ``[batch, ...]`` for several steps: ``[steps · batch, ...]``."""
     return None if value is None else value.repeat(steps, *[1] * (value.ndim - 1))
+
+
+def doubles_and_singles(module: Any, joint: str) -> list[Feature]:
+    """Flux's features, one term each: attention and MLP of the doubles, the singles' fused output.
+
+    Args:
+        module: has ``transformer_blocks`` and ``single_transformer_blocks``.
+        joint: where the image stands in the singles' stream.
+    """
+    found: list[Feature] = []
+    for block in module.transformer_blocks:
+        found.append(Feature(block.attn, ((len(found), None),), element=0))
+        found.append(Feature(block.ff, ((len(found), None),)))
+    for block in module.single_transformer_blocks:
+        found.append(Feature(block.proj_out, ((len(found), None),), joint=joint))
+    return found
+
+
+def packed(latent_shape: Sequence[int]) -> int:
+    """Image tokens where the pipeline, not the model, packs 2 × 2 latents ``[1, height, width]`` into one."""
+    _, height, width = latent_shape
+    return (height // 2) * (width // 2)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hicache.models.controlnet import flux_controlnet
-from hicache.models.features import Feature, ModuleAdapter, repeated
+from hicache.models.features import Feature, ModuleAdapter, doubles_and_singles, packed, repeated
 from hicache.models.gates import GateRows, Gates
 
 
@@ -28,15 +28,9 @@ class Flux(ModuleAdapter):
         self._gates_with_ip = Gates(rows, ones=1)
 
     def features(self) -> Sequence[Feature]:
-        found = []
-        for index, block in enumerate(self.module.transformer_blocks):
-            found.append(Feature(block.attn, ((2 * index, None),), element=0))
-            found.append(Feature(block.ff, ((2 * index + 1, None),)))
-            found.append(Feature(block.attn, ((self._ungated, None),), element=2))
-        first = 2 * len(self.module.transformer_blocks)
-        for index, block in enumerate(self.module.single_transformer_blocks):
-            found.append(Feature(block.proj_out, ((first + index, None),), joint="last"))
-        return found
+        doubles = self.module.transformer_blocks
+        ip = [Feature(block.attn, ((self._ungated, None),), element=2) for block in doubles]
+        return [*doubles_and_singles(self.module, joint="last"), *ip]
 
     def terms(self, call: Mapping[str, Any]) -> int:
         return self._ungated + _has_ip_adapter(call)
@@ -58,8 +52,7 @@ class Flux(ModuleAdapter):
         return flux_controlnet(self.module, named)
 
     def tokens(self, latent_shape: Sequence[int]) -> int:
-        _, height, width = latent_shape  # the pipeline packs 2 × 2 of them
-        return (height // 2) * (width // 2)
+        return packed(latent_shape)
 
 
 def _has_ip_adapter(call: Mapping[str, Any]) -> bool:

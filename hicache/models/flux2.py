@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hicache.models.features import Feature, ModuleAdapter
+from hicache.models.features import Feature, ModuleAdapter, packed
 
 
 class Flux2(ModuleAdapter):
@@ -63,5 +63,4 @@ class Flux2(ModuleAdapter):
         return None
 
     def tokens(self, latent_shape: Sequence[int]) -> int:
-        _, height, width = latent_shape  # the pipeline packs 2 × 2 of them
-        return (height // 2) * (width // 2)
+        return packed(latent_shape)

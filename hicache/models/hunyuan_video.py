@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hicache.models.features import Feature, ModuleAdapter, repeated
+from hicache.models.features import Feature, ModuleAdapter, doubles_and_singles, repeated
 from hicache.models.gates import GateRows, Gates
 
 
@@ -25,14 +25,7 @@ class HunyuanVideo(ModuleAdapter):
         self._gates = Gates(rows)
 
     def features(self) -> Sequence[Feature]:
-        found = []
-        for index, block in enumerate(self.module.transformer_blocks):
-            found.append(Feature(block.attn, ((2 * index, None),), element=0))
-            found.append(Feature(block.ff, ((2 * index + 1, None),)))
-        first = len(found)
-        for index, block in enumerate(self.module.single_transformer_blocks):
-            found.append(Feature(block.proj_out, ((first + index, None),), joint="first"))
-        return found
+        return doubles_and_singles(self.module, joint="first")
 
     def gates(self, call: Mapping[str, Any], base: Tensor) -> Tensor:
         return self._gates.of(nn.functional.silu(call["temb"]), base.shape[-1])
