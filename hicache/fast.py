@@ -41,7 +41,9 @@ REFERENCE_ATTRIBUTE: Final = "_hicache_reference_handle"  # where hicache.refere
 class Handle:
     """A cached pipeline: leave the ``with`` block or call :meth:`remove` to get it back as it was."""
 
-    def __init__(self, session: Session, denoisers: list[Denoiser]) -> None:
+    _attribute = ATTRIBUTE  # where the transformers have it
+
+    def __init__(self, session: Session, denoisers: list[Any]) -> None:
         self._session = session
         self._denoisers = denoisers
         self._final: Stats | None = None
@@ -103,7 +105,7 @@ class Handle:
         for denoiser in self._denoisers:
             denoiser.remove()
             denoiser.release()
-            denoiser.module.__dict__.pop(ATTRIBUTE, None)
+            denoiser.module.__dict__.pop(self._attribute, None)
         self._denoisers.clear()
         self._session.clock.detach()
 

@@ -12,11 +12,11 @@ compared with, for parity and for speed.
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 from torch import nn
 
+import hicache.fast
 from hicache.config import HiCacheConfig
 from hicache.denoiser import Session
 from hicache.fast import ATTRIBUTE as FAST_ATTRIBUTE
@@ -29,18 +29,10 @@ from hicache.tracker import SchedulerClock, TimestepClock
 __all__ = ["Handle", "apply"]
 
 
-class Handle:
+class Handle(hicache.fast.Handle):
     """A cached pipeline: leave the ``with`` block or call :meth:`remove` to get it back as it was."""
 
-    def __init__(self, session: Session, denoisers: list[Denoiser]) -> None:
-        self._session = session
-        self._denoisers = denoisers
-        self._final: Stats | None = None
-
-    @property
-    def active(self) -> bool:
-        """Whether the pipeline is cached."""
-        return self._final is None
+    _attribute = REFERENCE_ATTRIBUTE
 
     @property
     def stats(self) -> Stats:
@@ -58,40 +50,6 @@ class Handle:
         held = sum(context.history_bytes for context in contexts.values())
         session = self._session
         return Stats(session.config, "module", session.backend, contexts, held, session.watch.read())
-
-    def restart(self) -> None:
-        """Start a new run at the next call; see :meth:`hicache.fast.Handle.restart`."""
-        self._session.clock.restart()
-
-    def release(self) -> None:
-        """Free the memory of all histories. The pipeline stays cached: its next step is a full one."""
-        for denoiser in self._denoisers:
-            denoiser.release()
-
-    def remove(self) -> None:
-        """Leave the pipeline exactly as :func:`apply` found it. Calling it again does nothing."""
-        if self._final is not None:
-            return
-        self._final = self.stats
-        for denoiser in self._denoisers:
-            denoiser.remove()
-            denoiser.release()
-            denoiser.module.__dict__.pop(REFERENCE_ATTRIBUTE, None)
-        self._session.clock.detach()
-
-    def __enter__(self) -> Handle:
-        if not self.active:
-            raise RuntimeError("hicache: this handle was removed; call apply() for a new one")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # its hooks reach into the pipeline, and a copy's would still reach into the original
-        raise TypeError("hicache: a cached pipeline cannot be copied or pickled; call remove() first")
 
 
 def apply(pipe: Any, config: HiCacheConfig | None = None, *, scheduler: Any = None) -> Handle:
