@@ -145,6 +145,7 @@ if _MISSING is None:
         term_stride,
         terms,
         gates,
+        batch,
         rows,
         channels,
         inv_gap,
@@ -158,16 +159,24 @@ if _MISSING is None:
         COLUMNS: tl.constexpr,
         STAGES: tl.constexpr,
     ):
-        sample = tl.program_id(2).to(tl.int64)
-        row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [R, 1]
-        column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]  # [1, C]
+        # one axis for all tiles: the others end at 65,535 programs, which a video has more of
+        tile = tl.program_id(0).to(tl.int64)
+        column_tiles = tl.cdiv(channels, COLUMNS)
+        row_tiles = tl.cdiv(rows, ROWS)
+        sample = tile // column_tiles // row_tiles
+        row = tile // column_tiles % row_tiles * ROWS + tl.arange(0, ROWS)[:, None]  # [R, 1]
+        column = tile % column_tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]  # [1, C]
         at = (sample * rows + row) * channels + column  # [R, C]
-        here = column < channels
-        mask = (row < rows) & here
+        mask = (row < rows) & (column < channels)
+        # A gate for each number of the tile: a row of them would have to change threads, through shared memory
+        # and past four barriers, once a feature. The rows' equal addresses come out of the L1 cache.
+        gate_at = sample * channels + column + tl.zeros([ROWS, 1], tl.int64)  # [R, C]
         total = tl.load(base + at, mask=mask).to(tl.float32)
         slot = orders
-        gate = gates + sample * channels + column if GATED else gates  # [1, C]
         for _ in tl.range(terms, num_stages=STAGES):
+            if GATED:  # before any store, which loads do not overtake
+                gate = tl.load(gates + gate_at, mask=mask)
+                gates += batch * channels
             if UPDATE:
                 gap = tl.load(inv_gap).to(tl.float32)
                 d0, d1, d2, d3, d4 = _cascade(slot, stride, at, mask, gap, TOP, TERMS - 1)
@@ -175,8 +184,7 @@ if _MISSING is None:
                 d0, d1, d2, d3, d4 = _kept(slot, stride, at, mask, TERMS)
             value = _weigh(d0, d1, d2, d3, d4, coeffs, TERMS)
             if GATED:
-                value = value * tl.load(gate, mask=here).to(tl.float32)
-                gate += tl.num_programs(2) * channels
+                value = value * gate.to(tl.float32)
             total = total + value
             slot += term_stride
         tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
@@ -282,7 +290,7 @@ def gated_sum(
     op = "gated_sum_update_" if updating else "gated_sum"
     tile = tiles.tile(op, len(coeffs), orders.itemsize, orders.shape[1])
     tile_rows, columns = (1, tile.block) if gates is None else (tile.rows, tile.columns)
-    grid = (-(-channels // columns), -(-rows // tile_rows), batch)
+    grid = (-(-channels // columns) * -(-rows // tile_rows) * batch,)
     constants = {
         "TOP": orders.shape[0] - 1,
         "TERMS": len(coeffs),
@@ -299,6 +307,7 @@ def gated_sum(
             orders,
             *strides,
             gates,
+            batch,
             rows,
             channels,
             inv_gap,
