@@ -9,24 +9,32 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Final
 
 import torch
-from torch import nn
 
 from hicache.capture import CudaBackend
 from hicache.config import HiCacheConfig
 from hicache.denoiser import Denoiser, Policy, Session
 from hicache.graphs import Graphs
+from hicache.handle import BaseHandle
 from hicache.models import registry
 from hicache.models.generic import StackAdapter
+from hicache.pipeline import (
+    check_backend,
+    check_budget,
+    check_choice,
+    check_config,
+    check_one_cache,
+    check_speedup,
+    check_whole,
+    find_denoisers,
+    find_scheduler,
+)
 from hicache.plan import DenoiserPlan, Plan, make_plan
 from hicache.stats import ContextStats, Stats
 from hicache.tracker import SchedulerClock, TimestepClock
-from hicache_kernels import BACKENDS, backend_status
+from hicache_kernels import BACKENDS
 
 __all__ = ["ContextStats", "DenoiserPlan", "Handle", "Plan", "Stats", "apply", "plan"]
 
@@ -34,94 +42,37 @@ GRANULARITIES: Final = ("auto", "module", "stack")
 # Of one denoiser's histories. Holds FLUX.1's modules at 1024² and order 2 (5.7 GB), not a video model's.
 # Fixed, and not a share of the card's memory: the same call draws the same picture on every card.
 MEMORY_BUDGET: Final = 8_000_000_000
-ATTRIBUTE: Final = "_hicache_handle"
-REFERENCE_ATTRIBUTE: Final = "_hicache_reference_handle"  # where hicache.reference leaves its handle
 
 
-class Handle:
+class Handle(BaseHandle[Denoiser]):
     """A cached pipeline: leave the ``with`` block or call :meth:`remove` to get it back as it was."""
 
-    _attribute = ATTRIBUTE  # where the transformers have it
+    owner = "hicache.fast"
 
-    def __init__(self, session: Session, denoisers: list[Any]) -> None:
+    def __init__(self, session: Session, denoisers: list[Denoiser]) -> None:
+        super().__init__(denoisers, session.clock)
         self._session = session
-        self._denoisers = denoisers
-        self._final: Stats | None = None
 
-    def restart(self) -> None:
-        """Start a new run at the next call.
-
-        A pipeline does this by itself. In a loop of your own without a scheduler, a run that goes on in the
-        direction the last one's timesteps ran (that one stopped early, this one starts later) looks like the
-        same run: call this before it.
-        """
-        self._session.clock.restart()
-
-    @property
-    def active(self) -> bool:
-        """Whether the pipeline is cached."""
-        return bool(self._denoisers)
-
-    @property
-    def stats(self) -> Stats:
-        """Full and skipped steps by context, bytes held and cache milliseconds of the current or last run.
-
-        After :meth:`remove`, as they stood then.
-        """
-        if self._final is not None:
-            return self._final
-        contexts = {
-            context.label: ContextStats(context.full_steps, context.skipped_steps, context.engine.nbytes)
-            for denoiser in self._denoisers
-            for context in denoiser.contexts.values()
-        }
-        held = sum(denoiser.nbytes for denoiser in self._denoisers)
-        session = self._session
+    def _read_stats(self) -> Stats:
+        session, denoisers = self._session, self._denoisers
         return Stats(
-            session.config,
-            " and ".join(sorted({denoiser.granularity.name for denoiser in self._denoisers})),
-            session.backend,
-            contexts,
-            held,
-            session.watch.read(),
-            {denoiser.name: denoiser.choice for denoiser in self._denoisers},
-            {
+            config=session.config,
+            granularity=" and ".join(sorted({denoiser.granularity.name for denoiser in denoisers})),
+            backend=session.backend,
+            contexts={
+                context.label: ContextStats(context.full_steps, context.skipped_steps, context.engine.nbytes)
+                for denoiser in denoisers
+                for context in denoiser.contexts.values()
+            },
+            history_bytes=sum(denoiser.nbytes for denoiser in denoisers),
+            cache_ms=session.watch.read(),
+            choices={denoiser.name: denoiser.choice for denoiser in denoisers},
+            graphs={
                 denoiser.name: dataclasses.replace(denoiser.graphs.stats)
-                for denoiser in self._denoisers
+                for denoiser in denoisers
                 if denoiser.graphs is not None
             },
         )
-
-    def release(self) -> None:
-        """Free the memory of all histories. The pipeline stays cached: its next run allocates anew."""
-        for denoiser in self._denoisers:
-            denoiser.release()
-
-    def remove(self) -> None:
-        """Leave the pipeline exactly as :func:`apply` found it. Calling it again does nothing."""
-        if self._final is not None:
-            return
-        self._final = self.stats
-        for denoiser in self._denoisers:
-            denoiser.remove()
-            denoiser.release()
-            denoiser.module.__dict__.pop(self._attribute, None)
-        self._denoisers.clear()
-        self._session.clock.detach()
-
-    def __enter__(self) -> Handle:
-        if not self.active:
-            raise RuntimeError("hicache: this handle was removed; call apply() for a new one")
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # its hooks reach into the pipeline, and a copy's would still reach into the original
-        raise TypeError("hicache: a cached pipeline cannot be copied or pickled; call remove() first")
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 def apply(
@@ -167,22 +118,18 @@ def apply(
         TypeError, ValueError: bad arguments, or a pipeline with nothing to hook. The pipeline is left as it
             was.
     """
-    config = _check_config(config)
-    _check_choice("granularity", granularity, GRANULARITIES)
-    _check_choice("backend", backend, ("auto", *BACKENDS))
-    _check_budget(memory_budget)
+    config = check_config(config)
+    check_choice("granularity", granularity, GRANULARITIES)
+    check_choice("backend", backend, ("auto", *BACKENDS))
+    check_budget(memory_budget)
     if cuda_graphs != "auto" and not isinstance(cuda_graphs, bool):
         raise ValueError(f"hicache: expected cuda_graphs to be True, False or 'auto', got {cuda_graphs!r}")
-    modules = _denoisers(pipe)
+    modules = find_denoisers(pipe)
     for module in modules.values():
-        _check_backend(backend, module)
-        if REFERENCE_ATTRIBUTE in module.__dict__:
-            raise ValueError(
-                f"hicache.fast.apply: {type(module).__name__} is cached by hicache.reference; remove() that "
-                "first"
-            )
-    clock_source = _scheduler_source(pipe, scheduler)
-    _check_speedup(speedup, clock_source is not None)
+        check_backend(backend, module)
+        check_one_cache(module, Handle.owner)
+    source = find_scheduler(pipe, scheduler)
+    check_speedup(speedup, counted=source is not None)
     adapters = {name: StackAdapter(module) for name, module in modules.items()}
     families = {name: registry.find(module) for name, module in modules.items()}
     for name, family in families.items():
@@ -192,12 +139,9 @@ def apply(
                 f"known; known are {', '.join(registry.known())}; use granularity='stack' or 'auto'"
             )
 
-    for module in modules.values():
-        previous = module.__dict__.get(ATTRIBUTE)
-        if previous is not None:
-            previous.remove()
     # everything that can fail has been checked: from here on the pipeline is changed
-    clock = TimestepClock() if clock_source is None else SchedulerClock(clock_source)
+    Handle.remove_from(modules.values())
+    clock = TimestepClock() if source is None else SchedulerClock(source)
     session = Session(clock, config, speedup, backend)
     policy = Policy(granularity, memory_budget)
     denoisers = []
@@ -207,13 +151,7 @@ def apply(
             graphs = Graphs(module, adapters[name].call, CudaBackend(), wanted=cuda_graphs is True)
         denoisers.append(Denoiser(name, module, adapters[name], families[name], policy, session, graphs))
     handle = Handle(session, denoisers)
-    try:
-        for denoiser in denoisers:
-            denoiser.module.__dict__[ATTRIBUTE] = handle
-            denoiser.install()
-    except BaseException:
-        handle.remove()
-        raise
+    handle.install()
     return handle
 
 
@@ -257,9 +195,9 @@ def plan(
     Raises:
         TypeError, ValueError: bad arguments, or a model whose modules are not known.
     """
-    config = _check_config(config)
-    _check_choice("granularity", granularity, GRANULARITIES)
-    _check_budget(memory_budget)
+    config = check_config(config)
+    check_choice("granularity", granularity, GRANULARITIES)
+    check_budget(memory_budget)
     for name, value, least in (
         ("height", height, 1),
         ("width", width, 1),
@@ -268,12 +206,11 @@ def plan(
         ("calls", 1 if calls is None else calls, 1),
         ("more_tokens", more_tokens, 0),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"hicache: expected {name} to be an int >= {least}, got {value!r}")
+        check_whole(name, value, least)
     size = num_frames, height, width
     return make_plan(
         pipe,
-        _denoisers(pipe),
+        find_denoisers(pipe),
         config,
         granularity,
         memory_budget,
@@ -284,87 +221,3 @@ def plan(
         more_tokens,
         dtype,
     )
-
-
-def _check_config(config: HiCacheConfig | None) -> HiCacheConfig:
-    if config is None:
-        return HiCacheConfig()
-    if not isinstance(config, HiCacheConfig):
-        raise TypeError(f"hicache: expected config to be a HiCacheConfig or None, got {config!r}")
-    return config
-
-
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"hicache: unknown {name} {value!r}; expected one of {', '.join(known)}")
-
-
-def _check_budget(memory_budget: int) -> None:
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
-        raise TypeError(f"hicache: expected memory_budget to be a number of bytes, got {memory_budget!r}")
-    if memory_budget < 0:
-        raise ValueError(f"hicache: expected memory_budget >= 0 bytes, got {memory_budget}")
-
-
-def _check_backend(backend: str, module: nn.Module) -> None:
-    if backend == "auto":
-        return
-    # where the weights are, or where offloading will take them
-    devices = {parameter.device.type for parameter in module.parameters()} | {"cpu"}
-    if torch.cuda.is_available():
-        devices.add("cuda")
-    reasons = {device: backend_status(device)[backend] for device in sorted(devices - {"meta"})}
-    if None not in reasons.values():
-        why = "; ".join(str(reason) for reason in reasons.values())
-        raise ValueError(f"hicache: backend {backend!r} cannot run: {why}")
-
-
-def _check_speedup(speedup: float | None, counted: bool) -> None:
-    if speedup is None:
-        return
-    if isinstance(speedup, bool) or not isinstance(speedup, (int, float)):
-        raise TypeError(f"hicache: expected speedup to be a number >= 1 or None, got {speedup!r}")
-    if not (math.isfinite(speedup) and speedup >= 1):
-        raise ValueError(f"hicache: expected a finite speedup >= 1, got {speedup!r}")
-    if not counted:
-        raise ValueError(
-            "hicache: speedup= needs the number of steps: pass scheduler=, or config= with an interval"
-        )
-
-
-def _denoisers(pipe: Any) -> dict[str, nn.Module]:
-    if isinstance(pipe, nn.Module):
-        return {"transformer": _unwrap(pipe)}
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, Mapping):
-        components = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet")}
-    modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
-    found: dict[str, nn.Module] = {}
-    for name, part in modules.items():
-        if "transformer" in name and _unwrap(part) not in found.values():
-            found[name] = _unwrap(part)
-    if not found:
-        present = ", ".join(f"{name} ({type(part).__name__})" for name, part in modules.items())
-        raise ValueError(
-            f"hicache: nothing to hook in {type(pipe).__name__}: expected a component named 'transformer', "
-            f"got {present or 'no modules'}"
-        )
-    return found
-
-
-def _unwrap(module: nn.Module) -> nn.Module:
-    """A compiled module's original: hooks belong on it."""
-    original = getattr(module, "_orig_mod", module)
-    assert isinstance(original, nn.Module)
-    return original
-
-
-def _scheduler_source(pipe: Any, scheduler: Any) -> Any:
-    """A function that gives the scheduler in use, or None when there is none."""
-    if scheduler is not None:
-        SchedulerClock.check(scheduler)
-        return lambda: scheduler
-    if isinstance(pipe, nn.Module):
-        return None
-    SchedulerClock.check(getattr(pipe, "scheduler", None))
-    return lambda: pipe.scheduler

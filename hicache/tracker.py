@@ -13,6 +13,8 @@ from typing import Any, Final
 
 import torch
 
+from hicache.pipeline import check_scheduler
+
 _METHODS: Final = ("set_timesteps", "step")
 _TIMESTEPS: Final = ("timestep", "timesteps", "t")  # what transformers call it
 
@@ -67,23 +69,8 @@ class SchedulerClock:
         self._watched: list[tuple[_Watched, Callable[[], None]]] = []
         self._attach(source())
 
-    @staticmethod
-    def check(scheduler: Any) -> None:
-        """Raise TypeError unless the scheduler can be watched."""
-        missing = [name for name in _METHODS if not callable(getattr(scheduler, name, None))]
-        if missing:
-            raise TypeError(
-                "hicache: expected a scheduler with set_timesteps() and step(), got "
-                f"{type(scheduler).__name__} without {' and '.join(missing)}"
-            )
-        if not hasattr(scheduler, "__dict__"):
-            raise TypeError(
-                "hicache: expected a scheduler whose methods can be watched, got "
-                f"{type(scheduler).__name__} with __slots__"
-            )
-
     def _attach(self, scheduler: Any) -> None:
-        self.check(scheduler)
+        check_scheduler(scheduler)
         self.detach()
         self._scheduler = scheduler
         for name, watcher in zip(_METHODS, (self._on_run, self._on_step), strict=True):

@@ -16,11 +16,10 @@ from typing import Any
 
 from torch import nn
 
-import hicache.fast
 from hicache.config import HiCacheConfig
 from hicache.denoiser import Session
-from hicache.fast import ATTRIBUTE as FAST_ATTRIBUTE
-from hicache.fast import REFERENCE_ATTRIBUTE, _check_config, _denoisers, _scheduler_source
+from hicache.handle import BaseHandle
+from hicache.pipeline import check_config, check_one_cache, find_denoisers, find_scheduler
 from hicache.reference.blocks import cached_parts
 from hicache.reference.denoiser import Denoiser
 from hicache.stats import Stats
@@ -29,19 +28,16 @@ from hicache.tracker import SchedulerClock, TimestepClock
 __all__ = ["Handle", "apply"]
 
 
-class Handle(hicache.fast.Handle):
+class Handle(BaseHandle[Denoiser]):
     """A cached pipeline: leave the ``with`` block or call :meth:`remove` to get it back as it was."""
 
-    _attribute = REFERENCE_ATTRIBUTE
+    owner = "hicache.reference"
 
-    @property
-    def stats(self) -> Stats:
-        """Full and skipped steps by context, bytes held and cache milliseconds of the current or last run.
+    def __init__(self, session: Session, denoisers: list[Denoiser]) -> None:
+        super().__init__(denoisers, session.clock)
+        self._session = session
 
-        After :meth:`remove`, as they stood then.
-        """
-        if self._final is not None:
-            return self._final
+    def _read_stats(self) -> Stats:
         contexts = {
             context.label: context.stats
             for denoiser in self._denoisers
@@ -72,29 +68,23 @@ def apply(pipe: Any, config: HiCacheConfig | None = None, *, scheduler: Any = No
         ValueError: a model that is not in the table of :mod:`hicache.reference.blocks`, a compiled one, or
             one that :mod:`hicache.fast` caches at the moment. The pipeline is left as it was.
     """
-    config = _check_config(config)
-    modules = _denoisers(pipe)
+    config = check_config(config)
+    modules = find_denoisers(pipe)
     for name, module in modules.items():
+        check_one_cache(module, Handle.owner)
         _check_module(pipe if isinstance(pipe, nn.Module) else getattr(pipe, name), module)
-    source = _scheduler_source(pipe, scheduler)
+    source = find_scheduler(pipe, scheduler)
+    # everything that can fail has been checked: from here on the pipeline is changed
+    Handle.remove_from(modules.values())
     clock = TimestepClock() if source is None else SchedulerClock(source)
     session = Session(clock, config, None, "reference")
     handle = Handle(session, [Denoiser(name, module, session) for name, module in modules.items()])
-    for denoiser in handle._denoisers:
-        previous = denoiser.module.__dict__.get(REFERENCE_ATTRIBUTE)
-        if previous is not None:
-            previous.remove()
-        denoiser.module.__dict__[REFERENCE_ATTRIBUTE] = handle
-        denoiser.install()
+    handle.install()
     return handle
 
 
 def _check_module(held: Any, module: nn.Module) -> None:
     name = type(module).__name__
-    if FAST_ATTRIBUTE in module.__dict__:
-        raise ValueError(
-            f"hicache: {name} is cached by hicache.fast; remove() that before hicache.reference.apply()"
-        )
     if held is not module or any(part._compiled_call_impl is not None for part in module.modules()):
         raise ValueError(f"hicache.reference: expected {name} to run eagerly, got it compiled")
     cached_parts(module)  # refuses models it does not know

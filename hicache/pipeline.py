@@ -1,0 +1,213 @@
+"""Finds the denoisers and the scheduler of a pipeline and checks arguments, before anything is changed.
+
+What :mod:`hicache.fast` and :mod:`hicache.reference` have in common, with :mod:`hicache.handle`: nothing here
+hooks, counts or computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from hicache.config import HiCacheConfig
+from hicache_kernels import backend_status
+
+# Who caches -> under which name a cached transformer has the handle.
+HANDLE_ATTRIBUTES: Final = {
+    "hicache.fast": "_hicache_handle",
+    "hicache.reference": "_hicache_reference_handle",
+}
+# What a pipeline without a table of components may call its parts.
+_COMPONENTS: Final = ("transformer", "transformer_2", "unet")
+_SCHEDULER_METHODS: Final = ("set_timesteps", "step")
+
+
+def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline by the pipeline's names for them, each once, without compiled wrappers.
+
+    Args:
+        pipe: a ``DiffusionPipeline``, any object with ``transformer``, or a transformer module, which is
+            called ``"transformer"``.
+
+    Raises:
+        ValueError: there is none; the message names the parts there are.
+    """
+    if isinstance(pipe, nn.Module):
+        return {"transformer": unwrap(pipe)}
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, Mapping):
+        components = {name: getattr(pipe, name, None) for name in _COMPONENTS}
+    modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+    found: dict[str, nn.Module] = {}
+    for name, part in modules.items():
+        if "transformer" in name and unwrap(part) not in found.values():
+            found[name] = unwrap(part)
+    if not found:
+        present = ", ".join(f"{name} ({type(part).__name__})" for name, part in modules.items())
+        raise ValueError(
+            f"hicache: nothing to hook in {type(pipe).__name__}: expected a component named 'transformer', "
+            f"got {present or 'no modules'}"
+        )
+    return found
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The original of a module that ``torch.compile`` has wrapped, any other module itself: hooks belong on
+    it."""
+    original = getattr(module, "_orig_mod", module)
+    assert isinstance(original, nn.Module)
+    return original
+
+
+def find_scheduler(pipe: Any, scheduler: Any) -> Callable[[], Any] | None:
+    """A function that gives the scheduler in use, so that one put in place later is found.
+
+    Args:
+        pipe: as for :func:`find_denoisers`.
+        scheduler: the one to use, whatever the pipeline has; None for ``pipe.scheduler``.
+
+    Returns:
+        The function; None for a bare transformer without a scheduler.
+
+    Raises:
+        TypeError: the scheduler cannot be watched, see :func:`check_scheduler`.
+    """
+    if scheduler is not None:
+        check_scheduler(scheduler)
+        return lambda: scheduler
+    if isinstance(pipe, nn.Module):
+        return None
+    check_scheduler(getattr(pipe, "scheduler", None))
+    return lambda: pipe.scheduler
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Check that the steps of a scheduler can be counted, by watching the methods of the instance.
+
+    Raises:
+        TypeError: it has no ``set_timesteps`` or no ``step``, or ``__slots__``.
+    """
+    missing = [name for name in _SCHEDULER_METHODS if not callable(getattr(scheduler, name, None))]
+    if missing:
+        raise TypeError(
+            "hicache: expected a scheduler with set_timesteps() and step(), got "
+            f"{type(scheduler).__name__} without {' and '.join(missing)}"
+        )
+    if not hasattr(scheduler, "__dict__"):
+        raise TypeError(
+            "hicache: expected a scheduler whose methods can be watched, got "
+            f"{type(scheduler).__name__} with __slots__"
+        )
+
+
+def check_one_cache(module: nn.Module, wanted: str) -> None:
+    """Check that a transformer is not cached in another way already: their hooks would meet.
+
+    Args:
+        module: the transformer.
+        wanted: who is about to cache it, of :data:`HANDLE_ATTRIBUTES`.
+
+    Raises:
+        ValueError: it is cached by another.
+    """
+    for other, attribute in HANDLE_ATTRIBUTES.items():
+        if other != wanted and attribute in module.__dict__:
+            raise ValueError(
+                f"{' and '.join(HANDLE_ATTRIBUTES)} cannot both cache one {type(module).__name__}: remove() "
+                f"the handle of {other} before {wanted}.apply()"
+            )
+
+
+def check_config(config: HiCacheConfig | None) -> HiCacheConfig:
+    """The settings given, or the defaults for None.
+
+    Raises:
+        TypeError: neither settings nor None.
+    """
+    if config is None:
+        return HiCacheConfig()
+    if not isinstance(config, HiCacheConfig):
+        raise TypeError(f"hicache: expected config to be a HiCacheConfig or None, got {config!r}")
+    return config
+
+
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Check that an option is one of those known.
+
+    Raises:
+        ValueError: it is not; the message names the option and those known.
+    """
+    if value not in known:
+        raise ValueError(f"hicache: unknown {name} {value!r}; expected one of {', '.join(known)}")
+
+
+def check_whole(name: str, value: int, least: int) -> None:
+    """Check that an option is a whole number and not too small.
+
+    Raises:
+        ValueError: it is not an int, or below ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"hicache: expected {name} to be an int >= {least}, got {value!r}")
+
+
+def check_budget(memory_budget: int) -> None:
+    """Check a number of bytes.
+
+    Raises:
+        TypeError: not an int.
+        ValueError: below zero.
+    """
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+        raise TypeError(f"hicache: expected memory_budget to be a number of bytes, got {memory_budget!r}")
+    if memory_budget < 0:
+        raise ValueError(f"hicache: expected memory_budget >= 0 bytes, got {memory_budget}")
+
+
+def check_backend(backend: str, module: nn.Module) -> None:
+    """Check that a backend of :mod:`hicache_kernels` runs where the transformer is or may be taken.
+
+    Args:
+        backend: a name, or ``"auto"``, which always finds one.
+        module: the transformer.
+
+    Raises:
+        ValueError: it runs on none of the devices in question; the message says why.
+    """
+    if backend == "auto":
+        return
+    # where the weights are, or where offloading will take them
+    devices = {parameter.device.type for parameter in module.parameters()} | {"cpu"}
+    if torch.cuda.is_available():
+        devices.add("cuda")
+    reasons = {device: backend_status(device)[backend] for device in sorted(devices - {"meta"})}
+    if None not in reasons.values():
+        why = "; ".join(str(reason) for reason in reasons.values())
+        raise ValueError(f"hicache: backend {backend!r} cannot run: {why}")
+
+
+def check_speedup(speedup: float | None, counted: bool) -> None:
+    """Check the bound to reach.
+
+    Args:
+        speedup: steps / full steps, >= 1; None for none.
+        counted: whether a scheduler says how many steps a run has.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not finite, below 1, or nothing says how many steps a run has.
+    """
+    if speedup is None:
+        return
+    if isinstance(speedup, bool) or not isinstance(speedup, (int, float)):
+        raise TypeError(f"hicache: expected speedup to be a number >= 1 or None, got {speedup!r}")
+    if not (math.isfinite(speedup) and speedup >= 1):
+        raise ValueError(f"hicache: expected a finite speedup >= 1, got {speedup!r}")
+    if not counted:
+        raise ValueError(
+            "hicache: speedup= needs the number of steps: pass scheduler=, or config= with an interval"
+        )
