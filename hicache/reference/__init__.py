@@ -2,8 +2,10 @@
 
 Every attention and MLP output is cached before its gate, of the image and the text stream, for every
 context; on skipped steps every block still runs, with forecasts in place of its attention and MLP and with
-the gates of the current timestep. It shares no arithmetic with :mod:`hicache.fast`: it is what that is
-compared with, for parity and for speed.
+the gates of the current timestep. It is what :mod:`hicache.fast` is compared with, for parity and for speed,
+and shares with it only how a pipeline's parts are found and given back (:mod:`hicache.pipeline`,
+:mod:`hicache.handle`) and the settings' own numbers (config, schedule, basis): it hooks, counts steps, tells
+contexts apart, computes and measures by itself.
 
 >>> import hicache.reference                                        # doctest: +SKIP
 >>> with hicache.reference.apply(pipe) as handle:                   # doctest: +SKIP
@@ -17,13 +19,13 @@ from typing import Any
 from torch import nn
 
 from hicache.config import HiCacheConfig
-from hicache.denoiser import Session
 from hicache.handle import BaseHandle
 from hicache.pipeline import check_config, check_one_cache, find_denoisers, find_scheduler
 from hicache.reference.blocks import cached_parts
 from hicache.reference.denoiser import Denoiser
+from hicache.reference.steps import Steps, count_steps
+from hicache.reference.timer import Timer
 from hicache.stats import Stats
-from hicache.tracker import SchedulerClock, TimestepClock
 
 __all__ = ["Handle", "apply"]
 
@@ -33,9 +35,10 @@ class Handle(BaseHandle[Denoiser]):
 
     owner = "hicache.reference"
 
-    def __init__(self, session: Session, denoisers: list[Denoiser]) -> None:
-        super().__init__(denoisers, session.clock)
-        self._session = session
+    def __init__(self, denoisers: list[Denoiser], config: HiCacheConfig, steps: Steps, timer: Timer) -> None:
+        super().__init__(denoisers, steps)
+        self._config = config
+        self._timer = timer
 
     def _read_stats(self) -> Stats:
         contexts = {
@@ -43,9 +46,14 @@ class Handle(BaseHandle[Denoiser]):
             for denoiser in self._denoisers
             for context in denoiser.contexts.values()
         }
-        held = sum(context.history_bytes for context in contexts.values())
-        session = self._session
-        return Stats(session.config, "module", session.backend, contexts, held, session.watch.read())
+        return Stats(
+            config=self._config,
+            granularity="module",
+            backend="reference",
+            contexts=contexts,
+            history_bytes=sum(context.history_bytes for context in contexts.values()),
+            cache_ms=self._timer.milliseconds,
+        )
 
 
 def apply(pipe: Any, config: HiCacheConfig | None = None, *, scheduler: Any = None) -> Handle:
@@ -76,9 +84,9 @@ def apply(pipe: Any, config: HiCacheConfig | None = None, *, scheduler: Any = No
     source = find_scheduler(pipe, scheduler)
     # everything that can fail has been checked: from here on the pipeline is changed
     Handle.remove_from(modules.values())
-    clock = TimestepClock() if source is None else SchedulerClock(source)
-    session = Session(clock, config, None, "reference")
-    handle = Handle(session, [Denoiser(name, module, session) for name, module in modules.items()])
+    steps, timer = count_steps(source), Timer()
+    denoisers = [Denoiser(name, module, config, steps, timer) for name, module in modules.items()]
+    handle = Handle(denoisers, config, steps, timer)
     handle.install()
     return handle
 

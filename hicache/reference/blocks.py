@@ -11,7 +11,16 @@ from typing import Final
 
 from torch import nn
 
-from hicache.models.generic import BLOCK_LISTS
+# The models' lists of blocks.
+_LISTS: Final = (
+    "joint_transformer_blocks",
+    "transformer_blocks",
+    "single_transformer_blocks",
+    "double_stream_blocks",
+    "single_stream_blocks",
+    "blocks",
+    "layers",
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ def cached_parts(model: nn.Module) -> list[Part]:
             f"{', '.join(_block_classes(model)) or 'none'}; known models: {', '.join(MODELS)}"
         )
     parts: dict[nn.Module, Part] = {}
-    for list_name in BLOCK_LISTS:
+    for list_name in _LISTS:
         for index, outer in enumerate(getattr(model, list_name, ())):
             path, block = f"{list_name}.{index}", outer
             if type(outer).__name__ == "HiDreamBlock":  # nothing but a wrapper
@@ -140,5 +149,5 @@ def cached_parts(model: nn.Module) -> list[Part]:
 
 
 def _block_classes(model: nn.Module) -> list[str]:
-    lists = (getattr(model, list_name, ()) for list_name in BLOCK_LISTS)
+    lists = (getattr(model, list_name, ()) for list_name in _LISTS)
     return list(dict.fromkeys(type(block).__name__ for blocks in lists for block in blocks))

@@ -6,95 +6,39 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from hicache.config import HiCacheConfig
-from hicache.denoiser import _MAX_CONTEXTS, Session, _requires_grad, _signature
 from hicache.reference.blocks import Part, cached_parts
-from hicache.reference.history import Feature
-from hicache.schedule import is_full
-from hicache.stats import ContextStats, Stopwatch
+from hicache.reference.context import Context, Key, form, wants_gradients
+from hicache.reference.steps import Steps
+from hicache.reference.timer import Timer
 
-# (path of a submodule, how often it had run before in this call of the transformer)
-_Key = tuple[str, int]
-
-
-class Context:
-    """One call of a transformer in every step: the histories of its features, its own count of steps.
-
-    Args:
-        config: the cache's settings.
-        label: how :class:`~hicache.stats.Stats` names it.
-        first_step: the step it starts at; its schedule counts from there.
-        num_steps: steps from there to the end of the run, if known.
-    """
-
-    def __init__(self, config: HiCacheConfig, label: str, first_step: int, num_steps: int | None) -> None:
-        self.config = config
-        self.label = label
-        self.first_step = first_step
-        self.num_steps = num_steps
-        self.last_full: int | None = None
-        self.full_steps = 0
-        self.skipped_steps = 0
-        self.features: dict[_Key, Feature] = {}
-        self.pairs: set[str] = set()  # paths of idle submodules that give a pair of streams
-
-    def release(self) -> None:
-        self.features.clear()
-        self.last_full = None
-
-    @property
-    def stats(self) -> ContextStats:
-        held = sum(feature.nbytes for feature in self.features.values())
-        return ContextStats(self.full_steps, self.skipped_steps, held)
-
-    def is_full(self, step: int) -> bool:
-        return is_full(self.config, step, self.last_full, self.num_steps)
-
-    def record(self, step: int, outputs: dict[_Key, Any]) -> None:
-        """Take in what the submodules gave at a full step."""
-        # a submodule that did not run this time starts anew when it does: its history would have a hole
-        self.features = {key: self.features.get(key) or Feature(self.config) for key in outputs}
-        for key, output in outputs.items():
-            self.features[key].record(step, output)
-        self.last_full = step
-
-    def forecast(self, step: int, key: _Key) -> Any:
-        """What a submodule would give at a skipped step."""
-        if key not in self.features:
-            path, ordinal = key
-            raise RuntimeError(
-                f"hicache.reference: {path} was called {ordinal + 1} times in a skipped step, {ordinal} "
-                "times in the full step before it: there is nothing to forecast from"
-            )
-        return self.features[key].forecast(step)
+# Calls of one transformer in one step; more means that the steps are not being counted.
+_MOST_CALLS: Final = 16
 
 
 class _Call:
     """A call of the transformer that goes on: its submodules report to it."""
 
-    def __init__(self, context: Context, step: int, watch: Stopwatch) -> None:
+    def __init__(self, context: Context, step: int, timer: Timer) -> None:
         self.context = context
         self.step = step  # of the context
         self.full = context.is_full(step)
-        self.outputs: dict[_Key, Any] = {}
+        self.outputs: dict[Key, Any] = {}
         self._runs: Counter[str] = Counter()
-        self._watch = watch
+        self._timer = timer
 
     def feature(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A submodule whose output is cached is called."""
         key = path, self._runs[path]
         self._runs[path] += 1
         if not self.full:
-            started = self._watch.start(_device(args, kwargs))
-            with torch.no_grad():
-                forecast = self.context.forecast(self.step, key)
-            self._watch.stop(started)
-            return forecast
+            with self._timer.measure(_device(args, kwargs)), torch.no_grad():
+                return self.context.forecast(self.step, key)
         output = forward(*args, **kwargs)
         self.outputs[key] = _copy(path, output)
         return output
@@ -120,14 +64,20 @@ class Denoiser:
     Args:
         name: of the pipeline's component.
         module: the transformer.
-        session: the clock and the settings.
+        config: the cache's settings.
+        steps: counts the steps of all denoisers of the pipeline.
+        timer: of all of them, too.
     """
 
-    def __init__(self, name: str, module: nn.Module, session: Session) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, config: HiCacheConfig, steps: Steps, timer: Timer
+    ) -> None:
         self.name = name
         self.module = module
         self.contexts: dict[Any, Context] = {}
-        self._session = session
+        self._config = config
+        self._steps = steps
+        self._timer = timer
         self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self._run = -1
         self._step = -1
@@ -159,19 +109,19 @@ class Denoiser:
             self._end()
             self._abort()
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        if torch.is_grad_enabled() and (module.training or _requires_grad(named)):
+        if torch.is_grad_enabled() and (module.training or wants_gradients(named)):
             self._warn("is called for its gradients: it runs uncached")
             return
-        self._session.clock.tick(module, named)
-        self._count()
-        if self._ordinal >= _MAX_CONTEXTS:
+        self._steps.count(module, named)
+        self._count_calls()
+        if self._ordinal >= _MOST_CALLS:
             self._warn(
-                f"was called more than {_MAX_CONTEXTS} times without a step of the scheduler: these calls "
+                f"was called more than {_MOST_CALLS} times without a step of the scheduler: these calls "
                 "run uncached; is this the scheduler of the run? (see apply(..., scheduler=...))"
             )
             return
-        context = self._context((self._ordinal, *_signature(named)))
-        self._call = _Call(context, self._step - context.first_step, self._session.watch)
+        context = self._context((self._ordinal, form(named)))
+        self._call = _Call(context, self._step - context.first_step, self._timer)
         for part in cached_parts(module):  # looked up anew: adapters may have replaced some since
             self._undo.append(_replace_forward(part, self._call))
 
@@ -186,11 +136,8 @@ class Denoiser:
         if not call.full:
             call.context.skipped_steps += 1
             return
-        watch = self._session.watch
-        started = watch.start(next(module.parameters()).device)
-        with torch.no_grad():
+        with self._timer.measure(next(module.parameters()).device), torch.no_grad():
             call.context.record(call.step, call.outputs)
-        watch.stop(started)
         call.context.full_steps += 1
 
     def _end(self) -> None:
@@ -200,17 +147,17 @@ class Denoiser:
 
     def _abort(self) -> None:
         self.contexts.clear()
-        self._session.clock.abort()
+        self._steps.abort()
 
-    def _count(self) -> None:
-        """Which run, step and call of the step this is."""
-        clock = self._session.clock
-        if self._run != clock.run:
-            self._run, self._step = clock.run, -1
+    def _count_calls(self) -> None:
+        """Which call of the step this is; a new run forgets the last one."""
+        steps = self._steps
+        if self._run != steps.run:
+            self._run, self._step = steps.run, -1
             self.contexts.clear()
-            self._session.start_run(clock.run, clock.num_steps)
-        if self._step != clock.step:
-            self._step, self._ordinal = clock.step, 0
+            self._timer.start_run(steps.run)
+        if self._step != steps.step:
+            self._step, self._ordinal = steps.step, 0
         else:
             self._ordinal += 1
 
@@ -218,9 +165,9 @@ class Denoiser:
         if key not in self.contexts:
             label = f"{self.name}[{self._ordinal}]"
             twins = sum(context.label.split(" ")[0] == label for context in self.contexts.values())
-            num_steps = self._session.clock.num_steps
+            num_steps = self._steps.num_steps
             self.contexts[key] = Context(
-                self._session.config,
+                self._config,
                 f"{label} #{twins + 1}" if twins else label,
                 self._step,
                 None if num_steps is None else num_steps - self._step,

@@ -1,0 +1,115 @@
+"""One call of a transformer in every step: what tells it from the others, its histories, its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hicache.config import HiCacheConfig
+from hicache.reference.history import Feature
+from hicache.schedule import is_full
+from hicache.stats import ContextStats
+
+# (path of a submodule, how often it had run before in this call of the transformer)
+Key = tuple[str, int]
+
+
+def form(named: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a call looks like: calls of another form have other histories.
+
+    Args:
+        named: the arguments by name.
+
+    Returns:
+        Shape, dtype and device of every tensor, also of those in lists and dictionaries; whole numbers in
+        lists (which layers to skip); and the dtype that autocast, if it is on, casts to.
+    """
+    devices = sorted({tensor.device.type for tensor in _tensors(named)})
+    casts = tuple(
+        torch.get_autocast_dtype(device)
+        for device in devices
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    )
+    return _form(named), casts
+
+
+def _form(value: Any, in_list: bool = False) -> Any:
+    """Hashable; None for what has no form."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device
+    if isinstance(value, Mapping):
+        forms = tuple((name, _form(part)) for name, part in value.items())
+        return tuple(pair for pair in forms if pair[1] is not None) or None
+    if isinstance(value, (list, tuple)):
+        elements = tuple(_form(part, in_list=True) for part in value)
+        return elements if any(element is not None for element in elements) else None
+    return ("number", value) if in_list and isinstance(value, int) else None
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    )
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def wants_gradients(named: Mapping[str, Any]) -> bool:
+    """Whether a tensor among the arguments of a call requires grad."""
+    return any(isinstance(value, Tensor) and value.requires_grad for value in named.values())
+
+
+class Context:
+    """One call of a transformer in every step: the histories of its features, its own count of steps.
+
+    Args:
+        config: the cache's settings.
+        label: how :class:`~hicache.stats.Stats` names it.
+        first_step: the step it starts at; its schedule counts from there.
+        num_steps: steps from there to the end of the run, if known.
+    """
+
+    def __init__(self, config: HiCacheConfig, label: str, first_step: int, num_steps: int | None) -> None:
+        self.config = config
+        self.label = label
+        self.first_step = first_step
+        self.num_steps = num_steps
+        self.last_full: int | None = None
+        self.full_steps = 0
+        self.skipped_steps = 0
+        self.features: dict[Key, Feature] = {}
+        self.pairs: set[str] = set()  # paths of idle submodules that give a pair of streams
+
+    def release(self) -> None:
+        self.features.clear()
+        self.last_full = None
+
+    @property
+    def stats(self) -> ContextStats:
+        held = sum(feature.nbytes for feature in self.features.values())
+        return ContextStats(self.full_steps, self.skipped_steps, held)
+
+    def is_full(self, step: int) -> bool:
+        return is_full(self.config, step, self.last_full, self.num_steps)
+
+    def record(self, step: int, outputs: dict[Key, Any]) -> None:
+        """Take in what the submodules gave at a full step."""
+        # a submodule that did not run this time starts anew when it does: its history would have a hole
+        self.features = {key: self.features.get(key) or Feature(self.config) for key in outputs}
+        for key, output in outputs.items():
+            self.features[key].record(step, output)
+        self.last_full = step
+
+    def forecast(self, step: int, key: Key) -> Any:
+        """What a submodule would give at a skipped step."""
+        if key not in self.features:
+            path, ordinal = key
+            raise RuntimeError(
+                f"hicache.reference: {path} was called {ordinal + 1} times in a skipped step, {ordinal} "
+                "times in the full step before it: there is nothing to forecast from"
+            )
+        return self.features[key].forecast(step)
