@@ -1,7 +1,7 @@
 """What of each model's call a CUDA graph cannot capture: ``python -m benchmarks.capture_safety``.
 
 Every model runs with random weights on a GPU that is not there (:mod:`benchmarks.pretend`), by itself and
-cached, and :mod:`hicache.offences` looks on. Prints the page, or writes it with ``--write``.
+cached, and :mod:`hicache.cuda_graphs.capture_safety` looks on. Prints the page, or writes it with ``--write``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import nn
 import hicache.fast
 from benchmarks.pretend import PretendGpu, move, to_gpu
 from hicache import HiCacheConfig
-from hicache.models import registry
-from hicache.models.generic import StackAdapter
-from hicache.offences import Offence, Offences
+from hicache.adapters import registry
+from hicache.cuda_graphs.capture_safety import UnsafeOp, UnsafeOps
+from hicache.hooks.transformer import HookedTransformer
 
 # a model, and what gives the arguments of its call at a time in (0, 1]
 Build = Callable[[], tuple[nn.Module, Callable[[float], dict[str, Any]]]]
@@ -84,9 +84,9 @@ launches and waits that bypass them, and what a library does inside one. One kin
 model, text with no padding unless the name says so. The same of any call, on whatever device:
 
 ```python
-from hicache.offences import offences
+from hicache.cuda_graphs.capture_safety import unsafe_ops
 
-print(*offences(lambda: transformer(**inputs), transformer.blocks), sep="\\n")
+print(*unsafe_ops(lambda: transformer(**inputs), transformer.blocks), sep="\\n")
 ```
 
 {versions}
@@ -103,10 +103,10 @@ print(*offences(lambda: transformer(**inputs), transformer.blocks), sep="\\n")
 
 @dataclass(frozen=True)
 class Found:
-    """Offences of calls of one kind: of the first one, and of those after it; each function's once."""
+    """UnsafeOps of calls of one kind: of the first one, and of those after it; each function's once."""
 
-    first: tuple[Offence, ...]
-    later: tuple[Offence, ...]
+    first: tuple[UnsafeOp, ...]
+    later: tuple[UnsafeOp, ...]
 
     @property
     def verdict(self) -> str:
@@ -160,17 +160,17 @@ def survey(build: Build) -> Survey:
 
 
 def _survey(model: nn.Module, call: Callable[[float], dict[str, Any]]) -> Survey:
-    blocks = [block for block_list in StackAdapter(model).lists for block in block_list]
-    calls: list[list[Offence]] = []
+    blocks = [block for block_list in HookedTransformer(model).lists for block in block_list]
+    calls: list[list[UnsafeOp]] = []
     forward = model.forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        with Offences(blocks) as mode:
+        with UnsafeOps(blocks) as mode:
             output = forward(*args, **kwargs)
         calls.append(mode.found)
         return output
 
-    def run(scheduler: _Steps) -> list[list[Offence]]:
+    def run(scheduler: _Steps) -> list[list[UnsafeOp]]:
         calls.clear()
         scheduler.set_timesteps(STEPS)
         for t in torch.linspace(1, 0.1, STEPS):
@@ -180,7 +180,7 @@ def _survey(model: nn.Module, call: Callable[[float], dict[str, Any]]) -> Survey
 
     cached = {}
     # weights of a GPU that is not there are no plain parameters, yet are to be read as those
-    plain = mock.patch("hicache.models.gates._plain", return_value=True)
+    plain = mock.patch("hicache.adapters.gates._plain", return_value=True)
     with PretendGpu(), torch.no_grad(), plain:
         move(model)
         # what graphs would capture: the model's own forward, within all that is hooked around it
@@ -201,12 +201,12 @@ def _survey(model: nn.Module, call: Callable[[float], dict[str, Any]]) -> Survey
     return Survey(own, cached)
 
 
-def _of(calls: Sequence[Sequence[Offence]], steps: Sequence[int]) -> Found:
+def _of(calls: Sequence[Sequence[UnsafeOp]], steps: Sequence[int]) -> Found:
     first, *others = (calls[step] for step in steps)
     return Found(_unique(first), _unique([offence for found in others for offence in found]))
 
 
-def _unique(found: Sequence[Offence]) -> tuple[Offence, ...]:
+def _unique(found: Sequence[UnsafeOp]) -> tuple[UnsafeOp, ...]:
     return tuple(dict.fromkeys(found))
 
 

@@ -34,7 +34,7 @@ from benchmarks.gate import WrongResult
 from benchmarks.machine import available_bytes
 from benchmarks.pipeline_rows import Row, line, page, place, write_csv
 from hicache import HiCacheConfig
-from hicache.graphs import Graphs
+from hicache.cuda_graphs.runner import GraphRunner
 from hicache.schedule import bound, full_steps
 from hicache.stats import GraphStats
 
@@ -262,7 +262,7 @@ def measure_variant(
     bench.reset_peak()
     with _compiled(bench.transformer) if variant.compiled else nullcontext():
         if variant.graphs and (variant, stop) not in known:
-            with mock.patch.object(Graphs, "usable", return_value=False), bench.apply(variant):
+            with mock.patch.object(GraphRunner, "usable", return_value=False), bench.apply(variant):
                 known[variant, stop] = bench.run(stop)
         with bench.apply(variant) if cached else nullcontext() as handle:
             warm = bench.run(stop)

@@ -13,13 +13,13 @@ from typing import Any, Final
 
 import torch
 
-from hicache.capture import CudaBackend
+from hicache.adapters import registry
 from hicache.config import HiCacheConfig
-from hicache.denoiser import Denoiser, Policy, Session
-from hicache.graphs import Graphs
+from hicache.cuda_graphs.capture import CudaBackend
+from hicache.cuda_graphs.runner import GraphRunner
 from hicache.handle import BaseHandle
-from hicache.models import registry
-from hicache.models.generic import StackAdapter
+from hicache.hooks.step_clock import SchedulerClock, TimestepClock
+from hicache.hooks.transformer import HookedTransformer
 from hicache.pipeline import (
     check_backend,
     check_budget,
@@ -32,8 +32,10 @@ from hicache.pipeline import (
     find_scheduler,
 )
 from hicache.plan import DenoiserPlan, Plan, make_plan
+from hicache.runtime.budget import Policy
+from hicache.runtime.denoiser import Denoiser
+from hicache.runtime.session import Session
 from hicache.stats import ContextStats, Stats
-from hicache.tracker import SchedulerClock, TimestepClock
 from hicache_kernels import BACKENDS
 
 __all__ = ["ContextStats", "DenoiserPlan", "Handle", "Plan", "Stats", "apply", "plan"]
@@ -57,16 +59,16 @@ class Handle(BaseHandle[Denoiser]):
         session, denoisers = self._session, self._denoisers
         return Stats(
             config=session.config,
-            granularity=" and ".join(sorted({denoiser.granularity.name for denoiser in denoisers})),
+            granularity=" and ".join(sorted({denoiser.choice.recorder.name for denoiser in denoisers})),
             backend=session.backend,
             contexts={
                 context.label: ContextStats(context.full_steps, context.skipped_steps, context.engine.nbytes)
                 for denoiser in denoisers
-                for context in denoiser.contexts.values()
+                for context in denoiser.contexts.current.values()
             },
-            history_bytes=sum(denoiser.nbytes for denoiser in denoisers),
+            history_bytes=sum(denoiser.contexts.nbytes for denoiser in denoisers),
             cache_ms=session.watch.read(),
-            choices={denoiser.name: denoiser.choice for denoiser in denoisers},
+            choices={denoiser.name: denoiser.choice.describe() for denoiser in denoisers},
             graphs={
                 denoiser.name: dataclasses.replace(denoiser.graphs.stats)
                 for denoiser in denoisers
@@ -130,10 +132,10 @@ def apply(
         check_one_cache(module, Handle.owner)
     source = find_scheduler(pipe, scheduler)
     check_speedup(speedup, counted=source is not None)
-    adapters = {name: StackAdapter(module) for name, module in modules.items()}
-    families = {name: registry.find(module) for name, module in modules.items()}
-    for name, family in families.items():
-        if family is None and granularity == "module":
+    hooked = {name: HookedTransformer(module) for name, module in modules.items()}
+    adapters = {name: registry.find(module) for name, module in modules.items()}
+    for name, adapter in adapters.items():
+        if adapter is None and granularity == "module":
             raise ValueError(
                 f"hicache: granularity='module': the modules of {type(modules[name]).__name__} are not "
                 f"known; known are {', '.join(registry.known())}; use granularity='stack' or 'auto'"
@@ -145,11 +147,11 @@ def apply(
     session = Session(clock, config, speedup, backend)
     policy = Policy(granularity, memory_budget)
     denoisers = []
-    for name, module in modules.items():
+    for name, transformer in hooked.items():
         graphs = None
         if cuda_graphs is not False:
-            graphs = Graphs(module, adapters[name].call, CudaBackend(), wanted=cuda_graphs is True)
-        denoisers.append(Denoiser(name, module, adapters[name], families[name], policy, session, graphs))
+            graphs = GraphRunner(transformer, CudaBackend(), wanted=cuda_graphs is True)
+        denoisers.append(Denoiser(name, transformer, adapters[name], policy, session, graphs))
     handle = Handle(session, denoisers)
     handle.install()
     return handle

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from hicache.adapters import registry
+from hicache.adapters.base import ModuleAdapter
 from hicache.config import HiCacheConfig
 from hicache.engine import Engine
-from hicache.models import registry
-from hicache.models.features import ModuleAdapter
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class DenoiserPlan:
     granularity: str  # "module" or "stack", as apply() would choose
     contexts: int  # calls a step, each with a history of its own
     hidden: tuple[int, int, int]  # the hidden state of a call: batch, image tokens, channels
-    terms: int  # features a history holds in module granularity; one in the other
+    num_features: int  # of a history by module; a history of the stack has one
     module_bytes: int  # of all contexts
     stack_bytes: int
 
@@ -30,6 +30,11 @@ class DenoiserPlan:
     def history_bytes(self) -> int:
         """Bytes of history a run holds."""
         return self.module_bytes if self.granularity == "module" else self.stack_bytes
+
+    @property
+    def terms(self) -> int:
+        """The name :attr:`num_features` had."""
+        return self.num_features
 
     @property
     def launches(self) -> int:
@@ -51,7 +56,7 @@ class Plan:
     def __str__(self) -> str:
         return "\n".join(
             f"{name}: {plan.granularity}, {plan.history_bytes:,} bytes of history (module "
-            f"{plan.module_bytes:,} in {plan.terms} terms, stack {plan.stack_bytes:,}), "
+            f"{plan.module_bytes:,} in {plan.num_features} features, stack {plan.stack_bytes:,}), "
             f"{plan.contexts} x {list(plan.hidden)}, {plan.launches} cache "
             f"kernel{'s' if plan.launches > 1 else ''} a skipped step"
             for name, plan in self.denoisers.items()
@@ -86,12 +91,12 @@ def make_plan(
         hidden = (batch * samples, tokens, adapter.channels)
         engine = Engine(config)
         kept = dtype or next(module.parameters()).dtype
-        terms = adapter.terms({})
-        by_module = contexts * engine.planned_nbytes([hidden] * terms, kept)
+        num_features = adapter.num_features({})
+        by_module = contexts * engine.planned_nbytes([hidden] * num_features, kept)
         by_stack = contexts * engine.planned_nbytes([hidden], kept)
         fits = granularity == "module" or (granularity == "auto" and by_module <= memory_budget)
         chosen = "module" if fits else "stack"
-        plans[name] = DenoiserPlan(chosen, contexts, hidden, terms, by_module, by_stack)
+        plans[name] = DenoiserPlan(chosen, contexts, hidden, num_features, by_module, by_stack)
     return Plan(plans)
 
 

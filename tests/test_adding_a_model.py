@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import hicache.fast
 from hicache import HiCacheConfig
-from hicache.models import registry
-from hicache.models.features import Feature
+from hicache.adapters import registry
+from hicache.adapters.base import ModuleOutput
 from hicache.reference.history import Feature as PaperFeature
 from hicache.schedule import is_full
 
@@ -130,12 +130,14 @@ def wrong(page: dict[str, Any], kind: str) -> type[Any]:
                 rows = [page["GateRows"](block, "modulation", (0, 2), 4) for block in module.blocks]
                 self._gates = page["Gates"](rows)
 
-        def features(self) -> list[Feature]:
-            found = list(super().features())
+        def outputs(self) -> list[ModuleOutput]:
+            found = list(super().outputs())
             if kind == "element":  # the attention's tuple itself
-                return [Feature(feature.module, feature.terms) for feature in found]
+                return [ModuleOutput(feature.module, feature.terms) for feature in found]
             if kind == "order":
-                return [Feature(f.module, ((t ^ 1, None),), f.element) for f in found for t, _ in f.terms]
+                return [
+                    ModuleOutput(f.module, ((t ^ 1, None),), f.element) for f in found for t, _ in f.terms
+                ]
             return found[:-1] if kind == "missing" else found
 
         def terms(self, call: Any) -> int:

@@ -12,7 +12,7 @@ import torch
 
 import hicache.fast
 from hicache import HiCacheConfig
-from hicache.ahead import Ahead
+from hicache.runtime.gate_prefetch import GatePrefetch
 
 CONFIG = HiCacheConfig(interval=4, order=2, warmup=3)
 FORESEEN = ["flux", "flux_cfg", "qwen", "qwen_edit", "sd3", "hunyuan", "dit"]
@@ -22,14 +22,14 @@ FORESEEN = ["flux", "flux_cfg", "qwen", "qwen_edit", "sd3", "hunyuan", "dit"]
 def foreseen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether the gates of every skipped step were foreseen, step by step."""
     seen: list[bool] = []
-    gates = Ahead.gates
+    gates = GatePrefetch.gates
 
-    def watched(self: Ahead, *args: Any) -> Any:
+    def watched(self: GatePrefetch, *args: Any) -> Any:
         result = gates(self, *args)
         seen.append(result is not None)
         return result
 
-    monkeypatch.setattr(Ahead, "gates", watched)
+    monkeypatch.setattr(GatePrefetch, "gates", watched)
     return seen
 
 
@@ -41,7 +41,7 @@ def cached(pipe: Any, arguments: dict[str, Any], **more: Any) -> torch.Tensor:
 def without(call: Callable[[], torch.Tensor]) -> torch.Tensor:
     """The same with every step computing its own gates."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ahead, "look", lambda *args: None)
+        patch.setattr(GatePrefetch, "look", lambda *args: None)
         return call()
 
 

@@ -27,7 +27,17 @@ from benchmarks.capture_safety import (
     survey,
 )
 from benchmarks.pretend import DEVICE, PretendGpu, PretendTensor, move, to_gpu
-from hicache.offences import AFTER, BEFORE, COPY, INSIDE, SHAPE, SYNC, Offence, Offences, offences
+from hicache.cuda_graphs.capture_safety import (
+    AFTER,
+    BEFORE,
+    COPY,
+    INSIDE,
+    SHAPE,
+    SYNC,
+    UnsafeOp,
+    UnsafeOps,
+    unsafe_ops,
+)
 
 PAGE = TESTS.parent / "docs" / "capture-safety.md"
 # by themselves, from the first call on
@@ -125,13 +135,13 @@ def test_an_offence_of_the_cache_would_show(monkeypatch: pytest.MonkeyPatch, pla
 
         monkeypatch.setattr(hicache.engine.Sum, "__call__", offending)
     else:
-        write = hicache.models.recording._Tap._write
+        write = hicache.hooks.module_outputs._Tap._write
 
         def offending_write(self: Any, part: Any, slot: Tensor, output: Any) -> bool:
             slot.copy_(torch.zeros(slot.shape))
             return write(self, part, slot, output)
 
-        monkeypatch.setattr(hicache.models.recording._Tap, "_write", offending_write)
+        monkeypatch.setattr(hicache.hooks.module_outputs._Tap, "_write", offending_write)
     full, skipped = survey(builders()["FLUX.1"]).cached["module"]
     found = [(offence.kind, offence.function, offence.place) for offence in (*full.later, *skipped.later)]
     if place == "forecast":
@@ -199,9 +209,9 @@ HARMLESS: dict[str, Operation] = {
 }
 
 
-def _found(operation: Operation) -> list[Offence]:
+def _found(operation: Operation) -> list[UnsafeOp]:
     with PretendGpu():
-        return offences(lambda: operation(PretendTensor(torch.randn(2, 3))))
+        return unsafe_ops(lambda: operation(PretendTensor(torch.randn(2, 3))))
 
 
 @pytest.mark.parametrize("name", OFFENCES)
@@ -236,7 +246,7 @@ def test_places():
     model = Model()
     hooks = [(len(b._forward_pre_hooks), len(b._forward_hooks)) for b in model.blocks]
     with PretendGpu():
-        found = offences(lambda: model(PretendTensor(torch.ones(2))), model.blocks)
+        found = unsafe_ops(lambda: model(PretendTensor(torch.ones(2))), model.blocks)
     assert [(o.kind, o.function, o.place) for o in found] == [
         (COPY, "Model.forward", BEFORE),
         (SYNC, "Block.forward", INSIDE),
@@ -253,7 +263,7 @@ def test_a_block_that_raises_is_left():
             raise ZeroDivisionError
 
     block = Block()
-    with PretendGpu(), Offences([block]) as mode:
+    with PretendGpu(), UnsafeOps([block]) as mode:
         with pytest.raises(ZeroDivisionError):
             block(torch.ones(1))
         PretendTensor(torch.ones(1)).cpu()

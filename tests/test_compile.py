@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import hicache.demo
 import hicache.fast
 from hicache import HiCacheConfig
-from hicache.compiling import Compiling
+from hicache.hooks.dynamo import CompilePause
 
 CONFIG = HiCacheConfig(interval=3, order=2, warmup=3)
 STEPS = 12
@@ -134,7 +134,7 @@ def test_pauses_of_several_transformers_overlap():
     def stance() -> str:
         return torch._dynamo.eval_frame._stance.stance
 
-    one, other = Compiling(), Compiling()
+    one, other = CompilePause(), CompilePause()
     one.pause()
     other.pause()
     one.resume()

@@ -14,9 +14,9 @@ from torch import nn
 
 import hicache.fast
 from hicache import HiCacheConfig, full_steps
-from hicache.models import registry
-from hicache.models.features import Feature, ModuleAdapter
-from hicache.models.generic import BLOCK_LISTS
+from hicache.adapters import registry
+from hicache.adapters.base import ModuleAdapter, ModuleOutput
+from hicache.hooks.block_lists import BLOCK_LISTS
 
 EVERY_THIRD = HiCacheConfig(interval=3)
 pipelines = pytest.mark.parametrize("name", tiny.PIPELINES)
@@ -497,8 +497,8 @@ def test_an_adapter_that_lists_blocks_does_not_make_them_skippable(monkeypatch):
             return x + self.out(x)
 
     class Blocks(ModuleAdapter):
-        def features(self):
-            return [Feature(block.out, ((i, None),)) for i, block in enumerate(self.module.blocks)]
+        def outputs(self):
+            return [ModuleOutput(block.out, ((i, None),)) for i, block in enumerate(self.module.blocks)]
 
         def gates(self, call, base):
             return base.new_ones(2, len(base), base.shape[-1])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import hicache.fast
-from hicache.models.gates import GateRows, Gates
+from hicache.adapters.gates import GateRows, Gates
 
 WIDTH, CHANNELS, BATCH = 24, 16, 3
 ROWS = [((2,), 3), ((2, 5), 6), ((2, 5, 8), 9), ((1, 3), 4), ((2,), 6)]

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+import hicache.cuda_graphs.runner
 import hicache.fast
-import hicache.graphs
 from hicache import HiCacheConfig
 from hicache.engine import Sum
-from hicache.models.call import Call, Mode
+from hicache.step_plan import Call, Mode
 
 CONFIG = HiCacheConfig(interval=3, order=2, warmup=3)
 STEPS = 14
@@ -200,7 +200,7 @@ def test_other_resolutions_have_graphs_of_their_own():
 
 def test_the_least_recently_used_graph_goes(monkeypatch):
     pipe, arguments = tiny.flux()
-    monkeypatch.setattr(hicache.graphs, "LIMIT", 2)
+    monkeypatch.setattr(hicache.cuda_graphs.runner, "LIMIT", 2)
     with apply(pipe) as handle:
         graphs = handle._denoisers[0].graphs
         graphs._limit = 2
@@ -337,7 +337,7 @@ def test_weights_changed_in_place_need_no_capture():
 
 def test_a_smaller_history_in_the_same_place_is_another_form():
     """Memory freed for the stack: its address may come again, and a graph of modules must not be replayed."""
-    graphs = hicache.graphs.Graphs(torch.nn.Linear(1, 1), Call(), Fake())
+    graphs = hicache.cuda_graphs.runner.GraphRunner(torch.nn.Linear(1, 1), Call(), Fake())
     keys = []
     for terms in (3, 1):
         orders = torch.empty(0).set_(MEMORY, 0, (3, terms, 8))

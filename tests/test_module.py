@@ -21,12 +21,12 @@ from torch import Tensor, nn
 import hicache.fast
 import hicache.reference
 from hicache import HiCacheConfig
-from hicache.models import registry
-from hicache.models.flux2 import Flux2
-from hicache.models.ltx import LTX
-from hicache.models.pixart import PixArt
-from hicache.models.sana import Sana
-from hicache.models.wan import Wan
+from hicache.adapters import registry
+from hicache.adapters.flux2 import Flux2
+from hicache.adapters.ltx import LTX
+from hicache.adapters.pixart import PixArt
+from hicache.adapters.sana import Sana
+from hicache.adapters.wan import Wan
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # Chroma's
@@ -202,7 +202,7 @@ def test_collapsed_is_exact(name: str, adapter: type[Any], monkeypatch: pytest.M
             bytes_held.append(handle.stats.history_bytes)
     collapsed, apart = outputs
     assert off(collapsed, apart) <= 1e-12
-    terms = max(term for feature in _uncollapsed(adapter)(model).features() for term, _ in feature.terms) + 1
+    terms = max(term for feature in _uncollapsed(adapter)(model).outputs() for term, _ in feature.terms) + 1
     assert bytes_held[0] * terms == bytes_held[1] * 3
 
 

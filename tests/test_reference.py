@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hicache.fast
 import hicache.reference
 from hicache import HiCacheConfig, register_basis, unregister_basis
-from hicache.models.generic import BLOCK_LISTS
+from hicache.hooks.block_lists import BLOCK_LISTS
 from hicache.reference.blocks import MODELS
 from hicache.reference.history import History
 

@@ -14,7 +14,7 @@ from zoo import UNSKIPPABLE, ZOO, Built
 
 import hicache.fast
 from hicache import HiCacheConfig
-from hicache.models.generic import BLOCK_LISTS
+from hicache.hooks.block_lists import BLOCK_LISTS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),  # Mochi's rope

@@ -1,0 +1,55 @@
+"""Chroma: Flux's features; all modulation vectors come out of one small network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hicache.adapters.base import ModuleAdapter, ModuleOutput, doubles_and_singles, packed
+from hicache.adapters.controlnet import flux_controlnet
+
+
+class Chroma(ModuleAdapter):
+    """Its network gives ``[batch, vectors, channels]``: 3 a single, 6 a double (image), 6 a double (text)."""
+
+    guidance = (2, 1)
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        doubles, singles = len(self.module.transformer_blocks), len(self.module.single_transformer_blocks)
+        first = 3 * singles
+        gates = [first + 6 * block + part for block in range(doubles) for part in (2, 5)]
+        self._index = torch.tensor([*gates, *(3 * block + 2 for block in range(singles))])
+        self._vectors: Tensor | None = None
+
+    def outputs(self) -> Sequence[ModuleOutput]:
+        return doubles_and_singles(self.module, joint="last")
+
+    def hooks(self) -> list[Callable[[], None]]:
+        def keep(network: nn.Module, args: Any, output: Tensor) -> None:
+            self._vectors = output
+
+        def forget() -> None:
+            self._vectors = None
+
+        return [self.module.distilled_guidance_layer.register_forward_hook(keep).remove, forget]
+
+    def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
+        assert self._vectors is not None
+        if self._index.device != self._vectors.device:
+            self._index = self._index.to(self._vectors.device)
+        return self._vectors.transpose(0, 1)[self._index].to(base.dtype)
+
+    def refusal(self, block_kwargs: Mapping[str, Any]) -> str | None:
+        if "ip_hidden_states" in (block_kwargs.get("joint_attention_kwargs") or {}):
+            return "IP-Adapter outputs of Chroma are not recorded"
+        return None
+
+    def between(self, model_kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
+        return flux_controlnet(self.module, model_kwargs)
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        return packed(latent_shape)

@@ -1,0 +1,58 @@
+"""CogVideoX: ``gate · attn1`` and ``gate · ff``, each with a modulation layer of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hicache.adapters.base import ModuleAdapter, ModuleOutput, repeated
+from hicache.adapters.gates import GateRows, Gates
+
+
+class CogVideoX(ModuleAdapter):
+    """The feed-forward layer works on text and video together, text first."""
+
+    guidance = (1, 2)
+    compression = (4, 8)
+
+    gate_arguments = ("timestep_cond", "ofs")
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        # shift, scale, gate of the video; shift, scale, gate of the text
+        norms = [norm for block in self.module.transformer_blocks for norm in (block.norm1, block.norm2)]
+        self._gates = Gates([GateRows(norm, "linear", (2,), 6) for norm in norms])
+
+    def outputs(self) -> Sequence[ModuleOutput]:
+        found = []
+        for index, block in enumerate(self.module.transformer_blocks):
+            found.append(ModuleOutput(block.attn1, ((2 * index, None),), element=0))
+            found.append(ModuleOutput(block.ff, ((2 * index + 1, None),), joint="last"))
+        return found
+
+    def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
+        return self._gates.of(nn.functional.silu(block_kwargs["temb"]), base.shape[-1])
+
+    def gate_inputs(
+        self,
+        block_kwargs: Mapping[str, Any],
+        model_kwargs: Mapping[str, Any],
+        timesteps: Tensor,
+        steps: int,
+        like: Tensor,
+    ) -> Mapping[str, Any]:
+        model = self.module
+        projected = model.time_proj(timesteps).to(like.dtype)
+        temb = model.time_embedding(projected, repeated(model_kwargs.get("timestep_cond"), steps))
+        if model.ofs_embedding is not None:
+            ofs = model.ofs_proj(model_kwargs["ofs"]).to(like.dtype)
+            temb = temb + repeated(model.ofs_embedding(ofs), steps)
+        return {**block_kwargs, "temb": temb}
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        frames, height, width = latent_shape
+        step = self.module.config.patch_size_t or 1  # the pipeline of CogVideoX 1.5 adds frames up to it
+        return super().tokens((math.ceil(frames / step) * step, height, width))

@@ -1,0 +1,49 @@
+"""DiT: ``gate_msa · attn1`` and ``gate_mlp · ff``; every block embeds timestep and class itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hicache.adapters.base import ModuleAdapter, ModuleOutput, repeated
+from hicache.adapters.gates import GateRows, Gates
+
+
+class DiT(ModuleAdapter):
+    """Blocks of class-conditional DiT, ``norm_type="ada_norm_zero"``."""
+
+    guidance = (1, 2)
+
+    gate_arguments = ("class_labels",)
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        norms = [block.norm1 for block in self.module.transformer_blocks]
+        self._gates = Gates([GateRows(norm, "linear", (2, 5), 6) for norm in norms])
+        self._embedders = [norm.emb for norm in norms]
+
+    def outputs(self) -> Sequence[ModuleOutput]:
+        found = []
+        for index, block in enumerate(self.module.transformer_blocks):
+            found.append(ModuleOutput(block.attn1, ((2 * index, None),)))
+            found.append(ModuleOutput(block.ff, ((2 * index + 1, None),)))
+        return found
+
+    def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
+        embedded = [
+            embed(block_kwargs["timestep"], block_kwargs["class_labels"], hidden_dtype=base.dtype)
+            for embed in self._embedders
+        ]
+        return self._gates.of([nn.functional.silu(one) for one in embedded], base.shape[-1])
+
+    def gate_inputs(
+        self,
+        block_kwargs: Mapping[str, Any],
+        model_kwargs: Mapping[str, Any],
+        timesteps: Tensor,
+        steps: int,
+        like: Tensor,
+    ) -> Mapping[str, Any]:
+        return {"timestep": timesteps, "class_labels": repeated(model_kwargs["class_labels"], steps)}

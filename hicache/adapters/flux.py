@@ -1,0 +1,64 @@
+"""FLUX.1 and Kontext: attention, MLP and the singles' fused output, a feature each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hicache.adapters.base import ModuleAdapter, ModuleOutput, doubles_and_singles, packed, repeated
+from hicache.adapters.controlnet import flux_controlnet
+from hicache.adapters.gates import GateRows, Gates
+
+
+class Flux(ModuleAdapter):
+    """Doubles: ``gate_msa · attn``, ``gate_mlp · ff``; singles: ``gate · proj_out``; IP-Adapters ungated."""
+
+    gate_arguments = ("guidance", "pooled_projections")
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        doubles, singles = self.module.transformer_blocks, self.module.single_transformer_blocks
+        # shift, scale, gate of the attention; shift, scale, gate of the MLP
+        rows = [GateRows(block.norm1, "linear", (2, 5), 6) for block in doubles]
+        rows += [GateRows(block.norm, "linear", (2,), 3) for block in singles]
+        self._ungated = sum(row.count for row in rows)  # the feature of what IP-Adapters add, all together
+        self._gates = Gates(rows)
+        self._gates_with_ip = Gates(rows, ones=1)
+
+    def outputs(self) -> Sequence[ModuleOutput]:
+        doubles = self.module.transformer_blocks
+        ip = [ModuleOutput(block.attn, ((self._ungated, None),), element=2) for block in doubles]
+        return [*doubles_and_singles(self.module, joint="last"), *ip]
+
+    def num_features(self, block_kwargs: Mapping[str, Any]) -> int:
+        return self._ungated + _has_ip_adapter(block_kwargs)
+
+    def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
+        gates = self._gates_with_ip if _has_ip_adapter(block_kwargs) else self._gates
+        return gates.of(nn.functional.silu(block_kwargs["temb"]), base.shape[-1])
+
+    def gate_inputs(
+        self,
+        block_kwargs: Mapping[str, Any],
+        model_kwargs: Mapping[str, Any],
+        timesteps: Tensor,
+        steps: int,
+        like: Tensor,
+    ) -> Mapping[str, Any]:
+        pooled = repeated(model_kwargs["pooled_projections"], steps)
+        guidance = repeated(model_kwargs.get("guidance"), steps)
+        inputs = [timesteps.to(like.dtype) * 1000]
+        inputs += [] if guidance is None else [guidance.to(like.dtype) * 1000]
+        return {**block_kwargs, "temb": self.module.time_text_embed(*inputs, pooled)}
+
+    def between(self, model_kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
+        return flux_controlnet(self.module, model_kwargs)
+
+    def tokens(self, latent_shape: Sequence[int]) -> int:
+        return packed(latent_shape)
+
+
+def _has_ip_adapter(block_kwargs: Mapping[str, Any]) -> bool:
+    return "ip_hidden_states" in (block_kwargs.get("joint_attention_kwargs") or {})

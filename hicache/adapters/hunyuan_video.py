@@ -1,0 +1,48 @@
+"""HunyuanVideo: attention and MLP of the doubles, the singles' fused output, a feature each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hicache.adapters.base import ModuleAdapter, ModuleOutput, doubles_and_singles, repeated
+from hicache.adapters.gates import GateRows, Gates
+
+
+class HunyuanVideo(ModuleAdapter):
+    """As Flux, with the image before the text."""
+
+    compression = (4, 8)
+
+    gate_arguments = ("guidance", "pooled_projections")
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        rows = [GateRows(block.norm1, "linear", (2, 5), 6) for block in self.module.transformer_blocks]
+        rows += [GateRows(block.norm, "linear", (2,), 3) for block in self.module.single_transformer_blocks]
+        self._gates = Gates(rows)
+
+    def outputs(self) -> Sequence[ModuleOutput]:
+        return doubles_and_singles(self.module, joint="first")
+
+    def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
+        return self._gates.of(nn.functional.silu(block_kwargs["temb"]), base.shape[-1])
+
+    def gate_inputs(
+        self,
+        block_kwargs: Mapping[str, Any],
+        model_kwargs: Mapping[str, Any],
+        timesteps: Tensor,
+        steps: int,
+        like: Tensor,
+    ) -> Mapping[str, Any]:
+        pooled = repeated(model_kwargs["pooled_projections"], steps)
+        guidance = repeated(model_kwargs.get("guidance"), steps)
+        return {**block_kwargs, "temb": self.module.time_text_embed(timesteps, pooled, guidance)[0]}
+
+    def refusal(self, block_kwargs: Mapping[str, Any]) -> str | None:
+        if self.module.config.image_condition_type == "token_replace":
+            return "the gates of its first frame are not those of the others (token_replace)"
+        return None

@@ -1,0 +1,29 @@
+"""Sana: three features whatever the depth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from hicache.adapters.base import Features, ModuleOutput
+from hicache.adapters.shared_gates import TableAdapter
+
+
+class Sana(TableAdapter):
+    """The feed-forward layer is a convolution over the picture: ``[batch, channels, height, width]``."""
+
+    guidance = (1, 2)
+    compression = (1, 32)
+
+    def shared(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
+        timestep: Tensor = block_kwargs["timestep"]  # embedded: [batch, 6 · channels]
+        return timestep.reshape(len(base), 6, -1)
+
+    def between(self, model_kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
+        # one after every block but the first, as many as there are
+        return (model_kwargs.get("controlnet_block_samples") or ())[: len(self._blocks) - 1]
+
+    def mlp(self, block: Any, features: Features) -> ModuleOutput:
+        return ModuleOutput(block.ff, features, view=lambda output: output.flatten(2, 3).permute(0, 2, 1))

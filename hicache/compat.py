@@ -1,0 +1,191 @@
+"""Every private name of torch, diffusers and accelerate that hicache touches, and nothing else touches one.
+
+Each function says which name it reads and in which version that was read. tests/test_compat.py fails with a
+clear message when one of them moves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Hashable, Iterator
+from types import FrameType
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "OUTPUT_HOOK",
+    "TorchDispatchMode",
+    "add_output_hook",
+    "attention_backend",
+    "block_metadata",
+    "children_of_list",
+    "end_pool_allocation",
+    "hook_keys",
+    "inside_compiled_call",
+    "is_compiled",
+    "is_hooked",
+    "is_offloaded",
+    "mix_in",
+    "original_module",
+    "processor_attention_backend",
+    "pytree",
+    "remove_output_hook",
+    "weight_parts",
+    "write_count",
+]
+
+# Under this key a module has the hook that records its output. The same on every module: with the key that
+# register_forward_hook() counts up, each block would be another block to torch.compile.
+OUTPUT_HOOK: Final[Any] = "hicache"
+
+
+def mix_in(module: nn.Module, mixin: type, key: str, value: Any) -> Callable[[], None]:
+    """Give one object a subclass of its class that ``mixin`` comes first in; returns what undoes it.
+
+    The object keeps its identity, and every other object of its class stays as it is.
+
+    Args:
+        module: the object.
+        mixin: a subclass of ``nn.Module`` or of the object's class.
+        key: of the object's ``__dict__``, where ``mixin`` finds ``value``.
+        value: see ``key``.
+    """
+    cls = type(module)
+    module.__class__ = _mixed(cls, mixin)
+    module.__dict__[key] = value
+
+    def undo() -> None:
+        module.__class__ = cls
+        module.__dict__.pop(key, None)
+
+    return undo
+
+
+@functools.lru_cache(maxsize=256)
+def _mixed(cls: Hashable, mixin: Hashable) -> Any:
+    # one class for all objects alike: torch.compile tells blocks and lists apart by theirs
+    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+
+
+# torch 2.11 – 2.13
+
+
+def children_of_list(blocks: nn.ModuleList) -> list[nn.Module]:
+    """The modules of a list, whatever its class makes of iteration (``Module._modules``)."""
+    return [block for block in blocks._modules.values() if block is not None]
+
+
+def add_output_hook(module: nn.Module, hook: Callable[..., None]) -> None:
+    """Call ``hook(module, args, output)`` after the module's forward (``Module._forward_hooks``)."""
+    module._forward_hooks[OUTPUT_HOOK] = hook
+
+
+def remove_output_hook(module: nn.Module) -> None:
+    """Undo :func:`add_output_hook`."""
+    module._forward_hooks.pop(OUTPUT_HOOK, None)
+
+
+def hook_keys(module: nn.Module) -> tuple[list[Any], list[Any]]:
+    """Keys of the forward hooks others put on a module, and of its pre-hooks: torch never uses one again."""
+    return [key for key in module._forward_hooks if key != OUTPUT_HOOK], list(module._forward_pre_hooks)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module does more than its class's forward."""
+    return bool("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
+
+
+def original_module(module: nn.Module) -> nn.Module:
+    """The module that ``torch.compile(module)`` wraps (``OptimizedModule._orig_mod``); else the module."""
+    original = getattr(module, "_orig_mod", module)
+    assert isinstance(original, nn.Module)
+    return original
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called on it or on one of its parts (``_compiled_call_impl``)."""
+    return any(part._compiled_call_impl is not None for part in module.modules())
+
+
+def inside_compiled_call() -> bool:
+    """Whether a compiled callable is on the stack: what it calls is compiled, whatever the stance.
+
+    Its frame is ``compile_wrapper`` of ``torch/_dynamo/eval_frame.py``.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "compile_wrapper" and code.co_filename.endswith("eval_frame.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def weight_parts(weight: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold a weight's numbers: those of a quantised one are inside it (torchao)."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        yield weight
+        return
+    names, _ = weight.__tensor_flatten__()
+    for name in names:
+        yield from weight_parts(getattr(weight, name))
+
+
+def end_pool_allocation(device: torch.device | None, pool: Any) -> None:
+    """Stop the allocator from serving a graph's memory pool after its capture failed.
+
+    ``torch._C._cuda_endAllocateToPool``, which ``CUDAGraph.capture_end`` calls only where it succeeds (2.13)
+    or not at all once the capture is invalid (2.11, 2.12). Nothing where the allocation has been ended.
+    """
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    if end is None or device is None:
+        return
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with contextlib.suppress(RuntimeError):
+        end(index, pool)
+
+
+def write_count(tensor: Tensor) -> int | None:
+    """How often a tensor was written to (``Tensor._version``); None in inference mode, which does not count."""
+    return None if tensor.is_inference() else int(tensor._version)
+
+
+# diffusers 0.37 – 0.42, accelerate 1.15
+
+
+def block_metadata(block: nn.Module) -> Any:
+    """diffusers' record of what a class of blocks takes and returns (``TransformerBlockRegistry``), or None."""
+    try:
+        from diffusers.hooks._helpers import TransformerBlockRegistry
+    except ImportError:
+        return None
+    try:
+        return TransformerBlockRegistry.get(type(block))
+    except ValueError:
+        return None
+
+
+def attention_backend() -> str:
+    """diffusers' choice for processors that have none of their own (``_AttentionBackendRegistry``)."""
+    dispatch: Any = sys.modules.get("diffusers.models.attention_dispatch")
+    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
+    return str(getattr(registry, "_active_backend", None))
+
+
+def processor_attention_backend(processor: Any) -> str:
+    """A processor's own choice (``_attention_backend``)."""
+    return str(getattr(processor, "_attention_backend", None))
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate (``_hf_hook``) or diffusers (``_diffusers_hook``) run code around its forward."""
+    registry = module.__dict__.get("_diffusers_hook")  # may be there without any hook in it
+    return bool(
+        "forward" in module.__dict__ or "_hf_hook" in module.__dict__ or getattr(registry, "hooks", None)
+    )

@@ -1,0 +1,115 @@
+"""CUDA graphs of single blocks, for transformers whose embedding before the blocks cannot be captured.
+
+What comes before and after the blocks runs eagerly. What one block gives the next is memory of the first
+one's graph and is read where it stands; whatever else a block takes is copied into fixed memory, once a call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from hicache.compat import pytree
+from hicache.cuda_graphs.capture import CaptureBackend, Replay, describe, like, modes, tensors
+from hicache.stats import GraphStats
+from hicache.step_plan import FullStep, RunningCall
+
+
+@dataclass
+class _BlockGraph:
+    """One captured block."""
+
+    replay: Replay
+    output: Any
+    partial_sums: dict[int, Tensor]  # what it began to add up
+
+
+class BlockGraphs:
+    """The graphs of a transformer's blocks, for full steps.
+
+    Args:
+        call: the transformer's running call.
+        backend: what captures.
+        stats: where to count.
+        limit: live graphs; when there are more, all are dropped.
+    """
+
+    def __init__(self, call: RunningCall, backend: CaptureBackend, stats: GraphStats, limit: int) -> None:
+        self._call = call
+        self._backend = backend
+        self._stats = stats
+        self._limit = limit
+        self._graphs: dict[Any, _BlockGraph] = {}
+        self._warmed: set[Any] = set()
+        self._buffers: dict[Any, Tensor] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """A call begins."""
+        self._position = 0
+        self._made: list[Tensor] = []  # by graphs of this call
+        self._copied: list[tuple[Tensor, Tensor]] = []  # what blocks were given, and the copy they read
+
+    def drop(self) -> None:
+        """Forget all graphs."""
+        self._graphs.clear()
+        self._warmed.clear()
+        self._buffers.clear()
+        self.begin()
+
+    def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A block: eagerly the first time, captured the second, then replayed.
+
+        What it returns is overwritten by the next call of the transformer.
+
+        Raises:
+            TypeError: it takes or returns objects that may hold tensors nobody would copy.
+        """
+        leaves, layout = pytree.tree_flatten((args, kwargs))
+        form = describe(leaves)
+        if form is None:
+            raise TypeError(f"{type(block).__name__} takes what cannot be told apart from call to call")
+        place = (self._position, id(block), layout, form, *modes())
+        self._position += 1
+        plan, sums = self._call.plan, self._call.result.partial_sums
+        slots = plan.slots if isinstance(plan, FullStep) else ()
+        targets = tuple(slot.data_ptr() for slot in slots)
+        if (place, targets) not in self._warmed:
+            if len(self._graphs) + len(self._warmed) > 2 * self._limit:
+                self.drop()
+            self._warmed.add((place, targets))
+            return self._backend.warm(lambda: block(*args, **kwargs))
+        own = [self._own(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        read = [*tensors(own), *sums.values()]
+        key = (place, targets, tuple(tensor.data_ptr() for tensor in read))
+        graph = self._graphs.get(key)
+        if graph is None:
+            own_args, own_kwargs = pytree.tree_unflatten(own, layout)
+            before = set(sums)
+            replay, output = self._backend.capture(lambda: block(*own_args, **own_kwargs))
+            if describe(pytree.tree_leaves(output)) is None:
+                raise TypeError(f"{type(block).__name__} returns {type(output).__name__}")
+            begun = {feature: total for feature, total in sums.items() if feature not in before}
+            graph = self._graphs[key] = _BlockGraph(replay, output, begun)
+            self._stats.captures += 1
+        graph.replay()
+        self._stats.replays += 1
+        sums.update(graph.partial_sums)
+        self._made += tensors(pytree.tree_leaves(graph.output))
+        return graph.output
+
+    def _own(self, given: Tensor) -> Tensor:
+        """Memory that is at the same place in every call, with the numbers of this one."""
+        if any(given is made for made in self._made):
+            return given
+        for known, copy in self._copied:
+            if known is given:
+                return copy
+        key = (len(self._copied), given.shape, given.stride(), given.dtype, given.device)
+        if key not in self._buffers:
+            self._buffers[key] = like(given)
+        copy = self._buffers[key].copy_(given)
+        self._copied.append((given, copy))
+        return copy

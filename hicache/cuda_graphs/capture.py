@@ -1,0 +1,148 @@
+"""What captures CUDA graphs, and what all captures have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hicache import compat
+from hicache.compat import pytree
+
+Replay = Callable[[], None]
+
+
+class CaptureBackend(Protocol):
+    """What captures."""
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why nothing can be captured on this device; None when it can."""
+
+    def warm(self, function: Callable[[], Any]) -> Any:
+        """Run a function as it will be captured, without capturing it."""
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Replay, Any]:
+        """Capture a function: what replays it, and what it returned, overwritten by every replay."""
+
+
+class CudaBackend:
+    """``torch.cuda.CUDAGraph`` on a stream and in a memory pool shared by all graphs of a transformer."""
+
+    def __init__(self) -> None:
+        self._device: torch.device | None = None
+        self._pool: Any = None
+        self._stream: Any = None
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"the transformer is on {device.type}"
+        if device != self._device:
+            self._device, self._pool, self._stream = device, None, None
+        return None
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[Any]:
+        """Make the transformer's device current, whatever it was, and work on the capture stream there."""
+        with torch.cuda.device(self._device):
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()
+                self._pool = torch.cuda.graph_pool_handle()
+            caller = torch.cuda.current_stream()
+            self._stream.wait_stream(caller)
+            with torch.cuda.stream(self._stream):
+                yield self._stream
+            caller.wait_stream(self._stream)
+
+    def warm(self, function: Callable[[], Any]) -> Any:
+        with self._on_stream():
+            output = function()
+        with torch.cuda.device(self._device):
+            for tensor in tensors(pytree.tree_leaves(output)):
+                tensor.record_stream(torch.cuda.current_stream())
+        return output
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Replay, Any]:
+        """See :class:`CaptureBackend`. Where it raises, streams and memory are as they were.
+
+        ``torch.cuda.graph`` leaves the thread on its stream when the capture cannot be ended (torch 2.13),
+        and the pool under capture (2.11, 2.12).
+        """
+        with self._on_stream():
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # other threads (a data loader's) may go on using the device
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                output = function()
+            except BaseException:
+                self._abandon(graph)
+                raise
+            try:
+                graph.capture_end()
+            except BaseException:
+                self._abandon(None)
+                raise
+        device = self._device
+
+        def replay() -> None:
+            with torch.cuda.device(device):
+                graph.replay()
+
+        return replay, output
+
+    def _abandon(self, graph: Any) -> None:
+        """End a capture that went wrong; the first error counts, not what ending it says."""
+        if graph is not None:
+            try:
+                graph.capture_end()
+            except RuntimeError:
+                compat.end_pool_allocation(self._device, self._pool)
+        else:
+            compat.end_pool_allocation(self._device, self._pool)
+        # a pool that a failed capture allocated from is not used again
+        self._pool = torch.cuda.graph_pool_handle()
+
+
+def modes() -> tuple[Any, ...]:
+    """Switches of torch and diffusers that decide which kernels a call launches."""
+    return (
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(),
+        torch.get_autocast_dtype("cuda"),
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        compat.attention_backend(),
+    )
+
+
+def tensors(leaves: Sequence[Any]) -> list[Tensor]:
+    """The tensors among the leaves of a tree."""
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def describe(leaves: Sequence[Any]) -> tuple[Any, ...] | None:
+    """What of the leaves of a tree is part of a graph; None where one of them cannot be told.
+
+    Objects of classes that torch's trees do not know may hold tensors, which nobody would copy.
+    """
+    described: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            described.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
+        elif leaf is None or isinstance(leaf, (bool, int, float, str, torch.dtype, torch.device)):
+            described.append((type(leaf), leaf))
+        else:
+            return None
+    return tuple(described)
+
+
+def like(tensor: Tensor) -> Tensor:
+    """Memory for a tensor, dense in the order of its strides; of the same strides where those are dense."""
+    # outlives the mode of the run that made it
+    with torch.inference_mode(False):
+        return torch.empty_like(tensor)

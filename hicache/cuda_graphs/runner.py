@@ -1,0 +1,320 @@
+"""CUDA graphs of whole calls: one launch by the host for all kernels of a full or a skipped step.
+
+A call is captured the second time it comes in the same form (the first runs eagerly and warms up libraries
+and kernels) and replayed from then on, with its inputs copied into the graph's own memory and its outputs
+cloned out of it. What a call reads besides its inputs is fixed memory: the history, and buffers for
+coefficients and gates. So one graph of a skipped step serves every distance, one of a full step every gap.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from hicache import compat
+from hicache.compat import pytree
+from hicache.cuda_graphs.block_graphs import BlockGraphs
+from hicache.cuda_graphs.capture import CaptureBackend, Replay, describe, like, modes, tensors
+from hicache.cuda_graphs.capture_safety import INSIDE, unsafe_ops
+from hicache.cuda_graphs.model_state import ModelState
+from hicache.hooks.transformer import HookedTransformer
+from hicache.stats import GraphStats
+from hicache.step_plan import CallResult, FullStep, RunningCall, SkippedStep
+
+LIMIT: Final = 16  # live graphs of one transformer
+_KEY: Final = "_hicache_graphs"
+
+
+class _Replayable(nn.Module):
+    """Mixed into the transformer's class while its calls are replayed."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        runner: GraphRunner = self.__dict__[_KEY]
+        if not runner.due:
+            return super().forward(*args, **kwargs)
+        return runner.run(super().forward, args, kwargs)
+
+
+@dataclass
+class _CallGraph:
+    """One captured call."""
+
+    replay: Replay
+    output: Any
+    inputs: list[Tensor]  # its own memory for the call's tensors …
+    plan_inputs: list[Tensor]  # … and for coefficients, gates and residuals
+    # what its code left behind, for whoever reads that after it
+    result: CallResult
+    rotary: list[Any]
+
+
+class GraphRunner:
+    """The graphs of one transformer.
+
+    Args:
+        transformer: the transformer, watched. What runs outside its blocks may be run eagerly around captured
+            ones.
+        backend: what captures.
+        wanted: graphs were asked for: warn where they cannot be had.
+        limit: live graphs; the least recently used is dropped.
+    """
+
+    def __init__(
+        self,
+        transformer: HookedTransformer,
+        backend: CaptureBackend,
+        wanted: bool = False,
+        limit: int = LIMIT,
+    ) -> None:
+        self._module = module = transformer.module
+        self._call = call = transformer.call
+        self._block_lists = transformer.lists
+        self._backend = backend
+        self._wanted = wanted
+        self._limit = limit
+        self._graphs: OrderedDict[Any, _CallGraph] = OrderedDict()
+        self._warmed: set[Any] = set()
+        self._model = ModelState(module)
+        self._model_state: tuple[Any, ...] = ()
+        self._why_not_whole: str | None = None
+        self._why_not_blocks: str | None = None
+        self._undo: Callable[[], None] | None = None
+        self.due = False  # whether the current call is to be replayed
+        self.stats = GraphStats()
+        self._blocks = BlockGraphs(call, backend, self.stats, limit=8 * limit)
+
+    def start_run(self, changed: bool) -> None:
+        """A run starts.
+
+        Args:
+            changed: parts of the model are not what they were.
+        """
+        self._model.start_run()
+        if changed:
+            self.drop()
+        before, self.stats.eager = (
+            self.stats.eager,
+            self._why_not_blocks or self._model.why_eager(self._backend),
+        )
+        if self._wanted and self.stats.eager not in (None, before):
+            self._warn(f"runs without CUDA graphs: {self.stats.eager}")
+        if self.stats.eager is None and self._undo is None:
+            # it is the class that makes forward ours: from the next call on, as this one has looked its up
+            self._undo = compat.mix_in(self._module, _Replayable, _KEY, self)
+
+    def usable(self) -> bool:
+        """Whether the call that begins may be replayed: it has been learned from, and wants no gradients."""
+        call = self._call
+        return (
+            self.stats.eager is None
+            and call.plan is not None
+            and call.lesson is None
+            and not call.verifying
+            and not torch.is_grad_enabled()
+            and not self._module.training
+        )
+
+    def refuse(self, reason: str) -> None:
+        """This run goes without.
+
+        Raises:
+            RuntimeError: graphs were asked for and cannot be had.
+        """
+        if self._wanted:
+            raise RuntimeError(
+                f"hicache: cuda_graphs=True, but {reason}: torch.compile makes its graphs itself "
+                "(mode='reduce-overhead'); pass cuda_graphs=False, or compile_repeated_blocks() in its place"
+            )
+        self.stats.eager = reason
+
+    def begin(self) -> None:
+        """A call that is :meth:`usable` begins."""
+        self.due = True
+
+    def end(self) -> None:
+        """The call has ended."""
+        self.due = False
+
+    def remove(self) -> None:
+        """Leave the transformer as it was, and forget all graphs."""
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget all graphs, and free their memory."""
+        self._graphs.clear()
+        self._warmed.clear()
+        self._blocks.drop()
+
+    def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the transformer: eagerly the first time in this form, captured the second, then replayed.
+
+        Args:
+            forward: the transformer's own.
+            args: of the call.
+            kwargs: of the call.
+        """
+        state = self._model.read()
+        if state != self._model_state:
+            self._model_state = state
+            self.drop()
+        if self._why_not_whole is not None:
+            return self._run_blocks(forward, args, kwargs)
+        leaves, layout = pytree.tree_flatten((args, kwargs))
+        key = self._key(leaves, layout)
+        if key is None:
+            return forward(*args, **kwargs)
+        graph = self._graphs.get(key)
+        if graph is None:
+            if key not in self._warmed:
+                return self._warm(key, lambda: forward(*args, **kwargs))
+            graph = self._capture(forward, leaves, layout)
+            if graph is None:
+                return forward(*args, **kwargs)
+            self._graphs[key] = graph
+            if len(self._graphs) > self._limit:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        return self._replay(graph, leaves)
+
+    def _warm(self, key: Any, run: Callable[[], Any]) -> Any:
+        """The first call of a form, and whether it may be captured: a capture that fails is best not begun."""
+        if len(self._warmed) > 8 * self._limit:
+            self._warmed.clear()
+        self._warmed.add(key)
+        if compat.is_compiled(self._module):  # compiled blocks have no operations to look at
+            return self._backend.warm(run)
+        output: list[Any] = []
+        found = unsafe_ops(lambda: output.append(self._backend.warm(run)), self._all_blocks())
+        if any(op.place == INSIDE for op in found):
+            self._give_up(str(next(op for op in found if op.place == INSIDE)))
+        elif found:
+            self._capture_blocks_only(str(found[0]))
+        return output[0]
+
+    def _all_blocks(self) -> list[nn.Module]:
+        return [block for blocks in self._block_lists for block in compat.children_of_list(blocks)]
+
+    def _run_blocks(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Around captured blocks all is eager; a skipped step has no blocks."""
+        if not isinstance(self._call.plan, FullStep):
+            return forward(*args, **kwargs)
+        self._blocks.begin()
+        self._call.run_block = self._run_block
+        return _cloned(forward(*args, **kwargs))
+
+    def _run_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._why_not_blocks is None:
+            result = self._call.result
+            sums = dict(result.partial_sums)
+            try:
+                return self._blocks.run(block, args, kwargs)
+            except Exception as error:
+                result.partial_sums = sums
+                self._give_up(f"a capture failed: {_first_line(error)}")
+        return block(*args, **kwargs)
+
+    def _replay(self, graph: _CallGraph, leaves: Sequence[Any]) -> Any:
+        call = self._call
+        given = [*tensors(leaves), *_plan_inputs(call)]
+        for own, tensor in zip([*graph.inputs, *graph.plan_inputs], given, strict=True):
+            own.copy_(tensor)
+        graph.replay()
+        self.stats.replays += 1
+        call.result = graph.result.copy()
+        call.rotary[:] = graph.rotary
+        # the next replay overwrites them, and this call's output may outlive it
+        return _cloned(graph.output)
+
+    def _capture(self, forward: Callable[..., Any], leaves: Sequence[Any], layout: Any) -> _CallGraph | None:
+        """The graph of the current call; None where it cannot be had. The call is as it was before."""
+        call = self._call
+        plan, result, rotary = call.plan, call.result, list(call.rotary)
+        inputs = [like(tensor) for tensor in tensors(leaves)]
+        plan_inputs = [like(tensor) for tensor in _plan_inputs(call)]
+        queue = iter(inputs)
+        own_leaves = [next(queue) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        own_args, own_kwargs = pytree.tree_unflatten(own_leaves, layout)
+        for own, given in zip([*inputs, *plan_inputs], [*tensors(leaves), *_plan_inputs(call)], strict=True):
+            own.copy_(given)
+        if isinstance(plan, SkippedStep):
+            call.plan = plan.with_inputs(plan_inputs)
+        call.result, call.rotary_index = CallResult(), 0
+        try:
+            replay, output = self._backend.capture(lambda: forward(*own_args, **own_kwargs))
+            graph = _CallGraph(replay, output, inputs, plan_inputs, call.result, list(call.rotary))
+        except Exception as error:
+            self._capture_blocks_only(_first_line(error))
+            return None
+        finally:
+            call.plan, call.result, call.rotary_index = plan, result, 0
+            call.rotary[:] = rotary
+        if describe(pytree.tree_leaves(output)) is None:
+            # its tensors would be overwritten by the next replay
+            self._give_up(f"a capture failed: TypeError: expected tensors, got {type(output).__name__}")
+            return None
+        self.stats.captures += 1
+        return graph
+
+    def _capture_blocks_only(self, reason: str) -> None:
+        """A call cannot be captured as a whole, maybe for what is before its blocks: try them alone."""
+        self._why_not_whole = reason
+        self.stats.partly = f"only its blocks are captured: {reason}"
+        self.drop()
+
+    def _give_up(self, reason: str) -> None:
+        """From here on eagerly: what failed once fails again, and each time costs a step."""
+        if self._why_not_whole is not None:
+            reason += f" (of a block; of the whole call: {self._why_not_whole})"
+        self._why_not_blocks = self.stats.eager = reason
+        self.stats.partly = None
+        self.drop()
+        self._warn(f"runs without CUDA graphs: {reason}")
+
+    def _warn(self, what: str) -> None:
+        name = type(self._module).__name__
+        warnings.warn(f"hicache: {name} {what}", RuntimeWarning, stacklevel=3)
+
+    def _key(self, leaves: Sequence[Any], layout: Any) -> Any:
+        """What must be equal for a graph to serve; None where that cannot be told."""
+        call, plan = self._call, self._call.plan
+        if isinstance(plan, SkippedStep) and plan.sum.inv_gap is not None:
+            return None  # an update waits: it runs once
+        described = describe([*leaves, *_plan_inputs(call)])
+        if described is None:
+            return None
+        # fixed memory: the history, and what full steps left for skipped ones
+        fixed: list[Tensor | None] = []
+        if isinstance(plan, SkippedStep):
+            fixed += [plan.sum.orders, *tensors(pytree.tree_leaves(call.rotary))]
+        elif isinstance(plan, FullStep):
+            fixed += [plan.base, *plan.slots]
+        return (
+            type(plan),
+            layout,
+            described,
+            # the form too: a history may be followed by a smaller one in the same place
+            tuple(None if tensor is None else (tensor.data_ptr(), tensor.shape) for tensor in fixed),
+            isinstance(plan, SkippedStep) and plan.gates is not None,
+            *modes(),
+        )
+
+
+def _plan_inputs(call: RunningCall) -> list[Tensor]:
+    return call.plan.inputs if isinstance(call.plan, SkippedStep) else []
+
+
+def _cloned(output: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

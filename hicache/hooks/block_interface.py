@@ -1,0 +1,142 @@
+"""What a transformer's blocks take and return: where the hidden state is among a block's arguments and results."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from hicache import compat
+
+# Where blocks that return a tuple keep the image, for those that diffusers has no record of.
+_IMAGE_INDEX: Final = {
+    "AuraFlowJointTransformerBlock": 1,
+    "ChromaTransformerBlock": 1,
+    "HiDreamImageTransformerBlock": 0,
+    "HiDreamBlock": 0,
+    "HunyuanVideo15TransformerBlock": 0,
+}
+
+UNCACHED: Final = "call Handle.remove() to run it uncached"
+
+
+class BlockInterface:
+    """Arguments and results of the blocks of one transformer, by the first of them.
+
+    Args:
+        model: name of the transformer's class, for messages.
+        block: the first block.
+    """
+
+    def __init__(self, model: str, block: nn.Module) -> None:
+        self._model = model
+        self._block = type(block).__name__
+        self._names = positional_parameters(block)
+        metadata = compat.block_metadata(block)
+        self._hidden_name = getattr(metadata, "hidden_states_argument_name", None) or "hidden_states"
+        self._text_name = (
+            getattr(metadata, "encoder_hidden_states_argument_name", None) or "encoder_hidden_states"
+        )
+        image = getattr(metadata, "return_hidden_states_index", None)
+        self._image_index: int | None = _IMAGE_INDEX.get(self._block) if image is None else image
+        # One entry an element a block returns: "image", the argument passed through, or None; () for a tensor.
+        self._layout: tuple[str | None, ...] | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether a block has been seen to return."""
+        return self._layout is not None
+
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """The hidden state among a block's arguments, and all of them by name.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        hidden = named.get(self._hidden_name, named.get(self._names[0]) if self._names else None)
+        if not isinstance(hidden, Tensor):
+            raise RuntimeError(
+                f"hicache: {self._model}: expected {self._block} to take a hidden state as "
+                f"{self._hidden_name!r} or as its first argument, got {sorted(named)}"
+            )
+        return hidden, named
+
+    def image(self, output: Any) -> Tensor | None:
+        """The hidden state among what a block returned; None where it is not as the first was."""
+        if isinstance(output, Tensor):
+            return output
+        if not self._layout or len(output) != len(self._layout):
+            return None
+        image = output[self._layout.index("image")]
+        return image if isinstance(image, Tensor) else None
+
+    def returned(self, image: Tensor, block_kwargs: Mapping[str, Any]) -> Any:
+        """What a block would return with this hidden state, its other streams passed through."""
+        assert self._layout is not None
+        if not self._layout:
+            return image
+        return tuple(
+            # one prompt for several pictures: blocks broadcast it
+            image
+            if name == "image"
+            else block_kwargs[name].expand(len(image), *block_kwargs[name].shape[1:])
+            if name
+            else None
+            for name in self._layout
+        )
+
+    def learn(self, hidden: Tensor, block_kwargs: Mapping[str, Any], output: Any) -> None:
+        """Read the layout of what a block returned for this hidden state.
+
+        Raises:
+            RuntimeError: it cannot be told which element is the hidden state, or there are further streams.
+        """
+        if isinstance(output, Tensor):
+            self._layout = ()
+            return
+        if not isinstance(output, (tuple, list)):
+            raise RuntimeError(
+                f"hicache: {self._model}: {self._block} returns {type(output).__name__}, no tensor"
+            )
+        others = [name for name in self._names if name.endswith("hidden_states") and name in block_kwargs]
+        streams = [name for name in others if name not in ("hidden_states", "encoder_hidden_states")]
+        image = self._image_index
+        if image is None:
+            alike = [i for i, o in enumerate(output) if isinstance(o, Tensor) and o.shape == hidden.shape]
+            image = alike[0] if len(alike) == 1 else None
+        text = block_kwargs.get(self._text_name)
+        layout: list[str | None] = []
+        for index, element in enumerate(output):
+            if index == image:
+                layout.append("image")
+            elif element is None:
+                layout.append(None)
+            elif _like_text(element, text):
+                layout.append(self._text_name)
+            else:
+                image = None
+        if image is None or streams:
+            raise RuntimeError(
+                f"hicache: {self._model}: cannot tell what {self._block} returns: expected the hidden state "
+                f"and at most the text stream, got "
+                f"{[tuple(o.shape) if isinstance(o, Tensor) else o for o in output]} for a hidden state "
+                f"{tuple(hidden.shape)}"
+                + (f" and further streams {', '.join(streams)}" if streams else "")
+                + f"; {UNCACHED}"
+            )
+        self._layout = tuple(layout)
+
+
+def _like_text(element: Any, text: Any) -> bool:
+    return isinstance(element, Tensor) and isinstance(text, Tensor) and element.shape[1:] == text.shape[1:]
+
+
+def positional_parameters(module: nn.Module) -> tuple[str, ...]:
+    """Names of the positional arguments of a module's forward."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    # of the class: accelerate and diffusers replace an instance's forward
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind in kinds)

@@ -1,0 +1,187 @@
+"""Lists of blocks that can be watched, and skipped, while a transformer iterates over them.
+
+On a full step the first list gives its blocks wrapped, so that the first one that runs is seen. On a skipped
+step it gives one stand-in, and the later lists give nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Protocol
+
+from torch import Tensor, nn
+
+from hicache import compat
+from hicache.hooks.block_interface import BlockInterface
+from hicache.step_plan import RunningCall
+
+# In run order; the names diffusers and most others use.
+BLOCK_LISTS: Final = (
+    "joint_transformer_blocks",
+    "double_stream_blocks",
+    "double_blocks",
+    "transformer_blocks",
+    "single_transformer_blocks",
+    "single_stream_blocks",
+    "single_blocks",
+    "blocks",
+    "layers",
+)
+# The first module after the blocks: its input is the hidden state the stack produced, text tokens cut off.
+HEADS: Final = ("norm_final", "norm_out", "final_layer", "all_final_layer", "final_norm", "head")
+
+
+def find_lists(module: nn.Module) -> list[nn.ModuleList]:
+    """The block lists among a transformer's children, in run order.
+
+    Raises:
+        ValueError: there is none; the message names the class.
+    """
+    children = dict(module.named_children())
+    lists = [
+        block_list
+        for name in BLOCK_LISTS
+        if isinstance(block_list := children.get(name), nn.ModuleList) and len(block_list) > 0
+    ]
+    if not lists:
+        raise ValueError(
+            f"hicache: nothing to hook in {type(module).__name__}: expected a non-empty ModuleList named "
+            f"{', '.join(BLOCK_LISTS)}; its children are {', '.join(children) or 'none'}"
+        )
+    return lists
+
+
+def find_heads(module: nn.Module) -> list[nn.Module]:
+    """The modules that take the hidden state after the blocks, one of which runs; empty where none is known."""
+    children = dict(module.named_children())
+    head = next((children[name] for name in HEADS if name in children), None)
+    if isinstance(head, nn.ModuleDict):
+        return list(head.values())
+    return [] if head is None else [head]
+
+
+class Transformer(Protocol):
+    """What a list tells of its blocks."""
+
+    call: RunningCall
+    interface: BlockInterface
+    first_block: nn.Module
+    returned: Tensor | None
+
+    def enter(self, hidden: Tensor, block_kwargs: dict[str, Any]) -> None:
+        """The hidden state enters the first block that runs."""
+
+    def compare(self, hidden: Tensor) -> None:
+        """The hidden state enters a later block, after :attr:`returned` was set."""
+
+    def run_stand_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A skipped step has come to its blocks: what the first of them would return."""
+
+
+class _SkippableList(nn.ModuleList):
+    """Mixed into the class of a list while it is hooked."""
+
+    _hicache: BlockListHook | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        hook = self._hicache
+        # the list itself while a copy of it is being made
+        return super().__iter__() if hook is None else hook.blocks(super().__iter__)
+
+    def __getitem__(self, index: Any) -> Any:
+        hook = self._hicache
+        if isinstance(index, slice) and hook is not None:
+            # some models run their blocks in slices, and offloading takes slices outside of any call
+            return hook.slice(compat.children_of_list(self), index)
+        return super().__getitem__(index)
+
+
+class BlockListHook:
+    """What a list of blocks gives when it is iterated over: its blocks, wrapped ones, or what stands in for them.
+
+    Args:
+        transformer: the hooked transformer.
+        blocks: the list.
+        first: whether it is the first in run order.
+    """
+
+    def __init__(self, transformer: Transformer, blocks: nn.ModuleList, first: bool) -> None:
+        self._transformer = transformer
+        self._call = transformer.call
+        self._blocks = blocks
+        self._first = first
+        self._stand_in: list[Any] = [_StandIn(transformer)] if first else []
+        self._watched: list[_WatchedBlock] = []
+
+    def install(self) -> Callable[[], None]:
+        """Hook the list; returns what undoes it."""
+        return compat.mix_in(self._blocks, _SkippableList, "_hicache", self)
+
+    def refresh(self) -> None:
+        """Watch the blocks that are in the list now: others may have been put in their places."""
+        current = compat.children_of_list(self._blocks)
+        if [watched.block for watched in self._watched] != current:
+            self._watched = [_WatchedBlock(self._transformer, block, self._first) for block in current]
+
+    def blocks(self, own: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        """What iteration gives; ``own`` gives the list's own iterator."""
+        call = self._call
+        if call.skipping:
+            return iter(self._stand_in)
+        return iter(self._watched) if self._watching else own()
+
+    def slice(self, blocks: list[nn.Module], index: slice) -> Any:
+        """What a slice gives."""
+        if self._call.skipping:
+            return self._stand_in if blocks and blocks[0] in blocks[index] else []
+        return self._watched[index] if self._watching else nn.ModuleList(blocks[index])
+
+    @property
+    def _watching(self) -> bool:
+        return self._call.recording and (self._first or self._call.run_block is not None)
+
+
+class _WatchedBlock:
+    """A block on a full step; other attributes are the block's."""
+
+    def __init__(self, transformer: Transformer, block: nn.Module, first: bool) -> None:
+        self._transformer = transformer
+        self._call = transformer.call
+        self._first = first  # in the first list
+        self.block = block
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        transformer, call = self._transformer, self._call
+        if self._first and not call.result.entered:
+            transformer.enter(*transformer.interface.arguments(args, kwargs))
+        elif transformer.returned is not None:
+            transformer.compare(transformer.interface.arguments(args, kwargs)[0])
+        if call.run_block is not None:
+            output = call.run_block(self.block, args, kwargs)
+        else:
+            output = self.block(*args, **kwargs)
+        if call.lesson is not None and not transformer.interface.known:
+            transformer.interface.learn(*transformer.interface.arguments(args, kwargs), output)
+        if self._first and call.checked and not call.opaque:
+            transformer.returned = transformer.interface.image(output)
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # a copy in the making has no block yet
+            raise AttributeError(name)
+        return getattr(self.block, name)
+
+
+class _StandIn:
+    """Takes the first block's place on a skipped step; other attributes are the block's."""
+
+    def __init__(self, transformer: Transformer) -> None:
+        self._transformer = transformer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._transformer.run_stand_in(args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._transformer.first_block, name)

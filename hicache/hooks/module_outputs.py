@@ -1,0 +1,153 @@
+"""How the features of a full step get into a history: forward hooks on the modules that compute them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hicache import compat
+from hicache.adapters.base import ModuleOutput
+from hicache.step_plan import FullStep, RunningCall
+
+
+class _Part:
+    """One feature that a module's output is recorded in."""
+
+    def __init__(
+        self, output: ModuleOutput, feature: int, factor: Callable[[], Tensor] | None, sole: bool
+    ) -> None:
+        self.output = output
+        self.feature = feature
+        self.factor = factor
+        self.sole = sole  # it alone makes up the feature: copied into the slot, not added up
+        # Bound before the call, not looked up in the plan by index: to torch.compile an index makes each block
+        # another block. None: the call has no such feature.
+        self.slot: Tensor | None = None
+        self.seen = False  # whether the call that is learned from had it
+
+
+class _OutputHook:
+    """Records the output of one module."""
+
+    def __init__(self, call: RunningCall) -> None:
+        self.call = call
+        self.parts: list[_Part] = []
+        self.shape: torch.Size | None = None  # of the hidden state
+        self.problem: str | None = None  # why what the module gave in the call learned from is no feature
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not isinstance(self.call.plan, FullStep):
+            return
+        if self.call.lesson is None:
+            for part in self.parts:
+                if part.slot is not None:
+                    self._write(part, part.slot, output)
+        elif self.problem is None:
+            self._learn(module, output)
+
+    def _learn(self, module: nn.Module, output: Any) -> None:
+        """Record, and note which features there are and what does not fit."""
+        try:
+            for part in self.parts:
+                if part.slot is not None:
+                    part.seen = self._write(part, part.slot, output) or part.seen
+                elif self.shape is not None and part.output.read(output, self.shape) is not None:
+                    self.problem = f"{type(module).__name__} gives part of a feature this call does not have"
+        except ValueError as error:
+            self.problem = str(error)
+
+    def _write(self, part: _Part, slot: Tensor, output: Any) -> bool:
+        value = part.output.read(output, slot.shape)
+        if value is None:
+            return False
+        value = value.detach()
+        if part.sole:
+            slot.copy_(value)
+            return True
+        accumulated = torch.promote_types(value.dtype, torch.float32)
+        if part.factor is not None:
+            value = value * part.factor().to(value.device, accumulated)
+        sums = self.call.result.partial_sums
+        if part.feature in sums:
+            sums[part.feature] += value
+        else:
+            sums[part.feature] = value.to(accumulated, copy=part.factor is None)
+        return True
+
+
+class ModuleOutputs:
+    """The output hooks of a whole model.
+
+    A feature that one output makes up is copied into its slot. One that several add up to is summed in fp32
+    (float64 for float64) beside it, and rounded once.
+
+    Args:
+        call: the model's running call.
+        outputs: all outputs of the model that are recorded.
+    """
+
+    def __init__(self, call: RunningCall, outputs: Sequence[ModuleOutput]) -> None:
+        self._call = call
+        self.modules = [output.module for output in outputs]
+        counts = Counter(feature for output in outputs for feature, _ in output.features)
+        self._hooks: dict[nn.Module, _OutputHook] = {}
+        self._parts: list[_Part] = []
+        for output in outputs:
+            hook = self._hooks.setdefault(output.module, _OutputHook(call))
+            for feature, factor in output.features:
+                part = _Part(output, feature, factor, sole=counts[feature] == 1 and factor is None)
+                hook.parts.append(part)
+                self._parts.append(part)
+        self._bound = False
+        for module, hook in self._hooks.items():
+            compat.add_output_hook(module, hook)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for module in self._hooks:
+            compat.remove_output_hook(module)
+
+    def bind(self, slots: Sequence[Tensor]) -> None:
+        """Record the features of the call that begins in these slots."""
+        for part in self._parts:
+            part.slot = slots[part.feature] if part.feature < len(slots) else None
+        for hook in self._hooks.values():
+            hook.shape = slots[0].shape
+        self._bound = True
+
+    def missing(self, num_features: int) -> tuple[int, ...]:
+        """Features that the call learned from had no output for: skip-layer guidance leaves blocks out.
+
+        Raises:
+            ValueError: a module gave something that is no feature.
+        """
+        problems = [hook.problem for hook in self._hooks.values() if hook.problem is not None]
+        seen = {part.feature for part in self._parts if part.seen}
+        for hook in self._hooks.values():
+            hook.problem = None
+        for part in self._parts:
+            part.seen = False
+        if problems:
+            raise ValueError(problems[0])
+        return tuple(feature for feature in range(num_features) if feature not in seen)
+
+    def finish(self, slots: Sequence[Tensor], missing: Sequence[int]) -> None:
+        """The call has ended: round the partial sums into their slots, and zero the features it does not have."""
+        for feature, total in self._call.result.partial_sums.items():
+            slots[feature].copy_(total)
+        for feature in missing:
+            slots[feature].zero_()
+
+    def unbind(self) -> None:
+        """Record nothing until the next :meth:`bind`."""
+        if not self._bound:
+            return
+        self._bound = False
+        for part in self._parts:
+            part.slot = None
+        for hook in self._hooks.values():
+            hook.shape = hook.problem = None

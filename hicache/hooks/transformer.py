@@ -1,0 +1,199 @@
+"""One transformer, watched: where the hidden state enters its blocks and where it leaves them.
+
+On a full step it notes the hidden state before the first block and before the output head; the model runs
+untouched. On a skipped step the first list of blocks gives one stand-in that returns base + forecast in the
+block's own return order. Caching the stack's residual equals caching every block's gated residual
+(docs/algorithm.md, "Telescoping").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hicache import compat
+from hicache.hooks import rotary
+from hicache.hooks.block_interface import UNCACHED, BlockInterface
+from hicache.hooks.block_lists import BlockListHook, find_heads, find_lists
+from hicache.step_plan import FullStep, RunningCall, SkippedStep
+
+
+class Forecaster(Protocol):
+    """What makes the hidden state of a skipped step."""
+
+    def forecast(self, plan: SkippedStep, base: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
+        """The hidden state that would leave the last block, of the first one's arguments."""
+
+
+class HookedTransformer:
+    """Finds the blocks and the head of a transformer, and carries out the plan of its running call.
+
+    Args:
+        module: the transformer. It is only looked at until :meth:`install`.
+
+    Raises:
+        ValueError: there is nothing to hook; the message names the class.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.name = type(module).__name__
+        self.lists = find_lists(module)
+        self.heads = find_heads(module)
+        self.first_block: nn.Module = next(iter(self.lists[0]))
+        self.interface = BlockInterface(self.name, self.first_block)
+        self.call = RunningCall()
+        self.returned: Tensor | None = None  # by a block, until the next one is seen to take it
+        self.verified = False  # whether what the stand-in returned once reached the head
+        self._expected: Tensor | None = None  # what the stand-in returned, until it is seen to reach the head
+        self._forecaster: Forecaster | None = None
+        self._list_hooks = [
+            BlockListHook(self, blocks, index == 0) for index, blocks in enumerate(self.lists)
+        ]
+        self._undo: list[Callable[[], None]] = []
+
+    def install(self, forecaster: Forecaster) -> None:
+        """Hook the transformer. :meth:`remove` undoes it exactly."""
+        self._forecaster = forecaster
+        self._undo += [hook.install() for hook in self._list_hooks]
+        self._undo += rotary.hook(self.module, self._recall)
+        if self.heads:
+            for head in self.heads:
+                self._undo.append(head.register_forward_pre_hook(self._before_head, with_kwargs=True).remove)
+        else:
+            last = compat.children_of_list(self.lists[-1])[-1]
+            self._undo.append(last.register_forward_hook(self._after_last).remove)
+
+    def remove(self) -> None:
+        """Leave the transformer as it was before :meth:`install`."""
+        self.end()
+        while self._undo:
+            self._undo.pop()()
+        self._forecaster = None
+
+    def fingerprint(self) -> list[Any]:
+        """What of the model is not weights: equal as long as nobody puts parts of it in others' places."""
+        return [
+            part
+            for module in self.module.modules()
+            for part in (
+                id(module),
+                id(module.__dict__.get("forward")),
+                id(module.__dict__.get("processor")),
+                type(module.__dict__.get("processor")),  # an id may be that of one long gone
+                compat.processor_attention_backend(module.__dict__.get("processor")),
+                *compat.hook_keys(module),
+            )
+        ]
+
+    def refresh(self) -> None:
+        """A full step begins: blocks may have been put in others' places since."""
+        for hook in self._list_hooks:
+            hook.refresh()
+
+    def end(self) -> None:
+        """A call has ended, or never came to its end: let go of its tensors."""
+        self.returned = self._expected = None
+        self.call.clear()
+
+    # What a full step goes through.
+
+    def enter(self, hidden: Tensor, block_kwargs: Mapping[str, Any]) -> None:
+        """The hidden state enters the first block that runs: skip-layer guidance may leave out the very first."""
+        call = self.call
+        call.result.entered = True
+        lesson = call.lesson
+        if lesson is not None:
+            # whoever lists a model's outputs there is to find its own blocks
+            call.lesson = None
+            try:
+                call.plan = lesson.first_block(hidden, block_kwargs)
+            finally:
+                call.lesson = lesson
+        plan = call.plan
+        if isinstance(plan, FullStep) and plan.base is not None:
+            plan.base.copy_(hidden.detach())
+
+    def compare(self, hidden: Tensor) -> None:
+        """Make sure that a block takes what the last one returned: nothing else changes the hidden state.
+
+        Raises:
+            RuntimeError: something does.
+        """
+        # the same object, but for models that rewrap it: only those are compared by value
+        if self.returned is not None and hidden is not self.returned and not _equal(hidden, self.returned):
+            raise self._changed()
+        self.returned = None
+
+    def _leave(self, hidden: Tensor) -> None:
+        """The hidden state leaves the last block."""
+        call, plan = self.call, self.call.plan
+        if isinstance(plan, FullStep):
+            if call.result.head_reached:
+                return
+            call.result.head_reached = True
+            if call.lesson is not None:
+                plan = call.plan = call.lesson.head(plan, hidden)
+            if plan is not None and plan.base is not None:
+                slot = plan.slots[0]
+                torch.sub(hidden.detach().to(slot.device), plan.base, out=slot)
+        elif self._expected is not None:
+            # Once a model: nothing but the blocks may stand between the stand-in and the head either. What
+            # else is added there is in the cached residual, and would be added again.
+            same = _equal(hidden, self._expected)
+            self._expected = None
+            if not same:
+                raise self._changed()
+            self.verified = True
+
+    def _before_head(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
+        if isinstance(hidden, Tensor):
+            self._leave(hidden)
+
+    def _after_last(self, block: nn.Module, args: Any, output: Any) -> None:
+        hidden = self.interface.image(output)
+        if hidden is not None:
+            self._leave(hidden)
+
+    # What a skipped step goes through.
+
+    def run_stand_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the first block returns on a skipped step."""
+        assert self._forecaster is not None
+        assert isinstance(self.call.plan, SkippedStep)
+        hidden, block_kwargs = self.interface.arguments(args, kwargs)
+        image = self._forecaster.forecast(self.call.plan, hidden, block_kwargs)
+        if self.call.verifying:
+            self._expected = image
+        return self.interface.returned(image, block_kwargs)
+
+    def _recall(self, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Rotary embeddings: computed at full steps, those of the last one on skipped steps."""
+        call = self.call
+        index = call.rotary_index
+        call.rotary_index = index + 1
+        if call.skipping and index < len(call.rotary):
+            return call.rotary[index]
+        output = compute(*args, **kwargs)
+        if call.lesson is not None:
+            call.rotary[index:] = [output]
+        elif call.recording and index < len(call.rotary):
+            call.rotary[index] = output
+        return output
+
+    def _changed(self) -> RuntimeError:
+        return RuntimeError(
+            f"hicache: {self.name} changes the hidden state between its blocks, so they cannot be skipped "
+            f"as a whole; {UNCACHED}"
+        )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether a hidden state holds the numbers of an earlier one, but for a cast and a move."""
+    if one.shape != other.shape:
+        return False
+    return torch.allclose(one, other.to(one.device, one.dtype), rtol=0, atol=0, equal_nan=True)

@@ -1,2 +1,0 @@
-"""How models are hooked. :mod:`hicache.models.generic` fits every transformer that iterates over lists of
-blocks."""

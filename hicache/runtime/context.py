@@ -1,0 +1,142 @@
+"""A context: one call of a denoiser in every step, with a history of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hicache.config import HiCacheConfig
+from hicache.engine import Engine
+from hicache.runtime.gate_prefetch import GatePrefetch
+from hicache.runtime.signature import signature
+
+
+@dataclass
+class CallForm:
+    """What the calls of one context have in common, learned from the first."""
+
+    shape: torch.Size  # of the hidden state that enters the first block, [batch, tokens, channels]
+    dtype: torch.dtype
+    device: torch.device
+    num_features: int = 0  # by module; 0 where nobody knows the modules
+    refusal: str | None = None  # why they cannot be cached by module
+    block_kwargs: dict[str, Any] = field(default_factory=dict)  # of the first block, no hidden states
+    missing: tuple[int, ...] = ()  # features without an output
+
+    def like(self) -> Tensor:
+        """Something ``[batch, 1, channels]`` of the hidden state's dtype and device, without memory."""
+        nothing = torch.empty((), dtype=self.dtype, device=self.device)
+        return nothing.expand(self.shape[0], 1, self.shape[-1])
+
+
+class Context:
+    """One call of a denoiser in every step: its own history, its own count of steps."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.prefetch = GatePrefetch()
+        self.form: CallForm | None = None  # learned from its first call
+        self.rotary: list[Any] = []  # embeddings of the last full step
+
+    def restart(self, label: str, first_step: int) -> None:
+        """A run starts in which this context's first call is made at ``first_step``."""
+        self.label = label
+        # the schedule counts from here: a second denoiser warms up when it starts
+        self.first_step = first_step
+        self.full_steps = 0
+        self.skipped_steps = 0
+        self.prefetch.restart()
+
+    def release(self) -> None:
+        """Free its memory, and forget what was learned."""
+        self.engine.release()
+        self.prefetch.forget()
+        self.rotary.clear()
+        self.form = None
+
+    @property
+    def planned_nbytes(self) -> int:
+        """Bytes of history it wants, by module."""
+        form = self.form
+        if form is None:
+            return 0
+        return self.engine.planned_nbytes([form.shape] * form.num_features, form.dtype)
+
+
+class Contexts:
+    """The contexts of one denoiser, told apart by ordinal of the call in its step and form of its arguments.
+
+    Args:
+        denoiser: its name, for labels.
+        backend: of :mod:`hicache_kernels`.
+    """
+
+    def __init__(self, denoiser: str, backend: str) -> None:
+        self._denoiser = denoiser
+        self._backend = backend
+        self.current: dict[Any, Context] = {}
+        self._idle: dict[Any, Context] = {}  # of the last run: their memory is kept for one run
+
+    def start_run(self) -> None:
+        """A run starts: its contexts may be others."""
+        self._idle = {key: context for key, context in self.current.items() if context.full_steps}
+        self.current = {}
+
+    def forget_forms(self) -> None:
+        """The model may have changed: what was learned from earlier runs does not hold."""
+        for context in self._idle.values():
+            context.form = None
+
+    def find(
+        self,
+        ordinal: int,
+        model_kwargs: Mapping[str, Any],
+        config: HiCacheConfig,
+        step: int,
+        num_steps: int | None,
+    ) -> Context:
+        """The context of a call.
+
+        Args:
+            ordinal: of the call in its step.
+            model_kwargs: its arguments by name.
+            config: of the run.
+            step: of the run.
+            num_steps: of the run, if known.
+        """
+        key = (ordinal, *signature(model_kwargs))
+        context = self.current.get(key)
+        if context is not None:
+            return context
+        context = self._idle.pop(key, None)
+        label = f"{self._denoiser}[{ordinal}]"
+        twins = sum(other.label.split(" ")[0] == label for other in self.current.values())
+        label += f" #{twins + 1}" if twins else ""
+        if context is None:
+            # other shapes than in the last run: that memory will not be wanted
+            self._idle = {k: c for k, c in self._idle.items() if k[0] != ordinal}
+            context = Context(Engine(config, self._backend))
+        context.restart(label, step)
+        context.engine.reset(config, None if num_steps is None else num_steps - step)
+        self.current[key] = context
+        return context
+
+    def release(self) -> None:
+        """Free all memory."""
+        self._idle.clear()
+        for context in self.current.values():
+            context.release()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of history held."""
+        return sum(context.engine.nbytes for context in (*self.current.values(), *self._idle.values()))
+
+    @property
+    def planned_nbytes(self) -> int:
+        """Bytes of history the contexts of this run want, by module."""
+        return sum(context.planned_nbytes for context in self.current.values())

@@ -1,0 +1,224 @@
+"""Gates of the skipped steps to come, computed together at the full step before them.
+
+They depend on the timestep, the guidance and the pooled text only (docs/algorithm.md, "Gates are known in
+advance"), and a pipeline makes its timesteps of its scheduler's in one of two ways. Which one, and where in
+the scheduler's list the run begins, is read off the first full step. Whatever does not fit (a loop of one's
+own, another prompt half-way) has its gates computed at each step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hicache import compat
+from hicache.adapters.base import ModuleAdapter
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """One way in which a run's timesteps may come out of its scheduler's."""
+
+    timesteps: Tensor  # the model's, of the whole run
+    origin: int  # index that step 0 has among them
+
+    def fits(self, met: Sequence[tuple[int, Tensor]]) -> bool:
+        """Whether a run that begins there has come through these (step, timestep); reads the device.
+
+        Timesteps of low precision may be rounded to the same at neighbouring steps, so that the first fits
+        several rules.
+        """
+        if not met:
+            return True
+        if self.origin + met[-1][0] >= len(self.timesteps):
+            return False
+        expected = torch.stack([self.timesteps[self.origin + step] for step, _ in met])
+        return bool((expected == torch.stack([timestep for _, timestep in met])).all())
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """Gates of some skipped steps."""
+
+    first: int  # step of the first
+    gates: Tensor  # [steps, num_features, batch, channels]
+    timesteps: Tensor  # [steps], which they were computed for
+    constants: list[Any]  # values of the other arguments they were computed for
+
+
+class GatePrefetch:
+    """The gates of the skipped steps to come, of one context."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """A new run starts: its timesteps may be others."""
+        self._rules: list[_Rule] = []  # those that fit the first full step
+        self._met: list[tuple[int, Tensor]] = []  # later full steps and their timesteps
+        self._searched = False
+        self._wrong: Tensor | None = None  # whether a timestep was another than expected, left on the device
+        self.forget()
+
+    def forget(self) -> None:
+        """What was computed no longer holds."""
+        self._fetched: _Fetched | None = None
+
+    def fetch(
+        self,
+        adapter: ModuleAdapter,
+        steps: range,
+        scheduler_timesteps: Any,
+        block_kwargs: Mapping[str, Any],
+        model_kwargs: Mapping[str, Any],
+        like: Tensor,
+    ) -> None:
+        """Compute the gates of ``steps``, which follow the full step before the first of them.
+
+        Args:
+            adapter: the family's.
+            steps: ordinals of the coming skipped steps.
+            scheduler_timesteps: the scheduler's, or None.
+            block_kwargs: the first block's arguments at the full step.
+            model_kwargs: the transformer's.
+            like: anything ``[batch, ..., channels]`` of the hidden state's dtype and device.
+        """
+        self.forget()
+        if not adapter.gate_arguments or not self._timesteps_were_right():
+            return
+        timestep, step = model_kwargs.get("timestep"), steps.start - 1
+        if not self._searched:
+            self._rules = _find_rules(scheduler_timesteps, timestep, step)
+            self._searched = True
+        elif self._rules and isinstance(timestep, Tensor) and timestep.ndim <= 1:
+            self._met.append((step, timestep.reshape(-1)[0].clone()))
+        if not self._rules or not steps:
+            return
+        while self._rules and not self._rules[0].fits(self._met):
+            del self._rules[0]
+        if not self._rules:
+            return
+        rule = self._rules[0]
+        coming = rule.timesteps[rule.origin + steps.start : rule.origin + steps.stop]
+        batch, channels = len(like), like.shape[-1]
+        if len(coming) != len(steps) or not _one_a_sample(adapter, model_kwargs, batch):
+            return
+        inputs = adapter.gate_inputs(
+            block_kwargs, model_kwargs, coming.repeat_interleave(batch), len(steps), like
+        )
+        gates = adapter.gates(inputs, like[:1].expand(len(steps) * batch, *like.shape[1:]))
+        gates = gates.view(-1, len(steps), batch, channels)
+        self._fetched = _Fetched(
+            steps.start,
+            # a copy in any case: the adapter uses its memory again
+            gates.transpose(0, 1).clone(memory_format=torch.contiguous_format),
+            coming,
+            [_identity(model_kwargs.get(name)) for name in adapter.gate_arguments],
+        )
+
+    def gates(self, adapter: ModuleAdapter, step: int, model_kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The gates of a skipped step, ``[num_features, batch, channels]``; None when they were not fetched."""
+        fetched = self._fetched
+        timestep = model_kwargs.get("timestep")
+        if fetched is None or not 0 <= step - fetched.first < len(fetched.gates):
+            return None
+        if fetched.constants != [_identity(model_kwargs.get(name)) for name in adapter.gate_arguments]:
+            self.forget()
+            return None
+        if not isinstance(timestep, Tensor) or timestep.ndim > 1:
+            return None
+        index = step - fetched.first
+        # No host sync: a timestep other than expected comes to light at the next full step.
+        off = (timestep != fetched.timesteps[index]).any()
+        self._wrong = off if self._wrong is None else self._wrong.logical_or_(off)
+        return fetched.gates[index]
+
+    def _timesteps_were_right(self) -> bool:
+        """Whether all timesteps so far were as expected; reads the device."""
+        if self._wrong is None:
+            return True
+        wrong, self._wrong = bool(self._wrong), None
+        if wrong:
+            warnings.warn(
+                "hicache: the transformer was called with timesteps that are not the scheduler's: the gates "
+                "of the last skipped steps were computed for others; from here on each step computes its own",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self._rules, self._searched = [], True
+        return not wrong
+
+
+def can_prefetch(
+    adapter: ModuleAdapter,
+    block_kwargs: Mapping[str, Any],
+    model_kwargs: Mapping[str, Any],
+    like: Tensor,
+    gates: Tensor,
+) -> bool:
+    """Whether the gates of this step, computed as those of coming steps are, are its gates; reads the device.
+
+    Not so where a subclass of the model makes its embedding of more than the family's does.
+
+    Args:
+        adapter: the family's.
+        block_kwargs: the first block's arguments.
+        model_kwargs: the transformer's.
+        like: ``[batch, ..., channels]`` of the hidden state's dtype and device.
+        gates: of this step, ``[num_features, batch, channels]``; not the adapter's own memory.
+    """
+    timestep, batch = model_kwargs.get("timestep"), len(like)
+    if not adapter.gate_arguments or not isinstance(timestep, Tensor) or timestep.ndim > 1:
+        return False
+    if not _one_a_sample(adapter, model_kwargs, batch) or timestep.numel() not in (1, batch):
+        return False
+    inputs = adapter.gate_inputs(block_kwargs, model_kwargs, timestep.reshape(-1).expand(batch), 1, like)
+    off = (adapter.gates(inputs, like) - gates).norm()
+    return bool(off <= max(1e-3, 4 * torch.finfo(like.dtype).eps) * gates.norm())
+
+
+def _one_a_sample(adapter: ModuleAdapter, model_kwargs: Mapping[str, Any], batch: int) -> bool:
+    """Whether what gates depend on, but for the timestep, is there once a sample."""
+    values = [model_kwargs.get(name) for name in adapter.gate_arguments]
+    return all(len(value) == batch for value in values if isinstance(value, Tensor))
+
+
+def _find_rules(scheduler_timesteps: Any, timestep: Any, step: int) -> list[_Rule]:
+    """The ways in which the timestep of this step comes out of the scheduler's; reads the device."""
+    if not isinstance(scheduler_timesteps, Tensor) or not isinstance(timestep, Tensor) or timestep.ndim > 1:
+        return []
+    given = timestep.reshape(-1)
+    if not bool((given == given[0]).all()):
+        return []
+    cast = scheduler_timesteps.to(given.device).to(given.dtype)
+    rules = [
+        _Rule(timesteps, index - step)
+        for timesteps in (cast, (cast / 1000).to(given.dtype))
+        for index in (timesteps == given[0]).nonzero().flatten().tolist()
+        if index >= step
+    ]
+    # as few left out before the first step as may be: a last timestep of 1 is also a first one of 1000 / 1000
+    return sorted(rules, key=lambda rule: rule.origin)
+
+
+def _identity(value: Any) -> Any:
+    """The same for the same unchanged tensor. Held by the caller, so that no other takes its place."""
+    return _Same(value) if isinstance(value, Tensor) else value
+
+
+class _Same:
+    """A tensor, equal to itself while nobody writes to it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._writes = compat.write_count(tensor)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other._tensor is self._tensor and other._writes == self._writes
+
+    __hash__ = None  # type: ignore[assignment]

@@ -1,0 +1,86 @@
+"""What is learned from the first full step of a form of call: shapes, features, and whether their sum is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hicache.runtime.budget import RecorderChoice
+from hicache.runtime.context import CallForm, Context
+from hicache.runtime.recorders import Unfit
+from hicache.stats import Stopwatch
+from hicache.step_plan import FullStep
+
+
+class FirstCall:
+    """Checks around a full step that is the first of its form; a :class:`~hicache.step_plan.Lesson`.
+
+    Args:
+        context: learns its form.
+        choice: of the recorder.
+        model_kwargs: the transformer's arguments by name.
+        watch: counts the time.
+        warn: tells the user, once.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        choice: RecorderChoice,
+        model_kwargs: Mapping[str, Any],
+        watch: Stopwatch,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._context = context
+        self._choice = choice
+        self._model_kwargs = model_kwargs
+        self._watch = watch
+        self._warn = warn
+        self.unfit: str | None = None  # why nothing could be recorded
+
+    def first_block(self, hidden: Tensor, block_kwargs: Mapping[str, Any]) -> FullStep:
+        """The form of the call is known: decide what to record, and where."""
+        context, choice = self._context, self._choice
+        with self._watch.measure(hidden.device), torch.no_grad():
+            form = CallForm(hidden.shape, hidden.dtype, hidden.device)
+            # nothing that holds on to the hidden states themselves
+            form.block_kwargs = {n: v for n, v in block_kwargs.items() if not n.endswith("hidden_states")}
+            if choice.modules is not None:
+                adapter = choice.modules.adapter
+                form.num_features = adapter.num_features(block_kwargs)
+                form.refusal = adapter.refusal(block_kwargs)
+            context.form = form
+            choice.decide(context)
+            plan = choice.recorder.plan_full(context.engine, form)
+            choice.recorder.learn(hidden, block_kwargs, self._model_kwargs)
+        return plan
+
+    def head(self, plan: FullStep, hidden: Tensor) -> FullStep | None:
+        """Verify what was recorded; where it is wrong, record the stack instead, as if from the start."""
+        form = self._context.form
+        assert form is not None
+        with self._watch.measure(hidden.device), torch.no_grad():
+            modules = self._choice.modules
+            base = None if modules is None else modules.base
+            try:
+                self._choice.recorder.verify(hidden, form)
+            except Unfit as error:
+                self._warn(f"{error}; its stack is cached instead")
+                self._choice.give_up_modules(str(error))
+                plan = self._choice.recorder.plan_full(self._context.engine, form)
+                if base is None:
+                    self.unfit = str(error)
+                    return None
+                assert plan.base is not None
+                plan.base.copy_(base)
+        if plan.base is not None and hidden.shape != plan.base.shape:
+            self.unfit = (
+                f"gives its head a hidden state {tuple(hidden.shape)} that is not of the shape of its first "
+                f"block's, {tuple(plan.base.shape)}"
+            )
+            self._warn(f"{self.unfit}: this call runs uncached")
+            return None
+        return plan

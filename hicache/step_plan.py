@@ -1,0 +1,117 @@
+"""What one call of a transformer will do, decided before it runs, and what came of it.
+
+A plan is immutable. Hooks (hicache/hooks) carry it out, note what came of it in a :class:`CallResult`, and
+decide nothing. In between, code that may be compiled or captured sees tensors and the plan: torch.compile
+makes one graph of a full step and one of a skipped step, whatever the step, the context or the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from hicache.engine import Sum
+
+
+@dataclass(frozen=True)
+class FullStep:
+    """The blocks run, and their features are recorded.
+
+    Args:
+        slots: the inboxes that are written to, a feature each, ``[batch, tokens, channels]``.
+        base: by stack, memory for the hidden state that enters the first block; may be the slot itself. The
+            slot then receives the residual. By module None: the modules' outputs are recorded.
+    """
+
+    slots: tuple[Tensor, ...]
+    base: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SkippedStep:
+    """A sum over the history stands for the blocks.
+
+    Args:
+        sum: orders and coefficients.
+        gates: ``[num_features, batch, channels]`` where they were prefetched; None has them computed.
+        between: what the model itself adds to the hidden state between its blocks.
+    """
+
+    sum: Sum
+    gates: Tensor | None = None
+    between: tuple[Tensor, ...] = ()
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors whose numbers differ from step to step: coefficients, gates, what is added between."""
+        return [self.sum.coeffs, *([] if self.gates is None else [self.gates]), *self.between]
+
+    def with_inputs(self, tensors: list[Tensor]) -> SkippedStep:
+        """The same plan with other tensors in the places of :attr:`inputs`."""
+        coeffs, *others = tensors
+        gates = None if self.gates is None else others.pop(0)
+        return replace(self, sum=replace(self.sum, coeffs=coeffs), gates=gates, between=tuple(others))
+
+
+@dataclass
+class CallResult:
+    """What came of a call."""
+
+    entered: bool = False  # whether a block has run
+    head_reached: bool = False
+
+    def __post_init__(self) -> None:
+        # features that several outputs make up, in fp32 or float64: added up as they come
+        self.partial_sums: dict[int, Tensor] = {}
+
+    def copy(self) -> CallResult:
+        """A result of the same tensors."""
+        result = CallResult(self.entered, self.head_reached)
+        result.partial_sums = dict(self.partial_sums)
+        return result
+
+
+class Lesson(Protocol):
+    """Looks on while a form of call runs for the first time, and makes its plan once the form is known."""
+
+    def first_block(self, hidden: Tensor, block_kwargs: Mapping[str, Any]) -> FullStep:
+        """The hidden state enters the first block: the plan of this call."""
+
+    def head(self, plan: FullStep, hidden: Tensor) -> FullStep | None:
+        """The hidden state leaves the last block: the plan, another one if that cannot be had, or None."""
+
+
+class RunningCall:
+    """The call of one transformer that runs now."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """A call ends, or never came to its end: let go of its tensors."""
+        self.plan: FullStep | SkippedStep | None = None  # None: the call runs uncached, or has no plan yet
+        self.result = CallResult()
+        # full, the first of its form: shapes, layout and order are read and checked
+        self.lesson: Lesson | None = None
+        # skipped, the first of its form: nothing but the blocks may stand between stand-in and head
+        self.verifying = False
+        self.checked = False  # whether nothing but the blocks may change the hidden state
+        self.opaque = False  # compiled, captured or replayed: nothing inside can be timed or compared
+        # runs a block, given it and its arguments, where blocks are captured one by one
+        self.run_block: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any] | None = None
+        # rotary embeddings of the context's last full step, and how many this call has asked for
+        self.rotary: list[Any] = []
+        self.rotary_index = 0
+
+    @property
+    def recording(self) -> bool:
+        """Whether this is a full step of a cached transformer."""
+        return self.lesson is not None or isinstance(self.plan, FullStep)
+
+    @property
+    def skipping(self) -> bool:
+        """Whether a sum stands for the blocks."""
+        return isinstance(self.plan, SkippedStep)
