@@ -46,7 +46,7 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """Everything of a module that a hook could change: classes, attributes, hooks, parameters, forwards."""
-    seen: dict[str, Any] = {"state_dict": list(model.state_dict())}
+    seen: dict[str, Any] = {".state_dict": list(model.state_dict())}
     for path, part in model.named_modules():
         members = {key: id(value) for key, value in vars(part).items() if not isinstance(value, dict)}
         dicts = {
@@ -55,5 +55,5 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             if isinstance(value, dict)
         }
         forward = getattr(part.forward, "__func__", part.forward)
-        seen[f"module {path}"] = (type(part), list(vars(part)), members, dicts, forward)
+        seen[path] = (type(part), list(vars(part)), members, dicts, forward)
     return seen
