@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +17,10 @@ from hicache.models.features import Feature
 from hicache.reference.history import Feature as PaperFeature
 from hicache.schedule import is_full
 from tests.support.comparisons import relative_rms, snapshot
+from tests.support.pages import code_of
 from tests.support.schedulers import CountingScheduler
 
-PAGE = Path(__file__).parent.parent / "docs" / "adding-a-model.md"
+PAGE = "adding-a-model.md"
 CONFIG = HiCacheConfig(interval=4, order=2, warmup=3)
 TIMES = torch.linspace(1, 0.1, 14, dtype=torch.float64)
 
@@ -29,14 +28,14 @@ TIMES = torch.linspace(1, 0.1, 14, dtype=torch.float64)
 @pytest.fixture(scope="module")
 def page() -> Iterator[dict[str, Any]]:
     """What the page's code defines, run from top to bottom."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = code_of(PAGE)
     assert len(blocks) == 3
     names: dict[str, Any] = {"__name__": "adding_a_model"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "_ADAPTERS", dict(registry._ADAPTERS))
         torch.manual_seed(0)
         for block in blocks:
-            exec(compile(block, PAGE.name, "exec"), names)
+            exec(compile(block, PAGE, "exec"), names)
         yield names
 
 
