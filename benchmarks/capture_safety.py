@@ -7,7 +7,7 @@ cached, and :mod:`hicache.cuda_graphs.capture_safety` looks on. Prints the page,
 from __future__ import annotations
 
 import argparse
-import runpy
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,12 +25,14 @@ from hicache import HiCacheConfig
 from hicache.adapters import registry
 from hicache.cuda_graphs.capture_safety import UnsafeOp, UnsafeOps
 from hicache.hooks.transformer import HookedTransformer
+from tests.support import models
+from tests.support.schedulers import CountingScheduler
 
 # a model, and what gives the arguments of its call at a time in (0, 1]
 Build = Callable[[], tuple[nn.Module, Callable[[float], dict[str, Any]]]]
 
 TESTS: Final = Path(__file__).parent.parent / "tests"
-# as in the table → in tests/zoo.py
+# as in the table → in tests.support.models
 MODELS: Final = {
     "FLUX.1": "flux",
     "FLUX.1 Kontext": "kontext",
@@ -134,22 +136,9 @@ class Survey:
         return "module" if "module" in self.cached else "stack"
 
 
-class _Steps:
-    """A scheduler that only counts."""
-
-    timesteps: Any = ()
-
-    def set_timesteps(self, steps: int) -> None:
-        self.timesteps = range(steps)
-
-    def step(self) -> None:
-        pass
-
-
 def builders() -> dict[str, Build]:
     """Small models with random weights, by their names in the table."""
-    zoo = runpy.run_path(str(TESTS / "zoo.py"))
-    return {title: {**zoo["ZOO"], **zoo["PIPED"]}[name] for title, name in MODELS.items()}
+    return {title: functools.partial(models.build, name) for title, name in MODELS.items()}
 
 
 def survey(build: Build) -> Survey:
@@ -170,7 +159,7 @@ def _survey(model: nn.Module, call: Callable[[float], dict[str, Any]]) -> Survey
         calls.append(mode.found)
         return output
 
-    def run(scheduler: _Steps) -> list[list[UnsafeOp]]:
+    def run(scheduler: CountingScheduler) -> list[list[UnsafeOp]]:
         calls.clear()
         scheduler.set_timesteps(STEPS)
         for t in torch.linspace(1, 0.1, STEPS):
@@ -185,11 +174,11 @@ def _survey(model: nn.Module, call: Callable[[float], dict[str, Any]]) -> Survey
         move(model)
         # what graphs would capture: the model's own forward, within all that is hooked around it
         model.forward = watched
-        own = _of(run(_Steps()), range(STEPS))
+        own = _of(run(CountingScheduler()), range(STEPS))
         for granularity in ("module", "stack"):
             if granularity == "module" and registry.find(model) is None:
                 continue
-            scheduler = _Steps()
+            scheduler = CountingScheduler()
             try:
                 with hicache.fast.apply(model, CONFIG, scheduler=scheduler, granularity=granularity):
                     found = run(scheduler)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import Steps, off
-from test_zoo import state
 from torch import Tensor, nn
 
 import hicache.fast
@@ -20,8 +16,11 @@ from hicache.adapters import registry
 from hicache.adapters.base import ModuleOutput
 from hicache.reference.history import Feature as PaperFeature
 from hicache.schedule import is_full
+from tests.support.comparisons import relative_rms, snapshot
+from tests.support.pages import code_of
+from tests.support.schedulers import CountingScheduler
 
-PAGE = Path(__file__).parent.parent / "docs" / "adding-a-model.md"
+PAGE = "adding-a-model.md"
 CONFIG = HiCacheConfig(interval=4, order=2, warmup=3)
 TIMES = torch.linspace(1, 0.1, 14, dtype=torch.float64)
 
@@ -29,18 +28,18 @@ TIMES = torch.linspace(1, 0.1, 14, dtype=torch.float64)
 @pytest.fixture(scope="module")
 def page() -> Iterator[dict[str, Any]]:
     """What the page's code defines, run from top to bottom."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = code_of(PAGE)
     assert len(blocks) == 3
     names: dict[str, Any] = {"__name__": "adding_a_model"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "_ADAPTERS", dict(registry._ADAPTERS))
         torch.manual_seed(0)
         for block in blocks:
-            exec(compile(block, PAGE.name, "exec"), names)
+            exec(compile(block, PAGE, "exec"), names)
         yield names
 
 
-def run(model: nn.Module, scheduler: Steps) -> Tensor:
+def run(model: nn.Module, scheduler: CountingScheduler) -> Tensor:
     """One set of latents of two pictures: what the model says at every time."""
     latents = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     scheduler.set_timesteps(len(TIMES))
@@ -73,7 +72,7 @@ def paper(model: nn.Module) -> Tensor:
     hooks = [model.register_forward_pre_hook(start)]
     for block in model.blocks:
         hooks += [part.register_forward_hook(replace) for part in (block.attention, block.mlp)]
-    said = run(model, Steps())
+    said = run(model, CountingScheduler())
     for hook in hooks:
         hook.remove()
     return said
@@ -85,15 +84,15 @@ def test_the_page_runs_and_is_the_paper(page: dict[str, Any]):
     assert page["latents"].isfinite().all()
 
     model = page["Pebble"]().double().eval()
-    uncached, before = run(model, Steps()), state(model)
+    uncached, before = run(model, CountingScheduler()), snapshot(model)
     expected = paper(model)
-    scheduler = Steps()
+    scheduler = CountingScheduler()
     with hicache.fast.apply(model, CONFIG, scheduler=scheduler) as handle:
         ours = run(model, scheduler)
         assert handle.stats.choices["transformer"].startswith("module: ")
-    assert off(ours, expected) <= 1e-12
-    assert off(expected, uncached) > 1e-4
-    assert state(model) == before
+    assert relative_rms(ours, expected) <= 1e-12
+    assert relative_rms(expected, uncached) > 1e-4
+    assert snapshot(model) == before
 
 
 def test_subclasses_are_known_and_replacing_an_adapter_replaces_it(page: dict[str, Any]):
@@ -151,8 +150,8 @@ def wrong(page: dict[str, Any], kind: str) -> type[Any]:
 def test_a_wrong_adapter_is_found_out(page: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(registry._ADAPTERS, "Pebble", wrong(page, kind))
     model = page["Pebble"]().double().eval()
-    before = state(model)
-    scheduler = Steps()
+    before = snapshot(model)
+    scheduler = CountingScheduler()
     with hicache.fast.apply(model, CONFIG, scheduler=scheduler, granularity="stack"):
         stack = run(model, scheduler)
     with hicache.fast.apply(model, CONFIG, scheduler=scheduler) as handle:
@@ -164,4 +163,4 @@ def test_a_wrong_adapter_is_found_out(page: dict[str, Any], kind: str, monkeypat
     with hicache.fast.apply(model, CONFIG, scheduler=scheduler, granularity="module"):
         with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="granularity='module'"):
             run(model, scheduler)
-    assert state(model) == before
+    assert snapshot(model) == before

@@ -7,14 +7,17 @@ from typing import Any
 
 import diffusers
 import pytest
-import tiny
 import torch
 
 import hicache.fast
 from hicache import HiCacheConfig
 from hicache.runtime.gate_prefetch import GatePrefetch
+from tests.support import models, pipelines
+from tests.support.comparisons import close
+from tests.support.schedulers import flow_matching
 
 CONFIG = HiCacheConfig(interval=4, order=2, warmup=3)
+TOLERANCE = 2e-6
 FORESEEN = ["flux", "flux_cfg", "qwen", "qwen_edit", "sd3", "hunyuan", "dit"]
 
 
@@ -35,7 +38,7 @@ def foreseen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def cached(pipe: Any, arguments: dict[str, Any], **more: Any) -> torch.Tensor:
     with hicache.fast.apply(pipe, CONFIG, granularity="module"):
-        return tiny.draw(pipe, arguments, **more)
+        return pipelines.draw(pipe, arguments, **more)
 
 
 def without(call: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -45,25 +48,21 @@ def without(call: Callable[[], torch.Tensor]) -> torch.Tensor:
         return call()
 
 
-def close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return bool((one - other).norm() <= 2e-6 * other.norm())
-
-
 @pytest.mark.parametrize("name", FORESEEN)
 def test_foreseen_gates_are_the_ones_of_the_step(name, foreseen):
-    pipe, arguments = getattr(tiny, name)()
+    pipe, arguments = pipelines.build(name)
     ahead = cached(pipe, arguments)
     assert foreseen
     assert all(foreseen)
     foreseen.clear()
     each = without(lambda: cached(pipe, arguments))
     assert not any(foreseen)
-    assert close(ahead, each)
+    assert close(ahead, each, TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_narrow_timesteps_are_foreseen_as_the_pipeline_rounds_them(dtype, foreseen):
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     pipe.transformer.to(dtype)
     arguments = {
         name: value.to(dtype) if isinstance(value, torch.Tensor) else value
@@ -76,26 +75,30 @@ def test_narrow_timesteps_are_foreseen_as_the_pipeline_rounds_them(dtype, forese
 
 
 def test_a_second_order_scheduler_repeats_its_timesteps(foreseen):
-    pipe, arguments = tiny.dit()
+    pipe, arguments = pipelines.build("dit")
     pipe.scheduler = diffusers.HeunDiscreteScheduler()
     ahead = cached(pipe, arguments)
-    assert close(ahead, without(lambda: cached(pipe, arguments)))
+    assert close(ahead, without(lambda: cached(pipe, arguments)), TOLERANCE)
 
 
 def test_a_run_that_begins_in_the_middle(foreseen):
     """Image to image: the first timestep is not the scheduler's first."""
-    transformer = tiny.flux_transformer()
-    scheduler = tiny.flow_matching()
+    transformer = models.flux_transformer()
+    scheduler = flow_matching()
 
     def run() -> torch.Tensor:
         outputs = []
         with hicache.fast.apply(transformer, CONFIG, scheduler=scheduler, granularity="module"):
             scheduler.set_timesteps(16)
             scheduler.set_begin_index(4)
-            guidance, pooled = torch.full((1,), 3.5), tiny.noise(1, 32)
-            latents = tiny.noise(1, 16, 4)
+            guidance, pooled = torch.full((1,), 3.5), models.noise(1, 32)
+            latents = models.noise(1, 16, 4)
             for t in scheduler.timesteps[4:]:
-                output = transformer(**call(latents, t.expand(1) / 1000, guidance, pooled))[0]
+                output = transformer(
+                    **models.flux_call(
+                        latents, t.expand(1) / 1000, guidance=guidance, pooled_projections=pooled
+                    )
+                )[0]
                 latents = scheduler.step(output, t, latents, return_dict=False)[0]
                 outputs.append(output)
         return torch.stack(outputs)
@@ -104,13 +107,13 @@ def test_a_run_that_begins_in_the_middle(foreseen):
         ahead = run()
         assert len(foreseen) > 5
         assert all(foreseen)
-        assert close(ahead, without(run))
+        assert close(ahead, without(run), TOLERANCE)
 
 
 def test_a_run_that_begins_where_narrow_timesteps_round_to_the_same(foreseen):
     """The first timestep fits the one before it, too; those after it do not."""
-    transformer = tiny.flux_transformer()
-    scheduler = tiny.flow_matching(shift=6.0)
+    transformer = models.flux_transformer()
+    scheduler = flow_matching(shift=6.0)
     scheduler.set_timesteps(100)
     narrow = scheduler.timesteps.bfloat16() / 1000
     assert narrow[3] == narrow[2] != narrow[1]
@@ -120,10 +123,14 @@ def test_a_run_that_begins_where_narrow_timesteps_round_to_the_same(foreseen):
         with hicache.fast.apply(transformer, CONFIG, scheduler=scheduler, granularity="module"):
             scheduler.set_timesteps(100)
             scheduler.set_begin_index(3)
-            guidance, pooled = torch.full((1,), 3.5), tiny.noise(1, 32)
-            latents = tiny.noise(1, 16, 4)
+            guidance, pooled = torch.full((1,), 3.5), models.noise(1, 32)
+            latents = models.noise(1, 16, 4)
             for t, timestep in zip(scheduler.timesteps[3:15], narrow[3:15], strict=True):
-                output = transformer(**call(latents, timestep.expand(1), guidance, pooled))[0]
+                output = transformer(
+                    **models.flux_call(
+                        latents, timestep.expand(1), guidance=guidance, pooled_projections=pooled
+                    )
+                )[0]
                 latents = scheduler.step(output, t, latents, return_dict=False)[0]
                 outputs.append(output)
         return torch.stack(outputs)
@@ -132,37 +139,31 @@ def test_a_run_that_begins_where_narrow_timesteps_round_to_the_same(foreseen):
         ahead = run()
         assert foreseen
         assert all(foreseen)
-        assert close(ahead, without(run))
-
-
-def call(latents: torch.Tensor, timestep: Any, guidance: Any, pooled: torch.Tensor) -> dict[str, Any]:
-    return {
-        "hidden_states": latents,
-        "encoder_hidden_states": tiny.noise(1, 6, 32),
-        "pooled_projections": pooled,
-        "timestep": timestep,
-        "guidance": guidance,
-        "img_ids": torch.zeros(16, 3),
-        "txt_ids": torch.zeros(6, 3),
-        "return_dict": False,
-    }
+        assert close(ahead, without(run), TOLERANCE)
 
 
 def loop(
     times: Callable[[torch.Tensor], torch.Tensor], pooled: Callable[[int, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    transformer = tiny.flux_transformer()
-    scheduler = tiny.flow_matching()
+    transformer = models.flux_transformer()
+    scheduler = flow_matching()
     outputs = []
     with torch.no_grad(), hicache.fast.apply(transformer, CONFIG, scheduler=scheduler, granularity="module"):
         scheduler.set_timesteps(14)
-        guidance, prompt = torch.full((1,), 3.5), tiny.noise(1, 32)
+        guidance, prompt = torch.full((1,), 3.5), models.noise(1, 32)
         for step, t in enumerate(scheduler.timesteps):
             timestep = times(t.expand(1) / 1000)
             outputs.append(
-                transformer(**call(tiny.noise(1, 16, 4), timestep, guidance, pooled(step, prompt)))[0]
+                transformer(
+                    **models.flux_call(
+                        models.noise(1, 16, 4),
+                        timestep,
+                        guidance=guidance,
+                        pooled_projections=pooled(step, prompt),
+                    )
+                )[0]
             )
-            scheduler.step(outputs[-1], t, tiny.noise(1, 16, 4))
+            scheduler.step(outputs[-1], t, models.noise(1, 16, 4))
     return torch.stack(outputs)
 
 
@@ -179,7 +180,7 @@ def test_another_prompt_half_way_is_noticed_at_once(foreseen):
     assert any(foreseen)
     assert not all(foreseen)
     torch.manual_seed(0)
-    assert close(ahead, without(lambda: loop(lambda t: t, changed)))
+    assert close(ahead, without(lambda: loop(lambda t: t, changed)), TOLERANCE)
 
 
 def test_timesteps_of_ones_own_are_never_foreseen(foreseen):
@@ -202,7 +203,7 @@ def test_timesteps_that_turn_out_others_are_told_and_no_longer_foreseen(foreseen
 @pytest.mark.parametrize("own", [True, False])
 def test_a_subclass_that_makes_more_of_its_embedding_computes_its_own_gates(own, foreseen):
     """Its blocks are its family's, so its modules are recorded; but nobody else knows its gates."""
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     family = type(pipe.transformer)
 
     class Moved(family):
@@ -220,4 +221,4 @@ def test_a_subclass_that_makes_more_of_its_embedding_computes_its_own_gates(own,
     drawn = cached(pipe, arguments)
     assert foreseen
     assert any(foreseen) is not own
-    assert close(drawn, without(lambda: cached(pipe, arguments)))
+    assert close(drawn, without(lambda: cached(pipe, arguments)), TOLERANCE)

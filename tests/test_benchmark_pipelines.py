@@ -9,7 +9,6 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from test_graphs import Fake
 
 import hicache.fast
 from benchmarks import gpu, pipelines
@@ -18,6 +17,7 @@ from benchmarks.gate import WrongResult
 from benchmarks.pipeline_rows import Row, page
 from benchmarks.pipelines import Bench, Notes, Taken, Variant, measure, measure_model, measure_variant, prove
 from hicache import HiCacheConfig
+from tests.support.graphs import FakeBackend, connect
 
 CONFIG = HiCacheConfig(interval=3, order=1, warmup=2)
 STEPS = 7  # 0, 1 and 4 are full
@@ -122,14 +122,11 @@ def test_loops_must_equal_those_before(stop):
 @pytest.mark.parametrize("granularity", ["stack", "module"])
 def test_graphs_must_equal_the_same_steps_run_eagerly(granularity, monkeypatch):
     """Against a faked capture."""
-    monkeypatch.setattr(hicache.fast, "CudaBackend", Fake)
+    monkeypatch.setattr(hicache.fast, "CudaBackend", FakeBackend)
     apply = Bench.apply
 
     def apply_faked(self, variant):
-        handle = apply(self, variant)
-        for denoiser in handle._denoisers:
-            denoiser.graphs._backend.call = denoiser.adapter.call
-        return handle
+        return connect(apply(self, variant))
 
     monkeypatch.setattr(Bench, "apply", apply_faked)
     one, variant, taken, known = bench(), Variant(granularity, graphs=True), Taken(), {}

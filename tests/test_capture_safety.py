@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 
 import hicache.engine
 import hicache.fast
-from benchmarks import capture_safety
 from benchmarks.capture_safety import (
     CONFIG,
     FULL,
@@ -38,6 +36,8 @@ from hicache.cuda_graphs.capture_safety import (
     UnsafeOps,
     unsafe_ops,
 )
+from tests.support import models
+from tests.support.schedulers import CountingScheduler
 
 PAGE = TESTS.parent / "docs" / "capture-safety.md"
 # by themselves, from the first call on
@@ -77,8 +77,8 @@ def test_the_page_is_what_the_models_do(surveys: dict[str, Survey]):
     )
 
 
-def test_every_model_of_the_zoo_is_on_it():
-    assert set(MODELS.values()) == {*zoo.ZOO, *zoo.PIPED}
+def test_every_model_is_on_it():
+    assert set(MODELS.values()) == {*models.BARE, *models.IN_PIPELINES}
 
 
 @pytest.mark.parametrize("title", MODELS)
@@ -277,10 +277,9 @@ def test_a_block_that_raises_is_left():
 @pytest.mark.parametrize("name", ["flux", "chroma", "hidream", "lumina2", "wan"])
 def test_it_computes_what_the_host_does(name: str):
     """Cached as well: the very steps the page is about."""
-    build = {**zoo.ZOO, **zoo.PIPED}[name]
 
     def run(prepare: Callable[[Any], Any], model: nn.Module) -> list[Tensor]:
-        scheduler = capture_safety._Steps()
+        scheduler = CountingScheduler()
         said = []
         handle = hicache.fast.apply(model, CONFIG, scheduler=scheduler, granularity="stack")
         with torch.no_grad(), handle:
@@ -293,7 +292,7 @@ def test_it_computes_what_the_host_does(name: str):
             assert handle.stats.skipped_steps == len(SKIPPED) + 1
         return said
 
-    model, call = build()
+    model, call = models.build(name)
     expected = run(lambda arguments: arguments, model)
     with PretendGpu():
         move(model)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -15,6 +14,7 @@ import hicache.demo
 import hicache.fast
 from hicache import HiCacheConfig
 from hicache.hooks.dynamo import CompilePause
+from tests.support import pipelines
 
 CONFIG = HiCacheConfig(interval=3, order=2, warmup=3)
 STEPS = 12
@@ -45,8 +45,8 @@ def demo() -> tuple[Any, Callable[[Any], Tensor]]:
 def build(name: str) -> tuple[Any, Callable[[Any], Tensor]]:
     if name == "bundled":
         return demo()
-    pipe, arguments = getattr(tiny, name)()
-    return pipe, lambda pipe: tiny.draw(pipe, arguments, STEPS)
+    pipe, arguments = pipelines.build(name)
+    return pipe, lambda pipe: pipelines.draw(pipe, arguments, STEPS)
 
 
 @pytest.mark.parametrize("granularity", ["module", "stack"])

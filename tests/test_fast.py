@@ -8,7 +8,6 @@ import warnings
 
 import diffusers
 import pytest
-import tiny
 import torch
 from torch import nn
 
@@ -16,35 +15,25 @@ import hicache.fast
 from hicache import HiCacheConfig, full_steps
 from hicache.adapters import registry
 from hicache.adapters.base import ModuleAdapter, ModuleOutput
-from hicache.hooks.block_lists import BLOCK_LISTS
+from tests.support import models, pipelines
+from tests.support.comparisons import snapshot
+from tests.support.models import flux_call
+from tests.support.pipelines import denoisers
+from tests.support.runs import blocks_of
+from tests.support.schedulers import CountingScheduler, flow_matching
 
 EVERY_THIRD = HiCacheConfig(interval=3)
-pipelines = pytest.mark.parametrize("name", tiny.PIPELINES)
+every_pipeline = pytest.mark.parametrize("name", pipelines.CORE)
 
 
-def denoisers(pipe):
-    return {
-        name: part for name, part in pipe.components.items() if "transformer" in name and part is not None
-    }
-
-
-def blocks(module):
-    return [b for name in BLOCK_LISTS for b in getattr(module, name, ()) if isinstance(b, nn.Module)]
-
-
-def graph(pipe):
-    """Everything of a pipeline's objects that a hook could change."""
-    seen = {}
-    for name, part in denoisers(pipe).items():
-        for path, module in part.named_modules():
-            members = {k: id(v) for k, v in vars(module).items() if not isinstance(v, dict)}
-            hooks = {k: dict(v) for k, v in vars(module).items() if isinstance(v, dict) and "hooks" in k}
-            seen[name, path] = (type(module), set(vars(module)), members, hooks, module.forward.__func__)
-        seen[name, "state"] = list(part.state_dict())
+def everything(pipe):
+    """All of a pipeline's objects that a hook could change."""
     scheduler = pipe.scheduler
-    seen["scheduler"] = (type(scheduler), set(vars(scheduler)), scheduler.step, scheduler.set_timesteps)
-    seen["pipe"] = set(vars(pipe))
-    return seen
+    return {
+        **{name: snapshot(part) for name, part in denoisers(pipe).items()},
+        "scheduler": (type(scheduler), set(vars(scheduler)), scheduler.step, scheduler.set_timesteps),
+        "pipe": set(vars(pipe)),
+    }
 
 
 class BlockCounter:
@@ -55,39 +44,39 @@ class BlockCounter:
         self.hooks = []
         for part in denoisers(pipe).values():
             self.hooks.append(part.register_forward_pre_hook(lambda *_: self.calls.append(0)))
-            for block in blocks(part):
+            for block in blocks_of(part):
                 self.hooks.append(block.register_forward_hook(self._count))
 
     def _count(self, *_):
         self.calls[-1] += 1
 
 
-@pipelines
+@every_pipeline
 def test_interval_one_is_no_cache_and_remove_restores_all(name):
-    pipe, arguments = tiny.PIPELINES[name]()
-    plain = tiny.draw(pipe, arguments, 6)
-    before = graph(pipe)
+    pipe, arguments = pipelines.build(name)
+    plain = pipelines.draw(pipe, arguments, 6)
+    before = everything(pipe)
     handle = hicache.fast.apply(pipe, HiCacheConfig(interval=1))
-    assert torch.equal(tiny.draw(pipe, arguments, 6), plain)
+    assert torch.equal(pipelines.draw(pipe, arguments, 6), plain)
     assert handle.stats.full_steps > 0
     assert handle.stats.skipped_steps == 0
     handle.remove()
-    assert graph(pipe) == before
+    assert everything(pipe) == before
     with hicache.fast.apply(pipe, EVERY_THIRD):
-        tiny.draw(pipe, arguments, 6)
-    after = graph(pipe)
+        pipelines.draw(pipe, arguments, 6)
+    after = everything(pipe)
     # a scheduler grows attributes of its own when it runs; ours must not be among them
     assert after == before
     assert not any(key.startswith("_hicache") for part in denoisers(pipe).values() for key in vars(part))
-    assert torch.equal(tiny.draw(pipe, arguments, 6), plain)
+    assert torch.equal(pipelines.draw(pipe, arguments, 6), plain)
 
 
-@pipelines
+@every_pipeline
 def test_skipped_steps_run_no_block(name):
-    pipe, arguments = tiny.PIPELINES[name]()
+    pipe, arguments = pipelines.build(name)
     counter = BlockCounter(pipe)
     with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
-        picture = tiny.draw(pipe, arguments, 12)
+        picture = pipelines.draw(pipe, arguments, 12)
     assert torch.isfinite(picture).all()
     contexts = handle.stats.contexts.values()
     assert counter.calls.count(0) == sum(c.skipped_steps for c in contexts) > 0
@@ -97,12 +86,12 @@ def test_skipped_steps_run_no_block(name):
         assert full_steps(EVERY_THIRD, 12) == [0, 1, 2, 5, 8, 11]
 
 
-@pipelines
+@every_pipeline
 def test_cached_pictures_are_close_and_repeatable(name):
-    pipe, arguments = tiny.PIPELINES[name]()
-    plain = tiny.draw(pipe, arguments)
+    pipe, arguments = pipelines.build(name)
+    plain = pipelines.draw(pipe, arguments)
     with hicache.fast.apply(pipe, EVERY_THIRD):
-        first, second = tiny.draw(pipe, arguments), tiny.draw(pipe, arguments)
+        first, second = pipelines.draw(pipe, arguments), pipelines.draw(pipe, arguments)
     assert torch.equal(first, second)
     assert not torch.equal(first, plain)
     if name not in ("dit", "pixart"):  # random weights under DDIM leave little to compare
@@ -110,9 +99,9 @@ def test_cached_pictures_are_close_and_repeatable(name):
 
 
 def test_contexts_have_their_own_history():
-    pipe, arguments = tiny.flux_cfg()
+    pipe, arguments = pipelines.build("flux_cfg")
     with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
-        tiny.draw(pipe, arguments)
+        pipelines.draw(pipe, arguments)
         stats = handle.stats
     assert list(stats.contexts) == ["transformer[0]", "transformer[1]"]
     assert stats.full_steps == stats.skipped_steps == 6
@@ -120,9 +109,9 @@ def test_contexts_have_their_own_history():
 
 
 def test_second_denoiser_is_cached_and_warms_up_when_it_starts():
-    pipe, arguments = tiny.wan(two=True)
+    pipe, arguments = pipelines.build("wan22")
     with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
-        tiny.draw(pipe, arguments)
+        pipelines.draw(pipe, arguments)
         stats = handle.stats
     assert list(stats.contexts) == [f"{n}[{i}]" for n in ("transformer", "transformer_2") for i in (0, 1)]
     assert all(c.full_steps >= 3 for c in stats.contexts.values())
@@ -130,18 +119,18 @@ def test_second_denoiser_is_cached_and_warms_up_when_it_starts():
 
 
 def test_last_step_full():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     counter = BlockCounter(pipe)
     with hicache.fast.apply(pipe, HiCacheConfig(interval=5, last_step_full=True)):
-        tiny.draw(pipe, arguments, 11)
+        pipelines.draw(pipe, arguments, 11)
     assert [step for step, count in enumerate(counter.calls) if count] == [0, 1, 2, 7, 10]
 
 
 @pytest.mark.parametrize("when", ["warm-up", "skipped", "full"])
 def test_aborted_run_leaves_nothing_behind(when):
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     with hicache.fast.apply(pipe, EVERY_THIRD):
-        fresh = tiny.draw(pipe, arguments)
+        fresh = pipelines.draw(pipe, arguments)
 
     def abort(pipe, step, timestep, tensors):
         if step == {"warm-up": 1, "skipped": 6, "full": 8}[when]:
@@ -151,14 +140,14 @@ def test_aborted_run_leaves_nothing_behind(when):
     with hicache.fast.apply(pipe, EVERY_THIRD):
         other = {**arguments, "prompt_embeds": arguments["prompt_embeds"] * 3}
         with pytest.raises(KeyboardInterrupt):
-            tiny.draw(pipe, other, callback_on_step_end=abort)
-        assert torch.equal(tiny.draw(pipe, arguments), fresh)
+            pipelines.draw(pipe, other, callback_on_step_end=abort)
+        assert torch.equal(pipelines.draw(pipe, arguments), fresh)
 
 
 def test_exception_inside_a_block_leaves_nothing_behind():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     with hicache.fast.apply(pipe, EVERY_THIRD):
-        fresh = tiny.draw(pipe, arguments)
+        fresh = pipelines.draw(pipe, arguments)
         calls = []
 
         def fail(*_):
@@ -168,62 +157,62 @@ def test_exception_inside_a_block_leaves_nothing_behind():
 
         hook = pipe.transformer.single_transformer_blocks[1].register_forward_pre_hook(fail)
         with pytest.raises(MemoryError):
-            tiny.draw(pipe, arguments)
+            pipelines.draw(pipe, arguments)
         hook.remove()
-        assert torch.equal(tiny.draw(pipe, arguments), fresh)
+        assert torch.equal(pipelines.draw(pipe, arguments), fresh)
 
 
 def test_two_pipelines_interleaved():
-    (one, arguments), (two, _) = tiny.flux(), tiny.flux()
+    (one, arguments), (two, _) = pipelines.build("flux"), pipelines.build("flux")
     for parameter in two.transformer.parameters():
         parameter.data.mul_(1.1)
     others = {**arguments, "prompt_embeds": arguments["prompt_embeds"] * 2}
     with hicache.fast.apply(one, EVERY_THIRD), hicache.fast.apply(two, HiCacheConfig(interval=4, order=1)):
-        alone = tiny.draw(one, arguments), tiny.draw(two, others, 9)
+        alone = pipelines.draw(one, arguments), pipelines.draw(two, others, 9)
         nested = []
 
         def inner(pipe, step, timestep, tensors):
             if step in (3, 7):
-                nested.append(tiny.draw(two, others, 9))
+                nested.append(pipelines.draw(two, others, 9))
             return tensors
 
-        assert torch.equal(tiny.draw(one, arguments, callback_on_step_end=inner), alone[0])
+        assert torch.equal(pipelines.draw(one, arguments, callback_on_step_end=inner), alone[0])
     assert len(nested) == 2
     assert all(torch.equal(picture, alone[1]) for picture in nested)
 
 
 def test_other_resolution_batch_and_steps_between_runs():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     changes = [
         {},
         {"height": 96},
         {"num_images_per_prompt": 2},
-        {"prompt_embeds": tiny.noise(1, 9, 32)},
+        {"prompt_embeds": models.noise(1, 9, 32)},
         {},
     ]
     for steps, change in zip((12, 12, 10, 14, 12), changes, strict=True):
         wanted = {**arguments, **change}
         with hicache.fast.apply(pipe, EVERY_THIRD):
-            fresh = tiny.draw(pipe, wanted, steps)
+            fresh = pipelines.draw(pipe, wanted, steps)
         change["fresh"] = fresh
     with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
         for steps, change in zip((12, 12, 10, 14, 12), changes, strict=True):
             fresh = change.pop("fresh")
-            assert torch.equal(tiny.draw(pipe, {**arguments, **change}, steps), fresh)
+            assert torch.equal(pipelines.draw(pipe, {**arguments, **change}, steps), fresh)
             assert len(handle.stats.contexts) == 1
         # what earlier shapes needed was given back
         assert handle.stats.history_bytes == handle.stats.contexts["transformer[0]"].history_bytes
 
 
 def test_release_frees_and_the_next_run_allocates():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
-        first = tiny.draw(pipe, arguments)
+        first = pipelines.draw(pipe, arguments)
         held = handle.stats.history_bytes
         assert held >= 3 * first.shape[1] * 32 * 4
         handle.release()
         assert handle.stats.history_bytes == 0
-        assert torch.equal(tiny.draw(pipe, arguments), first)
+        assert torch.equal(pipelines.draw(pipe, arguments), first)
         assert handle.stats.history_bytes == held
 
 
@@ -231,65 +220,65 @@ def test_release_frees_and_the_next_run_allocates():
     ("speedup", "steps", "full"), [(2.0, 12, 6), (3.0, 50, 14), (5.0, 50, 10), (1.0, 9, 9)]
 )
 def test_speedup_chooses_the_interval(speedup, steps, full):
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     with hicache.fast.apply(pipe, speedup=speedup) as handle:
-        tiny.draw(pipe, arguments, steps)
+        pipelines.draw(pipe, arguments, steps)
         assert handle.stats.full_steps == full
         assert handle.stats.bound >= speedup
-        tiny.draw(pipe, arguments, 30)  # another count, another interval
+        pipelines.draw(pipe, arguments, 30)  # another count, another interval
         assert round(handle.stats.bound, 2) >= speedup
 
 
 def test_speedup_out_of_reach_warns_and_does_its_best():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     with hicache.fast.apply(pipe, speedup=4.0) as handle:
         with pytest.warns(RuntimeWarning, match=r"speedup=4.0 is out of reach in 6 steps"):
-            tiny.draw(pipe, arguments, 6)
+            pipelines.draw(pipe, arguments, 6)
         assert handle.stats.full_steps == 3
 
 
 def test_applying_again_replaces_the_settings():
-    pipe, arguments = tiny.flux()
-    tiny.draw(pipe, arguments, 2)  # diffusers itself leaves attributes behind
-    before = graph(pipe)
+    pipe, arguments = pipelines.build("flux")
+    pipelines.draw(pipe, arguments, 2)  # diffusers itself leaves attributes behind
+    before = everything(pipe)
     old = hicache.fast.apply(pipe, EVERY_THIRD)
     new = hicache.fast.apply(pipe, HiCacheConfig(interval=4))
     assert not old.active
-    tiny.draw(pipe, arguments)
+    pipelines.draw(pipe, arguments)
     assert new.stats.full_steps == len(full_steps(HiCacheConfig(interval=4), 12))
     old.remove()  # does nothing more
-    tiny.draw(pipe, arguments)
+    pipelines.draw(pipe, arguments)
     assert new.stats.skipped_steps > 0
     new.remove()
-    assert graph(pipe) == before
+    assert everything(pipe) == before
 
 
 def test_stats_stay_after_remove():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
-        tiny.draw(pipe, arguments)
+        pipelines.draw(pipe, arguments)
     assert (handle.stats.full_steps, handle.stats.skipped_steps) == (6, 6)
     assert handle.stats.cache_ms > 0
     assert "transformer[0]: 6 full, 6 skipped" in str(handle.stats)
 
 
 def test_scheduler_put_in_later_is_followed():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
-        fresh = tiny.draw(pipe, arguments)
+        fresh = pipelines.draw(pipe, arguments)
         first = pipe.scheduler
-        pipe.scheduler = tiny.flow_matching()
-        assert torch.equal(tiny.draw(pipe, arguments), fresh)
+        pipe.scheduler = flow_matching()
+        assert torch.equal(pipelines.draw(pipe, arguments), fresh)
         assert handle.stats.skipped_steps == 6
         assert "step" not in vars(first)
     assert "step" not in vars(pipe.scheduler)
 
 
 def test_custom_sigmas_and_a_scheduler_of_two_calls_a_step():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
         sigmas = torch.linspace(1.0, 0.1, 9).tolist()
-        tiny.draw(pipe, {**arguments, "sigmas": sigmas}, 9)
+        pipelines.draw(pipe, {**arguments, "sigmas": sigmas}, 9)
         assert handle.stats.full_steps + handle.stats.skipped_steps == 9
         pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
         with warnings.catch_warnings():
@@ -306,7 +295,7 @@ def test_custom_sigmas_and_a_scheduler_of_two_calls_a_step():
 
 
 def test_copied_scheduler_drives_itself():
-    pipe, _ = tiny.flux()
+    pipe, _ = pipelines.build("flux")
     with hicache.fast.apply(pipe, EVERY_THIRD):
         twin = copy.deepcopy(pipe.scheduler)
         twin.set_timesteps(4)
@@ -317,10 +306,10 @@ def test_copied_scheduler_drives_itself():
 
 
 def test_controlnet_residuals_are_not_added_twice():
-    transformer = tiny.flux_transformer()
+    transformer = models.flux_transformer()
     scheduler = CountingScheduler()
-    control = {"controlnet_block_samples": [tiny.noise(1, 16, 32)] * 2}
-    call = {**flux_call(tiny.noise(1, 16, 4), torch.tensor(0.5)), **control}
+    control = {"controlnet_block_samples": [models.noise(1, 16, 32)] * 2}
+    call = {**flux_call(models.noise(1, 16, 4), torch.tensor(0.5)), **control}
     with (
         torch.no_grad(),
         hicache.fast.apply(transformer, HiCacheConfig(order=0), scheduler=scheduler) as handle,
@@ -338,45 +327,19 @@ def test_controlnet_residuals_are_not_added_twice():
 
 
 def test_offload_and_lora_come_and_go():
-    pipe, arguments = tiny.flux()
-    plain = tiny.draw(pipe, arguments)
+    pipe, arguments = pipelines.build("flux")
+    plain = pipelines.draw(pipe, arguments)
     with hicache.fast.apply(pipe, HiCacheConfig(interval=1)):
         pipe.transformer.enable_group_offload(
             onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
         )
-        assert torch.equal(tiny.draw(pipe, arguments), plain)
-    assert torch.equal(tiny.draw(pipe, arguments), plain)
-
-
-def flux_call(latents, timestep):
-    """Arguments of one call of the tiny FLUX transformer."""
-    return {
-        "hidden_states": latents,
-        "encoder_hidden_states": tiny.noise(1, 6, 32),
-        "pooled_projections": tiny.noise(1, 32),
-        "timestep": timestep.expand(len(latents)),
-        "guidance": torch.full((len(latents),), 3.5),
-        "img_ids": torch.zeros(latents.shape[1], 3),
-        "txt_ids": torch.zeros(6, 3),
-        "return_dict": False,
-    }
-
-
-class CountingScheduler:
-    """The least a scheduler of one's own needs."""
-
-    timesteps: tuple = ()
-
-    def set_timesteps(self, count):
-        self.timesteps = tuple(range(count))
-
-    def step(self):
-        pass
+        assert torch.equal(pipelines.draw(pipe, arguments), plain)
+    assert torch.equal(pipelines.draw(pipe, arguments), plain)
 
 
 def own_loop(transformer, steps=12, cfg=False):
     """A user's own loop: Euler steps around a bare transformer."""
-    latents = tiny.noise(1, 16, 4)
+    latents = models.noise(1, 16, 4)
     sigmas = torch.linspace(1, 0, steps + 1)
     with torch.no_grad():
         for sigma, following in itertools.pairwise(sigmas):
@@ -389,7 +352,7 @@ def own_loop(transformer, steps=12, cfg=False):
 
 @pytest.mark.parametrize("cfg", [False, True], ids=["plain", "cfg"])
 def test_bare_transformer_in_a_loop_of_ones_own(cfg):
-    transformer = tiny.flux_transformer()
+    transformer = models.flux_transformer()
     plain = own_loop(transformer, cfg=cfg)
     with hicache.fast.apply(transformer, EVERY_THIRD) as handle:
         first = own_loop(transformer, cfg=cfg)
@@ -424,7 +387,7 @@ def test_own_blocks_that_work_in_place():
             return x
 
     model, scheduler = Model(), CountingScheduler()
-    x, timestep = tiny.noise(2, 5, 8), torch.tensor(0.5)
+    x, timestep = models.noise(2, 5, 8), torch.tensor(0.5)
     with torch.no_grad(), hicache.fast.apply(model, HiCacheConfig(), scheduler=scheduler) as handle:
         scheduler.set_timesteps(6)
         outputs = []
@@ -549,35 +512,35 @@ def test_model_without_a_head_that_adds_between_blocks_is_found_out():
     ],
 )
 def test_bad_arguments_leave_the_pipeline_as_it_was(arguments, error, message):
-    pipe, call = tiny.flux()
+    pipe, call = pipelines.build("flux")
     handle = hicache.fast.apply(pipe, EVERY_THIRD)
     with pytest.raises(error, match=message):
         hicache.fast.apply(pipe, **arguments)
     assert handle.active
-    tiny.draw(pipe, call)
+    pipelines.draw(pipe, call)
     assert handle.stats.skipped_steps == 6
 
 
 def test_speedup_of_a_bare_transformer_needs_a_scheduler():
     with pytest.raises(ValueError, match="needs the number of steps"):
-        hicache.fast.apply(tiny.flux_transformer(), speedup=3.0)
+        hicache.fast.apply(models.flux_transformer(), speedup=3.0)
 
 
 def test_transformer_whose_scheduler_is_not_counted_stays_right():
-    pipe, arguments = tiny.flux()
-    plain = tiny.draw(pipe, arguments, 20)
+    pipe, arguments = pipelines.build("flux")
+    plain = pipelines.draw(pipe, arguments, 20)
     with hicache.fast.apply(pipe, EVERY_THIRD, scheduler=CountingScheduler()):  # not the run's
         with pytest.warns(RuntimeWarning, match="without a step of the scheduler"):
-            picture = tiny.draw(pipe, arguments, 20)
+            picture = pipelines.draw(pipe, arguments, 20)
     assert torch.equal(picture, plain)
 
 
 def test_training_is_left_alone():
-    transformer = tiny.flux_transformer().train()
+    transformer = models.flux_transformer().train()
     with hicache.fast.apply(transformer, HiCacheConfig(warmup=1)) as handle:
         with pytest.warns(RuntimeWarning, match="is called for its gradients"):
             for sigma in (1.0, 0.9, 0.8):
-                transformer(**flux_call(tiny.noise(1, 16, 4), torch.tensor(sigma)))[0].sum().backward()
+                transformer(**flux_call(models.noise(1, 16, 4), torch.tensor(sigma)))[0].sum().backward()
         assert handle.stats.contexts == {}
 
 
@@ -586,9 +549,9 @@ def test_training_is_left_alone():
 def test_dtypes(dtype, history):
     if dtype == torch.float64 and history is torch.float32:
         pytest.skip("a float64 model with a narrower history is covered by test_narrow_history")
-    transformer = tiny.flux_transformer().to(dtype)
+    transformer = models.flux_transformer().to(dtype)
     scheduler = CountingScheduler()
-    call = flux_call(tiny.noise(1, 16, 4), torch.tensor(0.5))
+    call = flux_call(models.noise(1, 16, 4), torch.tensor(0.5))
     call = {name: value.to(dtype) if torch.is_tensor(value) else value for name, value in call.items()}
     config = HiCacheConfig(history_dtype=history)
     with torch.no_grad(), hicache.fast.apply(transformer, config, scheduler=scheduler) as handle:
@@ -604,8 +567,8 @@ def test_dtypes(dtype, history):
 
 
 def test_narrow_history():
-    transformer, scheduler = tiny.flux_transformer(), CountingScheduler()
-    call = flux_call(tiny.noise(1, 16, 4), torch.tensor(0.5))
+    transformer, scheduler = models.flux_transformer(), CountingScheduler()
+    call = flux_call(models.noise(1, 16, 4), torch.tensor(0.5))
     config = HiCacheConfig(history_dtype=torch.bfloat16)
     with (
         torch.no_grad(),
@@ -622,18 +585,18 @@ def test_narrow_history():
 
 
 def test_a_run_in_inference_mode_does_not_spoil_the_next():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     with hicache.fast.apply(pipe, EVERY_THIRD):
         with torch.inference_mode():
-            first = tiny.draw(pipe, arguments).clone()
-        assert torch.equal(tiny.draw(pipe, arguments), first)
+            first = pipelines.draw(pipe, arguments).clone()
+        assert torch.equal(pipelines.draw(pipe, arguments), first)
         with torch.inference_mode():
-            assert torch.equal(tiny.draw(pipe, arguments), first)
+            assert torch.equal(pipelines.draw(pipe, arguments), first)
 
 
 def test_scheduler_used_for_two_pictures_without_a_new_run():
     """set_timesteps once, the loop twice: the second picture owes nothing to the first."""
-    transformer, scheduler = tiny.flux_transformer(), CountingScheduler()
+    transformer, scheduler = models.flux_transformer(), CountingScheduler()
 
     def loop(latents):
         with torch.no_grad():
@@ -644,18 +607,18 @@ def test_scheduler_used_for_two_pictures_without_a_new_run():
 
     with hicache.fast.apply(transformer, EVERY_THIRD, scheduler=scheduler):
         scheduler.set_timesteps(12)
-        loop(tiny.noise(1, 16, 4) * 3)
-        second = loop(tiny.noise(1, 16, 4))
+        loop(models.noise(1, 16, 4) * 3)
+        second = loop(models.noise(1, 16, 4))
         scheduler.set_timesteps(12)
-        assert torch.equal(loop(tiny.noise(1, 16, 4)), second)
+        assert torch.equal(loop(models.noise(1, 16, 4)), second)
 
 
 def test_own_loop_aborted_in_a_call_starts_anew():
-    transformer = tiny.flux_transformer()
+    transformer = models.flux_transformer()
     config = HiCacheConfig(interval=3, warmup=1)
 
     def later_half():
-        latents = tiny.noise(1, 16, 4)
+        latents = models.noise(1, 16, 4)
         with torch.no_grad():
             for sigma in torch.linspace(0.5, 0.1, 6):
                 latents = latents - transformer(**flux_call(latents, sigma))[0] / 12
@@ -665,23 +628,23 @@ def test_own_loop_aborted_in_a_call_starts_anew():
         fresh = later_half()
         failing = transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            transformer(**flux_call(tiny.noise(1, 16, 4) * 5, torch.tensor(0.9)))
+            transformer(**flux_call(models.noise(1, 16, 4) * 5, torch.tensor(0.9)))
         failing.remove()
         assert torch.equal(later_half(), fresh)
         transformer(
-            **flux_call(tiny.noise(1, 16, 4) * 5, torch.tensor(0.9))
+            **flux_call(models.noise(1, 16, 4) * 5, torch.tensor(0.9))
         )  # left by the caller: it cannot know
         handle.restart()
         assert torch.equal(later_half(), fresh)
 
 
 def test_a_cached_pipeline_is_not_copied():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     with hicache.fast.apply(pipe, EVERY_THIRD):
         with pytest.raises(TypeError, match=r"cannot be copied or pickled; call remove\(\) first"):
             copy.deepcopy(pipe.transformer)
     twin = copy.deepcopy(pipe)
-    assert torch.equal(tiny.draw(twin, arguments, 3), tiny.draw(pipe, arguments, 3))
+    assert torch.equal(pipelines.draw(twin, arguments, 3), pipelines.draw(pipe, arguments, 3))
 
 
 def test_a_scheduler_that_cannot_be_watched_changes_nothing():
@@ -692,45 +655,45 @@ def test_a_scheduler_that_cannot_be_watched_changes_nothing():
 
         def step(self): ...
 
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
         with pytest.raises(TypeError, match="Slotted with __slots__"):
             hicache.fast.apply(pipe, scheduler=Slotted())
         scheduler, pipe.scheduler = pipe.scheduler, None
         with pytest.raises(TypeError, match="got NoneType without set_timesteps and step"):
-            pipe.transformer(**flux_call(tiny.noise(1, 16, 4), torch.tensor(0.5)))
+            pipe.transformer(**flux_call(models.noise(1, 16, 4), torch.tensor(0.5)))
         pipe.scheduler = scheduler
-        tiny.draw(pipe, arguments)
+        pipelines.draw(pipe, arguments)
         assert handle.stats.skipped_steps == 6
     assert "step" not in vars(scheduler)
 
 
 def test_schedulers_shared_by_two_handles_removed_in_either_order():
     for first_out in (0, 1):
-        (one, arguments), (two, _) = tiny.flux(), tiny.flux()
+        (one, arguments), (two, _) = pipelines.build("flux"), pipelines.build("flux")
         two.scheduler = one.scheduler
         handles = [hicache.fast.apply(one, EVERY_THIRD), hicache.fast.apply(two, EVERY_THIRD)]
-        tiny.draw(one, arguments)
+        pipelines.draw(one, arguments)
         handles[first_out].remove()
         left = (two, one)[first_out]
-        tiny.draw(left, arguments)
+        pipelines.draw(left, arguments)
         assert handles[1 - first_out].stats.skipped_steps == 6
         handles[1 - first_out].remove()
         assert not {"step", "set_timesteps"} & set(vars(one.scheduler))
 
 
 def test_nothing_of_a_call_is_held_after_it():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
-        tiny.draw(pipe, arguments)
+        pipelines.draw(pipe, arguments)
         adapter = handle._denoisers[0].adapter
         assert adapter.left is None
         assert adapter._expected is None
 
 
 def test_gradients_through_inputs_run_uncached():
-    transformer = tiny.flux_transformer().eval()
-    latents = tiny.noise(1, 16, 4).requires_grad_()
+    transformer = models.flux_transformer().eval()
+    latents = models.noise(1, 16, 4).requires_grad_()
     with hicache.fast.apply(transformer, HiCacheConfig(warmup=1)):
         with pytest.warns(RuntimeWarning, match="is called for its gradients"):
             for sigma in (1.0, 0.9, 0.8):
@@ -741,16 +704,16 @@ def test_gradients_through_inputs_run_uncached():
 
 
 def test_bound_of_two_denoisers_counts_both():
-    pipe, arguments = tiny.wan(two=True)
+    pipe, arguments = pipelines.build("wan22")
     with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
-        tiny.draw(pipe, arguments)
+        pipelines.draw(pipe, arguments)
         stats = handle.stats
     assert stats.full_steps + stats.skipped_steps == 12
     assert stats.bound == 12 / stats.full_steps
 
 
 def test_release_in_the_middle_of_a_run_keeps_the_last_step_full():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     counter = BlockCounter(pipe)
     with hicache.fast.apply(pipe, HiCacheConfig(interval=5, last_step_full=True)) as handle:
 
@@ -759,16 +722,16 @@ def test_release_in_the_middle_of_a_run_keeps_the_last_step_full():
                 handle.release()
             return tensors
 
-        tiny.draw(pipe, arguments, 13, callback_on_step_end=release)
+        pipelines.draw(pipe, arguments, 13, callback_on_step_end=release)
     assert [step for step, count in enumerate(counter.calls) if count] == [0, 1, 2, 7, 9, 12]
 
 
 def test_image_to_image_counts_only_its_own_steps():
-    pipe, _ = tiny.flux()
+    pipe, _ = pipelines.build("flux")
     with hicache.fast.apply(pipe, HiCacheConfig(interval=5, last_step_full=True)) as handle:
         pipe.scheduler.set_timesteps(20)
         pipe.scheduler.set_begin_index(8)
-        latents = tiny.noise(1, 16, 4)
+        latents = models.noise(1, 16, 4)
         with torch.no_grad():
             for timestep in pipe.scheduler.timesteps[8:]:
                 velocity = pipe.transformer(**flux_call(latents, timestep / 1000))[0]
@@ -777,7 +740,7 @@ def test_image_to_image_counts_only_its_own_steps():
 
 
 def test_a_removed_handle_is_not_entered():
-    pipe, _ = tiny.flux()
+    pipe, _ = pipelines.build("flux")
     handle = hicache.fast.apply(pipe)
     handle.remove()
     with pytest.raises(RuntimeError, match="this handle was removed"), handle:
@@ -789,26 +752,26 @@ def test_a_removed_handle_is_not_entered():
     ["DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"],
 )
 def test_other_schedulers(scheduler):
-    pipe, arguments = tiny.pixart()
+    pipe, arguments = pipelines.build("pixart")
     pipe.scheduler = getattr(diffusers, scheduler)()
-    plain = tiny.draw(pipe, arguments, 8)
+    plain = pipelines.draw(pipe, arguments, 8)
     with hicache.fast.apply(pipe, HiCacheConfig(interval=1)):
-        assert torch.equal(tiny.draw(pipe, arguments, 8), plain)
+        assert torch.equal(pipelines.draw(pipe, arguments, 8), plain)
     with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
-        tiny.draw(pipe, arguments, 8)
+        pipelines.draw(pipe, arguments, 8)
         assert handle.stats.full_steps == len(full_steps(EVERY_THIRD, 8))
-    assert torch.equal(tiny.draw(pipe, arguments, 8), plain)
+    assert torch.equal(pipelines.draw(pipe, arguments, 8), plain)
 
 
 def test_rotary_embeddings_are_not_computed_on_skipped_steps():
-    pipe, arguments = tiny.flux_cfg()
+    pipe, arguments = pipelines.build("flux_cfg")
     inner = type(pipe.transformer.pos_embed)
     with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
         calls = []
         forward = inner.forward
         inner.forward = lambda self, ids: calls.append(1) or forward(self, ids)
         try:
-            tiny.draw(pipe, arguments)
+            pipelines.draw(pipe, arguments)
         finally:
             inner.forward = forward
         assert len(calls) == 2 * handle.stats.full_steps == 12

@@ -10,14 +10,17 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from families import Steps, off, replay
-from test_module import CONFIG, fast, of_dtype, recorded, reference
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import hicache.fast
+from hicache import HiCacheConfig
 from hicache.adapters.gates import GateRows, Gates
+from tests.support.comparisons import relative_rms
+from tests.support.runs import by_fast, by_reference, recorded, recorded_in, replay
+from tests.support.schedulers import CountingScheduler
 
+CONFIG = HiCacheConfig(interval=3, order=2, sigma=0.5, warmup=3)
 WIDTH, CHANNELS, BATCH = 24, 16, 3
 ROWS = [((2,), 3), ((2, 5), 6), ((2, 5, 8), 9), ((1, 3), 4), ((2,), 6)]
 rows_and_parts = pytest.mark.parametrize(("rows", "parts"), ROWS, ids=[f"{r}of{p}" for r, p in ROWS])
@@ -56,7 +59,7 @@ def test_rows_are_the_layers(rows: tuple[int, ...], parts: int, bias: bool, dtyp
     theirs = wanted(owner.linear, rows, parts, x)
     tiny = 1e-15
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + tiny
-    assert off(ours.double(), exact) <= 2 * off(theirs.double(), exact) + tiny
+    assert relative_rms(ours.double(), exact) <= 2 * relative_rms(theirs.double(), exact) + tiny
 
 
 class Quantised(nn.Linear):
@@ -292,7 +295,7 @@ def test_no_copy_of_the_weights_is_made():
 @pytest.mark.parametrize("name", ["flux", "sd3", "dit", "cogvideox"])
 def test_modulation_layers_that_change_between_runs(name: str, change: str):
     """LoRA on the modulation, after the cache was put in: in later runs its gates count."""
-    model, run = of_dtype(name, torch.float64)
+    model, run = recorded_in(name, torch.float64)
 
     def alter(layer: nn.Linear) -> nn.Module:
         if change == "wrapped":
@@ -306,14 +309,14 @@ def test_modulation_layers_that_change_between_runs(name: str, change: str):
             layer.forward = lambda x: forward(x) * 0.5  # type: ignore[method-assign]
         return layer
 
-    scheduler = Steps()
+    scheduler = CountingScheduler()
     with hicache.fast.apply(model, CONFIG, scheduler=scheduler, granularity="module"):
         plain = replay(model, run, scheduler)
         for block in model.transformer_blocks:
             block.norm1.linear = alter(block.norm1.linear)
         altered = replay(model, run, scheduler)
-    assert off(altered, reference(model, run, CONFIG)) <= 1e-10
-    assert off(altered, plain) > 1e-3
+    assert relative_rms(altered, by_reference(model, run, CONFIG)) <= 1e-10
+    assert relative_rms(altered, plain) > 1e-3
 
 
 class _Halved(nn.Module):
@@ -343,35 +346,35 @@ LORA_TARGETS = {
 def test_lora_comes_and_goes(name: str):
     """On the modulation, on features and inside them; put in, switched off, fused and deleted."""
     peft = pytest.importorskip("peft", reason="LoRA of diffusers models needs peft")
-    model, run = of_dtype(name, torch.float64)
+    model, run = recorded_in(name, torch.float64)
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=LORA_TARGETS[name], init_lora_weights=False)
     tolerance = 1e-6 if name == "wan" else 1e-10
-    scheduler = Steps()
+    scheduler = CountingScheduler()
     adapted = copy.deepcopy(model)
     adapted.add_adapter(config)
     # the adapters' weights are drawn at random, and in fp32
     weights = {key: value.double() for key, value in adapted.state_dict().items()}
-    expected = reference(adapted.double(), run, CONFIG)
+    expected = by_reference(adapted.double(), run, CONFIG)
     with hicache.fast.apply(model, CONFIG, scheduler=scheduler, granularity="module"):
         plain = replay(model, run, scheduler)
-        assert off(expected, plain) > 0.01
+        assert relative_rms(expected, plain) > 0.01
         model.add_adapter(config)
         model.double().load_state_dict(weights)
-        assert off(replay(model, run, scheduler), expected) <= tolerance
+        assert relative_rms(replay(model, run, scheduler), expected) <= tolerance
         model.disable_adapters()
-        assert off(replay(model, run, scheduler), plain) <= tolerance
+        assert relative_rms(replay(model, run, scheduler), plain) <= tolerance
         model.enable_adapters()
         model.fuse_lora()
-        assert off(replay(model, run, scheduler), expected) <= tolerance
+        assert relative_rms(replay(model, run, scheduler), expected) <= tolerance
         model.unfuse_lora()
         model.delete_adapters("default")
-        assert off(replay(model, run, scheduler), plain) <= tolerance
+        assert relative_rms(replay(model, run, scheduler), plain) <= tolerance
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_weights_loaded_between_runs_count(name: str):
-    model, run = of_dtype(name, torch.float64)
-    scheduler = Steps()
+    model, run = recorded_in(name, torch.float64)
+    scheduler = CountingScheduler()
     with hicache.fast.apply(model, CONFIG, scheduler=scheduler, granularity="module"):
         plain = replay(model, run, scheduler)
         for index, parameter in enumerate(model.parameters()):
@@ -380,14 +383,14 @@ def test_weights_loaded_between_runs_count(name: str):
             else:
                 parameter.data.mul_(0.7)
         altered = replay(model, run, scheduler)
-    assert off(altered, fast(model, run, CONFIG)) <= 1e-12
-    assert off(altered, plain) > 1e-3
+    assert relative_rms(altered, by_fast(model, run, CONFIG)) <= 1e-12
+    assert relative_rms(altered, plain) > 1e-3
 
 
 def test_a_cached_model_holds_its_history_and_no_weights():
     model, run = recorded("flux")
     model = copy.deepcopy(model).requires_grad_(False)
-    scheduler = Steps()
+    scheduler = CountingScheduler()
     replay(model, run, scheduler)
     before = storages()
     with hicache.fast.apply(model, CONFIG, scheduler=scheduler, granularity="module") as handle:
@@ -404,7 +407,7 @@ def test_weights_that_move_leave_no_memory_behind(name: str):
     """Offloading a cached model frees all of it: nothing holds on to a view of where a weight was."""
     model, run = recorded(name)
     model = copy.deepcopy(model).requires_grad_(False)
-    scheduler = Steps()
+    scheduler = CountingScheduler()
     with hicache.fast.apply(model, CONFIG, scheduler=scheduler, granularity="module"):
         expected = replay(model, run, scheduler)
         old = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

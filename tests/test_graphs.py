@@ -1,7 +1,6 @@
-"""CUDA graphs without a GPU: keys, copies, clones, eviction and invalidation against a capture that is faked.
+"""CUDA graphs without a GPU: keys, copies, clones, eviction and invalidation against a faked capture.
 
-The fake records a closure and runs it again at every replay, as a graph would: into the same output memory,
-with the Python state of the capture and without leaving any behind. Between replays it poisons its outputs.
+A waiting update is done apart where steps are replayed: its rounding may differ, hence :func:`close`.
 """
 
 from __future__ import annotations
@@ -9,123 +8,37 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 import hicache.cuda_graphs.runner
 import hicache.fast
 from hicache import HiCacheConfig
 from hicache.engine import Sum
 from hicache.step_plan import Call, Mode
+from tests.support import models, pipelines
+from tests.support.comparisons import close
+from tests.support.graphs import CONFIG, PIPELINES, STEPS, FakeBackend, connect, other_prompt
 
-CONFIG = HiCacheConfig(interval=3, order=2, warmup=3)
-STEPS = 14
 MEMORY = torch.zeros(3 * 3 * 8).untyped_storage()
-PIPELINES = ["flux", "flux_cfg", "qwen", "sd3", "wan", "hunyuan", "ltx", "dit", "pixart"]
-
-
-class Fake:
-    """Records closures. One per transformer, as the backend it stands in for."""
-
-    made: ClassVar[list[Fake]] = []
-
-    def __init__(self) -> None:
-        self.call: Call | None = None
-        self.outputs: list[Tensor] = []
-        self.captures = self.replays = 0
-        self.fails: Exception | None = None
-        self.by_block = False
-        self.fails_whole: Exception | None = None  # once: the first to be captured is a whole call
-        Fake.made.append(self)
-
-    def unavailable(self, device: torch.device) -> str | None:
-        return None
-
-    def warm(self, function: Callable[[], Any]) -> Any:
-        return function()
-
-    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        self.captures += 1
-        if self.fails is not None:
-            raise self.fails
-        if self.fails_whole is not None:
-            error, self.fails_whole, self.by_block = self.fails_whole, None, True
-            raise error
-        assert self.call is not None
-        call = self.call
-        before = frozen(call)
-        held = [*call.targets, *call.sums.values()]
-        history = [tensor.clone() for tensor in held]
-        output = function()
-        # a capture computes nothing
-        for tensor, old in zip(held, history, strict=True):
-            tensor.copy_(old)
-        written = [*tensors(output), *tensors(call.sums), *tensors(call.remembered)]
-        known = [*tensors(before["remembered"]), *held]
-        mine = [tensor for tensor in written if not any(tensor is old for old in known)]
-        poison(mine)
-        self.outputs += mine
-
-        def replay() -> None:
-            self.replays += 1
-            # what other calls gave must not be relied on; but a block reads what the one before it gave
-            poison(mine if self.by_block else self.outputs)
-            now = dict(call.__dict__)
-            remembered = list(call.remembered)
-            restore(call, before)
-            again = function()
-            fresh = [*tensors(again), *tensors(call.sums), *tensors(call.remembered)]
-            for tensor, new in zip(written, fresh, strict=True):
-                if tensor is not new:
-                    tensor.copy_(new)
-            call.__dict__.update(now)
-            call.remembered[:] = remembered
-
-        return replay, output
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def poison(outputs: list[Tensor]) -> None:
-    for tensor in outputs:
-        if tensor.is_floating_point():
-            tensor.fill_(float("nan"))
-
-
-def frozen(call: Call) -> dict[str, Any]:
-    return {**call.__dict__, "remembered": list(call.remembered), "sums": dict(call.sums)}
-
-
-def restore(call: Call, state: dict[str, Any]) -> None:
-    held = call.remembered
-    call.__dict__.update({**state, "sums": dict(state["sums"]), "remembered": held})
-    held[:] = state["remembered"]
 
 
 @pytest.fixture(autouse=True)
-def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    Fake.made.clear()
-    monkeypatch.setattr(hicache.fast, "CudaBackend", Fake)
+def _fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeBackend.made.clear()
+    monkeypatch.setattr(hicache.fast, "CudaBackend", FakeBackend)
 
 
 def apply(pipe: Any, config: HiCacheConfig = CONFIG, **more: Any) -> hicache.fast.Handle:
-    handle = hicache.fast.apply(pipe, config, **more)
-    for denoiser in handle._denoisers:
-        if denoiser.graphs is not None:
-            denoiser.graphs._backend.call = denoiser.adapter.call
-    return handle
+    return connect(hicache.fast.apply(pipe, config, **more))
 
 
 def draw(pipe: Any, arguments: dict[str, Any], steps: int = STEPS) -> Tensor:
     with torch.no_grad():
-        return tiny.draw(pipe, arguments, steps)
+        return pipelines.draw(pipe, arguments, steps)
 
 
 def eager(pipe: Any, arguments: dict[str, Any], steps: int = STEPS, **more: Any) -> Tensor:
@@ -133,23 +46,11 @@ def eager(pipe: Any, arguments: dict[str, Any], steps: int = STEPS, **more: Any)
         return draw(pipe, arguments, steps)
 
 
-def other_prompt(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value * 0.7 + 0.1 if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in arguments.items()
-    }
-
-
-def close(one: Tensor, other: Tensor) -> bool:
-    """A waiting update is done apart where steps are replayed: its rounding may differ."""
-    return bool((one - other).norm() <= 1e-6 * other.norm())
-
-
 @pytest.mark.parametrize("granularity", ["module", "stack"])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_replays_equal_eager(name, granularity):
     """Over runs with other prompts and step counts."""
-    pipe, arguments = getattr(tiny, name)()
+    pipe, arguments = pipelines.build(name)
     expected = [eager(pipe, given, steps, granularity=granularity) for given, steps in runs(arguments)]
     with apply(pipe, granularity=granularity) as handle:
         drawn = [draw(pipe, given, steps) for given, steps in runs(arguments)]
@@ -170,7 +71,7 @@ def runs(arguments: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
 
 def test_outputs_are_the_callers():
     """What one call returned outlives the next replay: guidance subtracts two of them."""
-    pipe, arguments = tiny.flux_cfg()
+    pipe, arguments = pipelines.build("flux_cfg")
     kept: list[tuple[Tensor, Tensor]] = []
     with apply(pipe) as handle:
         draw(pipe, arguments)
@@ -188,7 +89,7 @@ def test_outputs_are_the_callers():
 
 
 def test_other_resolutions_have_graphs_of_their_own():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     larger = {**arguments, "height": 96}
     expected = eager(pipe, larger)
     with apply(pipe) as handle:
@@ -199,7 +100,7 @@ def test_other_resolutions_have_graphs_of_their_own():
 
 
 def test_the_least_recently_used_graph_goes(monkeypatch):
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     monkeypatch.setattr(hicache.cuda_graphs.runner, "LIMIT", 2)
     with apply(pipe) as handle:
         graphs = handle._denoisers[0].graphs
@@ -263,7 +164,7 @@ def exchange_hooks(transformer: Any) -> None:
     [move_weights, replace_module, replace_block, replace_processor, set_processor, exchange_hooks],
 )
 def test_changed_models_are_captured_anew(change):
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     if change is exchange_hooks:
         pipe.transformer.transformer_blocks[1].ff.register_forward_hook(lambda module, args, output: output)
     captures, drawn = recaptured(pipe, arguments, change)
@@ -294,7 +195,7 @@ class Quantised(Tensor):
 
 
 def test_quantised_weights_that_move_are_captured_anew():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     layer = pipe.transformer.x_embedder
     layer.weight = torch.nn.Parameter(Quantised(layer.weight.detach()), requires_grad=False)
 
@@ -308,7 +209,7 @@ def test_quantised_weights_that_move_are_captured_anew():
 
 def test_lora_scales_are_noticed_in_a_run():
     """A layer with peft's attributes: another scale is another graph."""
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     layer = pipe.transformer.x_embedder
     layer.scaling = {"style": 1.0}
     original = type(layer).forward
@@ -324,7 +225,7 @@ def test_lora_scales_are_noticed_in_a_run():
 
 
 def test_weights_changed_in_place_need_no_capture():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
 
     def scale(transformer: Any) -> None:
         with torch.no_grad():
@@ -337,7 +238,7 @@ def test_weights_changed_in_place_need_no_capture():
 
 def test_a_smaller_history_in_the_same_place_is_another_form():
     """Memory freed for the stack: its address may come again, and a graph of modules must not be replayed."""
-    graphs = hicache.cuda_graphs.runner.GraphRunner(torch.nn.Linear(1, 1), Call(), Fake())
+    graphs = hicache.cuda_graphs.runner.GraphRunner(torch.nn.Linear(1, 1), Call(), FakeBackend())
     keys = []
     for terms in (3, 1):
         orders = torch.empty(0).set_(MEMORY, 0, (3, terms, 8))
@@ -370,7 +271,7 @@ class Own(torch.nn.Module):
 @pytest.mark.filterwarnings("default::RuntimeWarning")
 def test_outputs_that_cannot_be_cloned_are_not_captured():
     torch.manual_seed(0)
-    model, hidden = Own().eval(), tiny.noise(1, 4, 8)
+    model, hidden = Own().eval(), models.noise(1, 4, 8)
     with apply(model) as handle, torch.no_grad(), pytest.warns(RuntimeWarning, match="got Output"):
         outputs = [model(hidden, torch.tensor(1 - 0.05 * step)).sample for step in range(STEPS)]
         assert handle.stats.graphs["transformer"].replays == 0
@@ -382,10 +283,12 @@ def test_outputs_that_cannot_be_cloned_are_not_captured():
 
 @pytest.mark.filterwarnings("default::RuntimeWarning")
 def test_a_failed_capture_leaves_the_run_right_and_is_told():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     expected = eager(pipe, arguments)
     with apply(pipe) as handle:
-        Fake.made[-1].fails = RuntimeError("operation not permitted when stream is capturing\nand more")
+        FakeBackend.made[-1].fails = RuntimeError(
+            "operation not permitted when stream is capturing\nand more"
+        )
         with pytest.warns(
             RuntimeWarning, match="runs without CUDA graphs, as a capture failed: RuntimeError"
         ):
@@ -398,16 +301,16 @@ def test_a_failed_capture_leaves_the_run_right_and_is_told():
             stats.eager == "a capture failed: RuntimeError: operation not permitted when stream is capturing"
         )
         assert "without graphs: a capture failed" in str(handle.stats)
-    assert Fake.made[-1].captures == 2  # the call, a block; neither is tried again
+    assert FakeBackend.made[-1].captures == 2  # the call, a block; neither is tried again
 
 
 @pytest.mark.parametrize("granularity", ["module", "stack"])
 @pytest.mark.parametrize("name", ["flux", "flux_cfg", "sd3", "wan", "qwen"])
 def test_blocks_alone_where_what_is_before_them_cannot_be_captured(name, granularity):
-    pipe, arguments = getattr(tiny, name)()
+    pipe, arguments = pipelines.build(name)
     expected = [eager(pipe, given, steps, granularity=granularity) for given, steps in runs(arguments)]
     with apply(pipe, granularity=granularity) as handle:
-        Fake.made[-1].fails_whole = RuntimeError("a copy to the device in the embedding")
+        FakeBackend.made[-1].fails_whole = RuntimeError("a copy to the device in the embedding")
         drawn = [draw(pipe, given, steps) for given, steps in runs(arguments)]
         stats = handle.stats
     [graphs] = stats.graphs.values()
@@ -429,10 +332,10 @@ def test_blocks_alone_where_what_is_before_them_cannot_be_captured(name, granula
 
 @pytest.mark.filterwarnings("default::RuntimeWarning")
 def test_a_block_that_cannot_be_captured_leaves_the_run_right():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     expected = eager(pipe, arguments)
     with apply(pipe) as handle:
-        fake = Fake.made[-1]
+        fake = FakeBackend.made[-1]
         fake.fails_whole = RuntimeError("a copy in the embedding")
         capture = fake.capture
 
@@ -454,13 +357,13 @@ def test_a_block_that_cannot_be_captured_leaves_the_run_right():
 
 @pytest.mark.parametrize("how", ["argument", "environment"])
 def test_kill_switches(how, monkeypatch):
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     if how == "environment":
         monkeypatch.setenv("HICACHE_CUDA_GRAPHS", "0")
     with apply(pipe, **({"cuda_graphs": False} if how == "argument" else {})) as handle:
         draw(pipe, arguments)
         stats = handle.stats.graphs
-    assert not any(fake.captures for fake in Fake.made)
+    assert not any(fake.captures for fake in FakeBackend.made)
     if how == "environment":
         assert stats["transformer"].eager == "HICACHE_CUDA_GRAPHS=0"
     else:
@@ -468,37 +371,24 @@ def test_kill_switches(how, monkeypatch):
 
 
 def test_never_with_gradients_in_training_or_under_offload():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     with apply(pipe) as handle:
         with torch.enable_grad():
             latents = torch.zeros(1, 16, 4)
             pipe.scheduler.set_timesteps(6)
             for t in pipe.scheduler.timesteps:
-                pipe.transformer(**flux_call(latents, t.expand(1) / 1000))
+                pipe.transformer(**models.flux_call(latents, t.expand(1) / 1000))
                 pipe.scheduler.step(latents, t, latents)
         assert handle.stats.graphs["transformer"].captures == 0
     pipe.transformer.x_embedder._hf_hook = object()
     with apply(pipe) as handle:
         draw(pipe, arguments)
         assert handle.stats.graphs["transformer"].eager == "Linear is offloaded or hooked"
-    assert not any(fake.captures for fake in Fake.made)
-
-
-def flux_call(latents: Tensor, timestep: Tensor) -> dict[str, Any]:
-    return {
-        "hidden_states": latents,
-        "encoder_hidden_states": tiny.noise(1, 6, 32),
-        "pooled_projections": tiny.noise(1, 32),
-        "timestep": timestep,
-        "guidance": torch.full((1,), 3.5),
-        "img_ids": torch.zeros(16, 3),
-        "txt_ids": torch.zeros(6, 3),
-        "return_dict": False,
-    }
+    assert not any(fake.captures for fake in FakeBackend.made)
 
 
 def test_compiled_as_a_whole_and_graphs_are_not_both_to_be_had():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     with apply(pipe) as handle:
         draw(pipe, arguments)
@@ -512,8 +402,8 @@ def test_compiled_as_a_whole_and_graphs_are_not_both_to_be_had():
 
 
 def test_asked_for_and_not_to_be_had_is_told_once(monkeypatch):
-    monkeypatch.setattr(Fake, "unavailable", lambda self, device: "the transformer is on cpu")
-    pipe, arguments = tiny.flux()
+    monkeypatch.setattr(FakeBackend, "unavailable", lambda self, device: "the transformer is on cpu")
+    pipe, arguments = pipelines.build("flux")
     with apply(pipe, cuda_graphs=True), pytest.warns(RuntimeWarning, match="on cpu") as told:
         draw(pipe, arguments)
         draw(pipe, arguments)
@@ -521,7 +411,7 @@ def test_asked_for_and_not_to_be_had_is_told_once(monkeypatch):
 
 
 def test_an_exception_in_a_replayed_run_leaves_nothing():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     plain = draw(pipe, arguments)
     cls, keys = type(pipe.transformer), set(pipe.transformer.__dict__)
     expected = eager(pipe, arguments)
@@ -548,6 +438,6 @@ def test_an_exception_in_a_replayed_run_leaves_nothing():
 
 @pytest.mark.parametrize("value", ["yes", None, 1])
 def test_bad_argument(value):
-    pipe, _ = tiny.flux()
+    pipe, _ = pipelines.build("flux")
     with pytest.raises(ValueError, match="cuda_graphs to be True, False or 'auto'"):
         hicache.fast.apply(pipe, cuda_graphs=value)

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from test_graphs import CONFIG, PIPELINES, STEPS, other_prompt
 
 import hicache.fast
+from tests.support import pipelines
+from tests.support.graphs import CONFIG, PIPELINES, STEPS, other_prompt
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,12 +38,12 @@ def runs(arguments: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_replay_is_eager_bit_for_bit(name, granularity):
     """Runs with other prompts, resolutions and step counts; the waiting update is done apart in both."""
-    pipe, arguments = getattr(tiny, name)()
+    pipe, arguments = pipelines.build(name)
     pipe.to("cuda")
     arguments = on_gpu(arguments)
     with torch.no_grad():
         with hicache.fast.apply(pipe, CONFIG, granularity=granularity, cuda_graphs=True) as handle:
-            drawn = [tiny.draw(pipe, given, steps) for given, steps in runs(arguments)]
+            drawn = [pipelines.draw(pipe, given, steps) for given, steps in runs(arguments)]
             [stats] = handle.stats.graphs.values()
         assert stats.eager is None
         assert stats.captures > 0
@@ -53,21 +53,21 @@ def test_replay_is_eager_bit_for_bit(name, granularity):
             for denoiser in handle._denoisers:
                 denoiser.graphs.usable = lambda: False
             for ours, (given, steps) in zip(drawn, runs(arguments), strict=True):
-                assert torch.equal(ours, tiny.draw(pipe, given, steps))
+                assert torch.equal(ours, pipelines.draw(pipe, given, steps))
 
 
 def test_a_call_that_cannot_be_captured_runs_eagerly():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     pipe.to("cuda")
     arguments = on_gpu(arguments)
     with torch.no_grad():
         with hicache.fast.apply(pipe, CONFIG, cuda_graphs=False):
-            expected = tiny.draw(pipe, arguments)
+            expected = pipelines.draw(pipe, arguments)
         embedder = pipe.transformer.x_embedder
         sync = embedder.register_forward_hook(lambda module, args, output: print(output.sum().item()))
         with hicache.fast.apply(pipe, CONFIG) as handle:
             with pytest.warns(RuntimeWarning, match="a capture failed"):
-                drawn = tiny.draw(pipe, arguments)
+                drawn = pipelines.draw(pipe, arguments)
             assert handle.stats.graphs["transformer"].eager is not None
         sync.remove()
     torch.testing.assert_close(drawn, expected)

@@ -9,13 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import accelerate
-import families
 import pytest
-import tiny
 import torch
-import zoo
-from families import PIPELINES, Run, Steps, cast, draw, off, replay
-from test_zoo import block_lists, count, state
 from torch import Tensor, nn
 
 import hicache.fast
@@ -27,6 +22,22 @@ from hicache.adapters.ltx import LTX
 from hicache.adapters.pixart import PixArt
 from hicache.adapters.sana import Sana
 from hicache.adapters.wan import Wan
+from tests.support import models, pipelines
+from tests.support.comparisons import cast, relative_rms, snapshot
+from tests.support.pipelines import build_randomized
+from tests.support.runs import (
+    Run,
+    blocks_of,
+    by_fast,
+    by_reference,
+    count_calls,
+    record,
+    recorded,
+    recorded_in,
+    replay,
+    trace,
+)
+from tests.support.schedulers import CountingScheduler
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),  # Chroma's
@@ -59,35 +70,8 @@ FAMILIES = (
 # skipped step, so it is the more precise of the two.
 SINGLE_PRECISION = ("wan", "wan22", "wan_many")
 
-every_pipeline = pytest.mark.parametrize("name", PIPELINES)
+every_pipeline = pytest.mark.parametrize("name", pipelines.BY_MODULE)
 every_family = pytest.mark.parametrize("name", FAMILIES)
-
-
-@functools.cache
-def recorded(name: str) -> tuple[nn.Module, Run]:
-    """A pipeline's transformer and its calls in twelve steps. Tests leave it uncached, or copy it."""
-    pipe, arguments = families.build(name)
-    return pipe.transformer, families.record(pipe, arguments)
-
-
-def of_dtype(name: str, dtype: torch.dtype) -> tuple[nn.Module, Run]:
-    model, run = recorded(name)
-    return copy.deepcopy(model).to(dtype), cast(run, dtype)
-
-
-def reference(model: nn.Module, run: Run, config: HiCacheConfig) -> Tensor:
-    scheduler = Steps()
-    with hicache.reference.apply(model, config, scheduler=scheduler):
-        return replay(model, run, scheduler)
-
-
-def fast(model: nn.Module, run: Run, config: HiCacheConfig, granularity: str = "module") -> Tensor:
-    scheduler = Steps()
-    with hicache.fast.apply(model, config, scheduler=scheduler, granularity=granularity) as handle:
-        said = replay(model, run, scheduler)
-        assert handle.stats.granularity == granularity
-        assert handle.stats.skipped_steps > 0
-    return said
 
 
 # Equal to the reference.
@@ -96,49 +80,49 @@ def fast(model: nn.Module, run: Run, config: HiCacheConfig, granularity: str = "
 @every_pipeline
 def test_whole_runs_equal_the_reference(name: str):
     """Latents feed back through the scheduler, in fp32: all that the transformer says is compared."""
-    pipe, arguments = families.build(name)
-    uncached = draw(pipe, arguments)
+    pipe, arguments = build_randomized(name)
+    uncached = trace(pipe, arguments)
     for config in (CONFIG, CONFIGS["taylor"]):
         with hicache.reference.apply(pipe, config) as handle:
-            expected = draw(pipe, arguments)
+            expected = trace(pipe, arguments)
             contexts = {label: (c.full_steps, c.skipped_steps) for label, c in handle.stats.contexts.items()}
         with hicache.fast.apply(pipe, config, granularity="module") as handle:
-            ours = draw(pipe, arguments)
-            again = draw(pipe, arguments)
+            ours = trace(pipe, arguments)
+            again = trace(pipe, arguments)
         stats = handle.stats
         assert stats.granularity == "module"
         assert all(choice.startswith("module: asked for") for choice in stats.choices.values())
         assert {n: (c.full_steps, c.skipped_steps) for n, c in stats.contexts.items()} == contexts
-        assert off(ours, expected) <= 2e-5
+        assert relative_rms(ours, expected) <= 2e-5
         assert torch.equal(ours, again)
-        assert off(expected, uncached) > 1e-3  # else nothing is shown
-    assert torch.equal(draw(pipe, arguments), uncached)
+        assert relative_rms(expected, uncached) > 1e-3  # else nothing is shown
+    assert torch.equal(trace(pipe, arguments), uncached)
 
 
 @every_pipeline
 def test_float64_calls_equal_the_reference(name: str):
-    model, run = of_dtype(name, torch.float64)
+    model, run = recorded_in(name, torch.float64)
     tolerance = 1e-6 if name in SINGLE_PRECISION else 1e-10
     for label, config in CONFIGS.items():
-        expected = reference(model, run, config)
-        assert off(fast(model, run, config), expected) <= tolerance, label
+        expected = by_reference(model, run, config)
+        assert relative_rms(by_fast(model, run, config), expected) <= tolerance, label
     # caching the sum of what is gated is another algorithm: the gates are not of now
-    assert off(fast(model, run, config, "stack"), expected) > 1e-4
+    assert relative_rms(by_fast(model, run, config, "stack"), expected) > 1e-4
 
 
 @pytest.mark.parametrize("name", SINGLE_PRECISION)
 def test_wan_in_float64_throughout(name: str, monkeypatch: pytest.MonkeyPatch):
     """Its blocks compute in ``.float()``. Where that leaves float64 alone, Wan is equal like the others."""
-    model, run = of_dtype(name, torch.float64)
+    model, run = recorded_in(name, torch.float64)
     single = Tensor.float
     monkeypatch.setattr(Tensor, "float", lambda self: self if self.dtype == torch.float64 else single(self))
     for label, config in CONFIGS.items():
-        assert off(fast(model, run, config), reference(model, run, config)) <= 1e-10, label
+        assert relative_rms(by_fast(model, run, config), by_reference(model, run, config)) <= 1e-10, label
 
 
 @every_family
 def test_bfloat16_is_as_close_to_float64_as_the_reference(name: str):
-    model, run = of_dtype(name, torch.bfloat16)
+    model, run = recorded_in(name, torch.bfloat16)
     exact_run = cast(run, torch.float64)
     if name in ("flux", "flux2", "chroma"):
         # these multiply by a thousand in their own dtype
@@ -147,10 +131,10 @@ def test_bfloat16_is_as_close_to_float64_as_the_reference(name: str):
                 if kwargs.get(key) is not None:
                     kwargs[key] = (kwargs[key].bfloat16() * 1000).double() / 1000
     for config in (CONFIG, CONFIGS["scaled-taylor"]):
-        exact = reference(copy.deepcopy(model).double(), exact_run, config)
-        eager, ours = reference(model, run, config), fast(model, run, config)
-        assert 0 < off(eager, exact) < 0.1
-        assert off(ours, exact) <= 2 * off(eager, exact)
+        exact = by_reference(copy.deepcopy(model).double(), exact_run, config)
+        eager, ours = by_reference(model, run, config), by_fast(model, run, config)
+        assert 0 < relative_rms(eager, exact) < 0.1
+        assert relative_rms(ours, exact) <= 2 * relative_rms(eager, exact)
         assert (ours - exact).abs().max() <= 2 * (eager - exact).abs().max()
 
 
@@ -158,12 +142,12 @@ def test_bfloat16_is_as_close_to_float64_as_the_reference(name: str):
 def test_autocast_is_as_close_to_float32_as_the_reference(name: str):
     """Hidden states, embeddings and weights of two dtypes in one model."""
     model, run = recorded(name)
-    exact = reference(model, run, CONFIG)
+    exact = by_reference(model, run, CONFIG)
     with torch.autocast("cpu", torch.bfloat16):
-        eager, ours = reference(model, run, CONFIG), fast(model, run, CONFIG)
-    assert 0 < off(eager, exact) < 0.3
-    assert off(ours, eager) < 0.01
-    assert off(ours, exact) <= 2 * off(eager, exact)
+        eager, ours = by_reference(model, run, CONFIG), by_fast(model, run, CONFIG)
+    assert 0 < relative_rms(eager, exact) < 0.3
+    assert relative_rms(ours, eager) < 0.01
+    assert relative_rms(ours, exact) <= 2 * relative_rms(eager, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -172,11 +156,11 @@ def test_history_dtype(name: str, dtype: torch.dtype):
     """Other than the model's, wider or narrower; features that share a term are added before they round."""
     config = HiCacheConfig(interval=3, order=2, warmup=3, history_dtype=dtype)
     for model_dtype in (torch.float32, torch.bfloat16):
-        model, run = of_dtype(name, model_dtype)
-        exact = reference(copy.deepcopy(model).double(), cast(run, torch.float64), CONFIG)
-        eager, ours = reference(model, run, config), fast(model, run, config)
+        model, run = recorded_in(name, model_dtype)
+        exact = by_reference(copy.deepcopy(model).double(), cast(run, torch.float64), CONFIG)
+        eager, ours = by_reference(model, run, config), by_fast(model, run, config)
         small = 1e-6 if name in SINGLE_PRECISION else 1e-7
-        assert off(ours, exact) <= 2 * off(eager, exact) + small
+        assert relative_rms(ours, exact) <= 2 * relative_rms(eager, exact) + small
 
 
 # Shared gates.
@@ -192,8 +176,8 @@ def _uncollapsed(adapter: type[Any]) -> type[Any]:
     ids=["wan", "ltx", "pixart", "sana", "flux2"],
 )
 def test_collapsed_is_exact(name: str, adapter: type[Any], monkeypatch: pytest.MonkeyPatch):
-    model, run = of_dtype(name, torch.float64)
-    scheduler = Steps()
+    model, run = recorded_in(name, torch.float64)
+    scheduler = CountingScheduler()
     outputs, bytes_held = [], []
     for registered in (adapter, _uncollapsed(adapter)):
         monkeypatch.setitem(registry._ADAPTERS, type(model).__name__, registered)
@@ -201,7 +185,7 @@ def test_collapsed_is_exact(name: str, adapter: type[Any], monkeypatch: pytest.M
             outputs.append(replay(model, run, scheduler))
             bytes_held.append(handle.stats.history_bytes)
     collapsed, apart = outputs
-    assert off(collapsed, apart) <= 1e-12
+    assert relative_rms(collapsed, apart) <= 1e-12
     terms = max(term for feature in _uncollapsed(adapter)(model).outputs() for term, _ in feature.terms) + 1
     assert bytes_held[0] * terms == bytes_held[1] * 3
 
@@ -209,13 +193,13 @@ def test_collapsed_is_exact(name: str, adapter: type[Any], monkeypatch: pytest.M
 @pytest.mark.parametrize("name", ["wan", "ltx", "pixart", "sana", "flux2"])
 def test_collapsed_in_bfloat16_is_no_worse_than_apart(name: str, monkeypatch: pytest.MonkeyPatch):
     """Sums of many features round to the history's dtype: one rounding in place of one a feature."""
-    model, run = of_dtype(name, torch.bfloat16)
-    exact = fast(copy.deepcopy(model).double(), cast(run, torch.float64), CONFIG)
-    collapsed = fast(model, run, CONFIG)
+    model, run = recorded_in(name, torch.bfloat16)
+    exact = by_fast(copy.deepcopy(model).double(), cast(run, torch.float64), CONFIG)
+    collapsed = by_fast(model, run, CONFIG)
     adapter = type(registry.find(model))
     monkeypatch.setitem(registry._ADAPTERS, type(model).__name__, _uncollapsed(adapter))
-    apart = fast(model, run, CONFIG)
-    assert off(collapsed, exact) <= 2 * off(apart, exact)
+    apart = by_fast(model, run, CONFIG)
+    assert relative_rms(collapsed, exact) <= 2 * relative_rms(apart, exact)
 
 
 # What a skipped step runs, and what is left behind.
@@ -224,37 +208,36 @@ def test_collapsed_in_bfloat16_is_no_worse_than_apart(name: str, monkeypatch: py
 @every_family
 def test_skipped_steps_run_no_block_and_remove_restores_all(name: str):
     model, run = recorded(name)
-    uncached = replay(model, run, Steps())
-    before = state(model)
+    uncached = replay(model, run)
+    before = snapshot(model)
     calls: Counter[int] = Counter()
-    blocks = [block for blocks in block_lists(model).values() for block in blocks]
-    counters = len(blocks)
     copied = copy.deepcopy(model)
-    count((block for blocks in block_lists(copied).values() for block in blocks), calls)
-    counted = state(copied)
-    scheduler = Steps()
+    blocks = blocks_of(copied)
+    count_calls(blocks, calls)
+    counted = snapshot(copied)
+    scheduler = CountingScheduler()
     with hicache.fast.apply(copied, CONFIG, scheduler=scheduler, granularity="module") as handle:
         replay(copied, run, scheduler)
         contexts = handle.stats.contexts.values()
     full = sum(context.full_steps for context in contexts)
     assert 0 < full < sum(len(calls) for calls in run)
-    assert calls == Counter(dict.fromkeys(range(counters), full))
-    assert state(copied) == counted
+    assert calls == Counter(dict.fromkeys(range(len(blocks)), full))
+    assert snapshot(copied) == counted
 
     with hicache.fast.apply(model, HiCacheConfig(interval=1), scheduler=scheduler, granularity="module"):
         assert torch.equal(replay(model, run, scheduler), uncached)
-    assert state(model) == before
-    assert torch.equal(replay(model, run, Steps()), uncached)
+    assert snapshot(model) == before
+    assert torch.equal(replay(model, run), uncached)
 
 
 @pytest.mark.parametrize("at", [0, 1, 4])
 def test_an_exception_leaves_nothing_behind(at: int):
     """In a feature's module: the features before it are recorded, those after it not."""
-    pipe, arguments = families.build("flux_cfg")
-    draw(pipe, arguments)  # its first run leaves an attribute of the pipeline's own
-    before = state(pipe.transformer)
+    pipe, arguments = build_randomized("flux_cfg")
+    trace(pipe, arguments)  # its first run leaves an attribute of the pipeline's own
+    before = snapshot(pipe.transformer)
     with hicache.fast.apply(pipe, CONFIG, granularity="module"):
-        expected = draw(pipe, arguments)
+        expected = trace(pipe, arguments)
     with hicache.fast.apply(pipe, CONFIG, granularity="module"):
         runs = Counter[str]()
 
@@ -265,42 +248,46 @@ def test_an_exception_leaves_nothing_behind(at: int):
 
         hook = pipe.transformer.transformer_blocks[1].ff.register_forward_pre_hook(fail)
         with pytest.raises(KeyError):
-            draw(pipe, arguments)
+            trace(pipe, arguments)
         hook.remove()
-        assert torch.equal(draw(pipe, arguments), expected)
-    assert state(pipe.transformer) == before
+        assert torch.equal(trace(pipe, arguments), expected)
+    assert snapshot(pipe.transformer) == before
 
 
 def test_other_shapes_between_runs():
-    pipe, arguments = families.build("flux")
+    pipe, arguments = build_randomized("flux")
     small = {**arguments, "height": 32}
-    batch = {**arguments, "prompt_embeds": tiny.noise(2, 6, 32), "pooled_prompt_embeds": tiny.noise(2, 32)}
+    batch = {
+        **arguments,
+        "prompt_embeds": models.noise(2, 6, 32),
+        "pooled_prompt_embeds": models.noise(2, 32),
+    }
     expected = []
     for given in (arguments, small, batch):
         with hicache.fast.apply(pipe, CONFIG, granularity="module"):
-            expected.append(draw(pipe, given))
+            expected.append(trace(pipe, given))
     with hicache.fast.apply(pipe, CONFIG, granularity="module"):
         for given, alone in zip((arguments, small, batch, arguments), (*expected, expected[0]), strict=True):
-            assert torch.equal(draw(pipe, given), alone)
+            assert torch.equal(trace(pipe, given), alone)
 
 
 def test_release_frees_and_the_next_run_is_the_same():
-    pipe, arguments = families.build("flux_cfg")
+    pipe, arguments = build_randomized("flux_cfg")
     with hicache.fast.apply(pipe, CONFIG, granularity="module") as handle:
-        expected = draw(pipe, arguments)
+        expected = trace(pipe, arguments)
         held = handle.stats.history_bytes
         assert held > 0
         handle.release()
         assert handle.stats.history_bytes == 0
-        assert torch.equal(draw(pipe, arguments), expected)
+        assert torch.equal(trace(pipe, arguments), expected)
         assert handle.stats.history_bytes == held
 
 
 @pytest.mark.parametrize("name", ["flux", "chroma", "dit", "wan"])
 def test_a_run_in_inference_mode_does_not_spoil_the_next(name: str):
     model, run = recorded(name)
-    expected = fast(model, run, CONFIG)
-    scheduler = Steps()
+    expected = by_fast(model, run, CONFIG)
+    scheduler = CountingScheduler()
     with hicache.fast.apply(model, CONFIG, scheduler=scheduler, granularity="module"):
         with torch.inference_mode():
             first = replay(model, run, scheduler)
@@ -312,11 +299,11 @@ def test_a_run_in_inference_mode_does_not_spoil_the_next(name: str):
 @pytest.mark.parametrize("granularity", ["module", "stack"])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_run_under_autocast_does_not_spoil_the_next(first: bool, granularity: str):
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
 
     def draw_under(autocast: bool) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return draw(pipe, arguments)
+            return trace(pipe, arguments)
 
     with hicache.fast.apply(pipe, CONFIG, granularity=granularity):
         expected = draw_under(not first)
@@ -328,27 +315,27 @@ def test_a_run_under_autocast_does_not_spoil_the_next(first: bool, granularity: 
 @pytest.mark.parametrize("first", [0, 1])
 def test_other_layers_skipped_in_the_next_run(first: int):
     """Skip-layer guidance: which features a call has is learned of this call, not of the last run's."""
-    pipe, arguments = tiny.sd3_skip_layer()
+    pipe, arguments = pipelines.build("sd3_skip_layer")
     runs = [{**arguments, "skip_guidance_layers": [layer]} for layer in (first, 1 - first)]
     with hicache.fast.apply(pipe, CONFIG, granularity="module"):
-        expected = draw(pipe, runs[1])
+        expected = trace(pipe, runs[1])
     with hicache.fast.apply(pipe, CONFIG, granularity="module"):
-        assert not torch.equal(draw(pipe, runs[0]), expected)
-        assert torch.equal(draw(pipe, runs[1]), expected)
+        assert not torch.equal(trace(pipe, runs[0]), expected)
+        assert torch.equal(trace(pipe, runs[1]), expected)
 
 
 def test_hooks_exchanged_between_runs_are_recorded():
     """As many as before, and after the tap that recorded the last run."""
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     layer = pipe.transformer.transformer_blocks[1].ff
     hook = layer.register_forward_hook(lambda module, args, output: output * 0.5)
     with hicache.fast.apply(pipe, CONFIG, granularity="module"):
-        draw(pipe, arguments)
+        trace(pipe, arguments)
         hook.remove()
         layer.register_forward_hook(lambda module, args, output: output * 2)
-        drawn = draw(pipe, arguments)
+        drawn = trace(pipe, arguments)
     with hicache.fast.apply(pipe, CONFIG, granularity="module"):
-        assert torch.equal(drawn, draw(pipe, arguments))
+        assert torch.equal(drawn, trace(pipe, arguments))
 
 
 @pytest.mark.parametrize("name", ["flux", "wan"])
@@ -363,13 +350,12 @@ def test_feature_modules_put_in_place_later_are_recorded(name: str):
         def forward(self, *args: Any, **kwargs: Any) -> Tensor:
             return self.base(*args, **kwargs) * self.scale
 
-    model, run = of_dtype(name, torch.float64)
-    before = state(model)
-    scheduler = Steps()
+    model, run = recorded_in(name, torch.float64)
+    before = snapshot(model)
+    scheduler = CountingScheduler()
     owners = [
         (block, part)
-        for blocks in block_lists(model).values()
-        for block in blocks
+        for block in blocks_of(model)
         for part in ("proj_out", "ff", "ffn")
         if hasattr(block, part)
     ]
@@ -379,19 +365,19 @@ def test_feature_modules_put_in_place_later_are_recorded(name: str):
             setattr(block, part, Wrapped(getattr(block, part), 0.5))
         wrapped = replay(model, run, scheduler)
         assert handle.stats.granularity == "module"
-    expected = reference(model, run, CONFIG)
-    assert off(wrapped, expected) <= (1e-6 if name in SINGLE_PRECISION else 1e-10)
-    assert off(wrapped, plain) > 1e-3
+    expected = by_reference(model, run, CONFIG)
+    assert relative_rms(wrapped, expected) <= (1e-6 if name in SINGLE_PRECISION else 1e-10)
+    assert relative_rms(wrapped, plain) > 1e-3
     for block, part in owners:
         setattr(block, part, getattr(block, part).base)
-    assert state(model) == before
+    assert snapshot(model) == before
 
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def _residuals(count: int, tokens: int, width: int = zoo.WIDTH, batch: int = 1) -> list[Tensor]:
-    return [zoo.noise(batch, tokens, width) * 0.3 * (index + 1) for index in range(count)]
+def _residuals(count: int, tokens: int, width: int = models.WIDTH, batch: int = 1) -> list[Tensor]:
+    return [models.noise(batch, tokens, width) * 0.3 * (index + 1) for index in range(count)]
 
 
 # pipeline to start from, changes of the model's configuration, changes of its calls
@@ -468,50 +454,52 @@ def test_variants_of_a_family_equal_the_reference(name: str):
     start, changed, more = VARIANTS[name]
     original, run = recorded(start)
     torch.manual_seed(0)
-    model = families.lively(type(original).from_config({**original.config, **changed}).eval()).double()
+    model = pipelines.randomize(type(original).from_config({**original.config, **changed}).eval()).double()
     run = cast(
         [[(args, {**kwargs, **more(kwargs)}) for args, kwargs in calls] for calls in run], torch.float64
     )
-    expected = reference(model, run, CONFIG)
-    assert off(fast(model, run, CONFIG), expected) <= (1e-6 if start in SINGLE_PRECISION else 1e-10)
-    assert off(replay(model, run, Steps()), expected) > 1e-3
+    expected = by_reference(model, run, CONFIG)
+    assert relative_rms(by_fast(model, run, CONFIG), expected) <= (
+        1e-6 if start in SINGLE_PRECISION else 1e-10
+    )
+    assert relative_rms(replay(model, run), expected) > 1e-3
 
 
 @pytest.mark.filterwarnings("default::RuntimeWarning")
 def test_feed_forwards_in_chunks_are_found_out():
     """diffusers can call a feed-forward layer several times, each for some of the tokens."""
-    model, run = of_dtype("sd3", torch.float64)
+    model, run = recorded_in("sd3", torch.float64)
     model.enable_forward_chunking(chunk_size=2, dim=1)
-    scheduler = Steps()
+    scheduler = CountingScheduler()
     with hicache.fast.apply(model, CONFIG, scheduler=scheduler) as handle:
         with pytest.warns(RuntimeWarning, match="expected FeedForward to give a hidden state"):
             ours = replay(model, run, scheduler)
     assert handle.stats.granularity == "stack"
-    assert torch.equal(ours, fast(model, run, CONFIG, "stack"))
+    assert torch.equal(ours, by_fast(model, run, CONFIG, "stack"))
 
 
 def test_residuals_that_come_and_go_within_a_run():
     """A ControlNet that guides a part of the run: on skipped steps the residuals of now, or none, count."""
-    model, run = of_dtype("flux", torch.float64)
-    width = zoo.WIDTH
+    model, run = recorded_in("flux", torch.float64)
+    width = models.WIDTH
     tokens = run[0][0][1]["hidden_states"].shape[1]
-    residuals = [zoo.noise(1, tokens, width).double(), -zoo.noise(1, tokens, width).double()]
+    residuals = [models.noise(1, tokens, width).double(), -models.noise(1, tokens, width).double()]
     for step, [(_, kwargs)] in enumerate(run):
         if 2 <= step < 7:
             kwargs["controlnet_block_samples"] = [residual * step for residual in residuals]
             kwargs["controlnet_single_block_samples"] = residuals[:1] if step > 4 else None
     # the arguments of a call are part of its context: each kind of call warms up on its own
-    assert off(fast(model, run, CONFIG), reference(model, run, CONFIG)) <= 1e-10
+    assert relative_rms(by_fast(model, run, CONFIG), by_reference(model, run, CONFIG)) <= 1e-10
 
 
 def test_residuals_that_change_within_a_context():
-    model, run = of_dtype("flux", torch.float64)
+    model, run = recorded_in("flux", torch.float64)
     tokens = run[0][0][1]["hidden_states"].shape[1]
     for step, [(_, kwargs)] in enumerate(run):
-        kwargs["controlnet_block_samples"] = [zoo.noise(1, tokens, zoo.WIDTH).double() * (step - 5)]
-    expected = reference(model, run, CONFIG)
-    assert off(fast(model, run, CONFIG), expected) <= 1e-10
-    assert off(fast(model, run, CONFIG, "stack"), expected) > 1e-2
+        kwargs["controlnet_block_samples"] = [models.noise(1, tokens, models.WIDTH).double() * (step - 5)]
+    expected = by_reference(model, run, CONFIG)
+    assert relative_rms(by_fast(model, run, CONFIG), expected) <= 1e-10
+    assert relative_rms(by_fast(model, run, CONFIG, "stack"), expected) > 1e-2
 
 
 # "auto".
@@ -520,23 +508,23 @@ def test_residuals_that_change_within_a_context():
 def test_a_call_is_cached_alike_whatever_was_drawn_before():
     """With guidance two histories are too much; then without, one fits."""
     budget = held("flux_cfg") // 2
-    pipe, arguments = families.build("flux_cfg")
+    pipe, arguments = build_randomized("flux_cfg")
     unguided = {k: v for k, v in arguments.items() if "negative" not in k and k != "true_cfg_scale"}
     with hicache.fast.apply(pipe, CONFIG, memory_budget=budget) as handle:
-        expected = draw(pipe, unguided)
+        expected = trace(pipe, unguided)
         assert handle.stats.granularity == "module"
-        guided = draw(pipe, arguments)
+        guided = trace(pipe, arguments)
         assert handle.stats.granularity == "stack"
-        assert torch.equal(draw(pipe, unguided), expected)
+        assert torch.equal(trace(pipe, unguided), expected)
         assert handle.stats.granularity == "module"
-        assert torch.equal(draw(pipe, arguments), guided)
+        assert torch.equal(trace(pipe, arguments), guided)
 
 
 def held(name: str) -> int:
     """Bytes of history a run takes in module granularity, all contexts together."""
-    pipe, arguments = families.build(name)
+    pipe, arguments = build_randomized(name)
     with hicache.fast.apply(pipe, CONFIG, granularity="module") as handle:
-        draw(pipe, arguments)
+        trace(pipe, arguments)
         return handle.stats.history_bytes
 
 
@@ -545,9 +533,9 @@ def alone() -> Iterator[Callable[..., Tensor]]:
     """Draw in a granularity, from a pipeline built for it."""
 
     def run(name: str, granularity: str, config: HiCacheConfig = CONFIG) -> Tensor:
-        pipe, arguments = families.build(name)
+        pipe, arguments = build_randomized(name)
         with hicache.fast.apply(pipe, config, granularity=granularity):
-            return draw(pipe, arguments)
+            return trace(pipe, arguments)
 
     return run
 
@@ -559,11 +547,11 @@ def test_auto_is_modules_where_all_histories_fit(name: str, share: float, warmup
     """Also where the second context is what does not fit; and a second run draws what the first did."""
     config = HiCacheConfig(interval=3, order=2, warmup=warmup)
     budget = int(held(name) * share)
-    pipe, arguments = families.build(name)
+    pipe, arguments = build_randomized(name)
     with hicache.fast.apply(pipe, config, memory_budget=budget) as handle:
-        first = draw(pipe, arguments)
+        first = trace(pipe, arguments)
         assert handle.stats.history_bytes <= max(budget, held_by_stack(name))
-        second = draw(pipe, arguments)
+        second = trace(pipe, arguments)
         stats = handle.stats
     assert torch.equal(first, second)
     chosen = "module" if share == 1.0 else "stack"
@@ -578,48 +566,48 @@ def test_auto_is_modules_where_all_histories_fit(name: str, share: float, warmup
 
 @functools.cache
 def held_by_stack(name: str) -> int:
-    pipe, arguments = families.build(name)
+    pipe, arguments = build_randomized(name)
     with hicache.fast.apply(pipe, CONFIG, granularity="stack") as handle:
-        draw(pipe, arguments)
+        trace(pipe, arguments)
         return handle.stats.history_bytes
 
 
 def test_every_denoiser_chooses_for_itself():
     """Two of one kind share nothing but the scheduler; the budget is one denoiser's."""
-    pipe, arguments = families.build("wan22")
+    pipe, arguments = build_randomized("wan22")
     with hicache.fast.apply(pipe, CONFIG, granularity="module") as handle:
-        expected = draw(pipe, arguments)
+        expected = trace(pipe, arguments)
         each = {
             name: sum(c.history_bytes for label, c in handle.stats.contexts.items() if label[:-3] == name)
             for name in ("transformer", "transformer_2")
         }
     assert each["transformer"] == each["transformer_2"] > 0
     with hicache.fast.apply(pipe, CONFIG, memory_budget=each["transformer"]) as handle:
-        assert torch.equal(draw(pipe, arguments), expected)
+        assert torch.equal(trace(pipe, arguments), expected)
         choices = handle.stats.choices
     assert list(choices) == ["transformer", "transformer_2"]
     assert all(choice.startswith("module: ") for choice in choices.values())
 
 
 def test_auto_without_an_adapter_is_the_stack():
-    model, call = zoo.ZOO["auraflow"]()
+    model, call = models.build("auraflow")
     run = [[((), call(t))] for t in torch.linspace(1, 0.1, 12)]
-    scheduler = Steps()
-    before = state(model)
+    scheduler = CountingScheduler()
+    before = snapshot(model)
     with pytest.raises(ValueError, match="AuraFlowTransformer2DModel are not known") as error:
         hicache.fast.apply(model, CONFIG, granularity="module")
     assert "FluxTransformer2DModel" in str(error.value)
-    assert state(model) == before
+    assert snapshot(model) == before
     with hicache.fast.apply(model, CONFIG, scheduler=scheduler) as handle:
         ours = replay(model, run, scheduler)
     assert handle.stats.choices == {
         "transformer": "stack: no adapter knows the modules of AuraFlowTransformer2DModel"
     }
-    assert torch.equal(ours, fast(model, run, CONFIG, "stack"))
+    assert torch.equal(ours, by_fast(model, run, CONFIG, "stack"))
 
 
 def test_asking_for_modules_nobody_knows_keeps_the_cache_there_is():
-    model, _ = zoo.ZOO["auraflow"]()
+    model, _ = models.build("auraflow")
     with hicache.fast.apply(model, CONFIG) as handle:
         with pytest.raises(ValueError, match="granularity='module'"):
             hicache.fast.apply(model, CONFIG, granularity="module")
@@ -627,15 +615,15 @@ def test_asking_for_modules_nobody_knows_keeps_the_cache_there_is():
 
 
 def _zero_cond_t() -> tuple[nn.Module, Run]:
-    pipe, arguments = tiny.qwen_edit(plus=True)
-    families.lively(pipe.transformer)
-    return pipe.transformer, families.record(pipe, arguments)
+    pipe, arguments = pipelines.build("qwen_edit_plus")
+    pipelines.randomize(pipe.transformer)
+    return pipe.transformer, record(pipe, arguments)
 
 
 def _token_replace() -> tuple[nn.Module, Run]:
-    original, call = zoo.ZOO["hunyuan_video"]()
+    original, call = models.build("hunyuan_video")
     model = type(original).from_config(original.config, image_condition_type="token_replace").eval()
-    return families.lively(model), [[((), call(t))] for t in torch.linspace(1, 0.1, 12)]
+    return pipelines.randomize(model), [[((), call(t))] for t in torch.linspace(1, 0.1, 12)]
 
 
 def _per_token(name: str, tokens: int) -> tuple[nn.Module, Run]:
@@ -671,15 +659,15 @@ REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, Run]], str]] = {
 def test_calls_whose_gates_are_not_one_a_picture(name: str):
     make, reason = REFUSED[name]
     model, run = make()
-    scheduler = Steps()
+    scheduler = CountingScheduler()
     uncached = replay(model, run, scheduler)
-    before = state(model)
+    before = snapshot(model)
     with hicache.fast.apply(model, CONFIG, scheduler=scheduler, granularity="module") as handle:
         with pytest.raises(RuntimeError, match="granularity='module' cannot be had") as error:
             replay(model, run, scheduler)
     assert reason in str(error.value)
     assert type(model).__name__ in str(error.value)
-    assert state(model) == before
+    assert snapshot(model) == before
     assert torch.equal(replay(model, run, scheduler), uncached)
 
     with hicache.fast.apply(model, CONFIG, scheduler=scheduler) as handle:
@@ -687,8 +675,8 @@ def test_calls_whose_gates_are_not_one_a_picture(name: str):
         assert handle.stats.granularity == "stack"
         assert reason in handle.stats.choices["transformer"]
     assert torch.equal(first, second)
-    assert torch.equal(first, fast(model, run, CONFIG, "stack"))
-    assert state(model) == before
+    assert torch.equal(first, by_fast(model, run, CONFIG, "stack"))
+    assert snapshot(model) == before
 
 
 # Blocks that are not what the adapter takes them for.
@@ -758,16 +746,16 @@ def _patch_third(model: Any) -> Callable[[], None]:
 @pytest.mark.filterwarnings("default::RuntimeWarning")
 def test_blocks_of_ones_own_are_found_out(patch: Callable[[Any], Callable[[], None]], warmup: int):
     config = HiCacheConfig(interval=3, order=2, warmup=warmup)
-    pipe, arguments = families.build("flux_cfg")
+    pipe, arguments = build_randomized("flux_cfg")
     undo = patch(pipe.transformer)
-    draw(pipe, arguments)  # its first run leaves an attribute of the pipeline's own
-    before = state(pipe.transformer)
+    trace(pipe, arguments)  # its first run leaves an attribute of the pipeline's own
+    before = snapshot(pipe.transformer)
     with hicache.fast.apply(pipe, config, granularity="stack"):
-        expected = draw(pipe, arguments)
+        expected = trace(pipe, arguments)
     with hicache.fast.apply(pipe, config) as handle:
         with pytest.warns(RuntimeWarning, match="its stack is cached instead") as caught:
-            first = draw(pipe, arguments)
-            second = draw(pipe, arguments)
+            first = trace(pipe, arguments)
+            second = trace(pipe, arguments)
         assert len(caught) == 1
         assert handle.stats.granularity == "stack"
         assert "FluxTransformer2DModel" in handle.stats.choices["transformer"]
@@ -775,8 +763,8 @@ def test_blocks_of_ones_own_are_found_out(patch: Callable[[Any], Callable[[], No
     assert torch.equal(first, expected)
     with hicache.fast.apply(pipe, config, granularity="module"):
         with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="granularity='module'"):
-            draw(pipe, arguments)
-    assert state(pipe.transformer) == before
+            trace(pipe, arguments)
+    assert snapshot(pipe.transformer) == before
     undo()
 
 
@@ -785,16 +773,16 @@ def test_blocks_of_ones_own_are_found_out(patch: Callable[[Any], Callable[[], No
 )
 @pytest.mark.filterwarnings("default::RuntimeWarning")
 def test_blocks_put_in_place_between_runs_are_found_out(patch: Callable[[Any], Callable[[], None]]):
-    pipe, arguments = families.build("flux")
+    pipe, arguments = build_randomized("flux")
     with hicache.fast.apply(pipe, CONFIG) as handle:
-        draw(pipe, arguments)
+        trace(pipe, arguments)
         assert handle.stats.granularity == "module"
         undo = patch(pipe.transformer)
         with pytest.warns(RuntimeWarning, match="its stack is cached instead"):
-            ours = draw(pipe, arguments)
+            ours = trace(pipe, arguments)
         assert handle.stats.granularity == "stack"
     with hicache.fast.apply(pipe, CONFIG, granularity="stack"):
-        assert torch.equal(draw(pipe, arguments), ours)
+        assert torch.equal(trace(pipe, arguments), ours)
     undo()
 
 
@@ -805,27 +793,27 @@ def test_blocks_put_in_place_between_runs_are_found_out(patch: Callable[[Any], C
 def test_offloaded_weights(name: str):
     """Weights that are only there while their own module runs."""
     model, run = recorded(name)
-    expected = fast(model, run, CONFIG)
+    expected = by_fast(model, run, CONFIG)
     offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
     assert all(parameter.is_meta for parameter in offloaded.parameters())
-    assert off(fast(offloaded, run, CONFIG), expected) <= 1e-6
+    assert relative_rms(by_fast(offloaded, run, CONFIG), expected) <= 1e-6
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2", "chroma", "qwen", "wan"])
 def test_one_timestep_for_several_pictures(name: str):
-    model, run = of_dtype(name, torch.float64)
+    model, run = recorded_in(name, torch.float64)
     for _, kwargs in (call for calls in run for call in calls):
         for key in ("hidden_states", "encoder_hidden_states"):
             kwargs[key] = torch.cat([kwargs[key], kwargs[key] * 0.5])
         assert len(kwargs["timestep"]) == 1
     tolerance = 1e-6 if name in SINGLE_PRECISION else 1e-10
-    assert off(fast(model, run, CONFIG), reference(model, run, CONFIG)) <= tolerance
+    assert relative_rms(by_fast(model, run, CONFIG), by_reference(model, run, CONFIG)) <= tolerance
 
 
 @pytest.mark.parametrize("name", ["flux", "dit"])
 def test_a_bare_transformer_counts_by_its_timesteps(name: str):
-    model, run = of_dtype(name, torch.float64)
-    expected = fast(model, run, CONFIG)
+    model, run = recorded_in(name, torch.float64)
+    expected = by_fast(model, run, CONFIG)
     with hicache.fast.apply(model, CONFIG, granularity="module") as handle:
-        assert off(replay(model, run, Steps()), expected) <= 1e-12
+        assert relative_rms(replay(model, run), expected) <= 1e-12
         assert handle.stats.skipped_steps > 0

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-import families
 import pytest
-import tiny
 import torch
 
 import hicache.fast
 from hicache import HiCacheConfig
 from hicache.fast import Plan
+from tests.support import models, pipelines
 
 PIPELINES = ["flux", "qwen", "sd3", "wan", "hunyuan", "ltx", "dit", "pixart"]
 
@@ -28,11 +27,11 @@ def size_of(name: str, pipe: Any, arguments: dict[str, Any]) -> dict[str, int]:
 @pytest.mark.parametrize("order", [0, 2])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_plan_is_what_a_run_holds(name, order, granularity):
-    pipe, arguments = getattr(tiny, name)()
+    pipe, arguments = pipelines.build(name)
     config = HiCacheConfig(interval=3, order=order)
     plan = hicache.fast.plan(pipe, config, granularity=granularity, **size_of(name, pipe, arguments))
     with hicache.fast.apply(pipe, config, granularity=granularity) as handle:
-        tiny.draw(pipe, arguments, steps=5)
+        pipelines.draw(pipe, arguments, steps=5)
         stats = handle.stats
     assert stats.history_bytes == plan.history_bytes > 0
     [one] = plan.denoisers.values()
@@ -41,40 +40,40 @@ def test_plan_is_what_a_run_holds(name, order, granularity):
 
 
 def test_true_guidance_and_batches():
-    pipe, arguments = tiny.flux_cfg()
+    pipe, arguments = pipelines.build("flux_cfg")
     plan = hicache.fast.plan(pipe, height=64, width=64, calls=2, batch=2)
     with hicache.fast.apply(pipe) as handle:
-        tiny.draw(pipe, {**arguments, "num_images_per_prompt": 2}, steps=5)
+        pipelines.draw(pipe, {**arguments, "num_images_per_prompt": 2}, steps=5)
         assert handle.stats.history_bytes == plan.history_bytes
 
 
 @pytest.mark.parametrize("num_frames", [9, 13])
 def test_frames_are_padded_to_whole_patches(num_frames):
     """CogVideoX 1.5 takes its latent frames in pairs: its pipeline adds one to an odd number."""
-    pipe, arguments = families.build("cogvideox")
+    pipe, arguments = pipelines.build_randomized("cogvideox")
     config = {**pipe.transformer.config, "patch_size_t": 2, "patch_bias": False}
     pipe.register_modules(transformer=diffusers.CogVideoXTransformer3DModel.from_config(config).eval())
     arguments["num_frames"] = num_frames
     plan = hicache.fast.plan(pipe, height=32, width=32, num_frames=num_frames)
     with hicache.fast.apply(pipe) as handle:
-        tiny.draw(pipe, arguments, steps=5)
+        pipelines.draw(pipe, arguments, steps=5)
         assert handle.stats.history_bytes == plan.history_bytes
 
 
 def test_the_budget_decides_as_in_a_run():
-    pipe, arguments = tiny.qwen()
+    pipe, arguments = pipelines.build("qwen")
     whole = hicache.fast.plan(pipe, height=64, width=64).history_bytes
     for budget, granularity in ((whole, "module"), (whole - 1, "stack")):
         plan = hicache.fast.plan(pipe, height=64, width=64, memory_budget=budget)
         with hicache.fast.apply(pipe, memory_budget=budget) as handle:
-            tiny.draw(pipe, arguments, steps=5)
+            pipelines.draw(pipe, arguments, steps=5)
             stats = handle.stats
         assert stats.granularity == plan.denoisers["transformer"].granularity == granularity
         assert stats.history_bytes == plan.history_bytes
 
 
 def test_two_transformers_are_planned_together():
-    pipe, arguments = tiny.wan(two=True)
+    pipe, arguments = pipelines.build("wan22")
     plan = hicache.fast.plan(pipe, **size_of("wan", pipe, arguments))
     assert list(plan.denoisers) == ["transformer", "transformer_2"]
     assert plan.history_bytes == sum(one.history_bytes for one in plan.denoisers.values())
@@ -123,13 +122,11 @@ def test_a_video_model_keeps_three_terms_and_a_dense_one_its_stack():
 )
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
-        hicache.fast.plan(tiny.flux_transformer(), **{"height": 64, "width": 64, **arguments})
+        hicache.fast.plan(models.flux_transformer(), **{"height": 64, "width": 64, **arguments})
 
 
 def test_a_model_nobody_knows():
-    from zoo import ZOO
-
-    model, _ = ZOO["lumina2"]()
+    model, _ = models.build("lumina2")
     with pytest.raises(
         ValueError, match="how many tokens Lumina2Transformer2DModel works on; known are Chroma"
     ):

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-import zoo
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,9 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import hicache.fast
 import hicache.reference
 from hicache import HiCacheConfig, register_basis, unregister_basis
-from hicache.hooks.block_lists import BLOCK_LISTS
 from hicache.reference.blocks import MODELS
 from hicache.reference.history import History
+from tests.support import models, pipelines
+from tests.support.comparisons import cast, flat, relative_max, snapshot
+from tests.support.pipelines import denoisers
+from tests.support.runs import block_lists
+from tests.support.schedulers import CountingScheduler
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),  # Mochi's rope
@@ -76,32 +78,24 @@ FEATURES = {
 SINGLE_PRECISION = ("wan", "lumina2")
 
 
-def double(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.double()
-    if isinstance(value, dict):
-        return {key: double(part) for key, part in value.items()}
-    return [double(part) for part in value] if isinstance(value, list) else value
-
-
 def times() -> list[float]:
     return torch.linspace(1, 0.1, STEPS).tolist()
 
 
-def from_zoo(name: str) -> Case:
-    model, call = zoo.ZOO[name]()
+def bare(name: str) -> Case:
+    model, call = models.build(name)
     return model, [call(t) for t in times()]
 
 
-def from_pipeline(name: str) -> Case:
+def piped(name: str) -> Case:
     """The first call of every step of a pipeline."""
-    pipe, arguments = tiny.PIPELINES[name]()
+    pipe, arguments = pipelines.build(name)
     calls: list[dict[str, Any]] = []
     hook = pipe.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append({**kwargs, **({"hidden_states": args[0]} if args else {})}),
         with_kwargs=True,
     )
-    tiny.draw(pipe, arguments, STEPS)
+    pipelines.draw(pipe, arguments, STEPS)
     hook.remove()
     calls = copy.deepcopy(calls[:: len(calls) // STEPS])
     return pipe.transformer, [{**call, "return_dict": False} for call in calls]
@@ -109,8 +103,8 @@ def from_pipeline(name: str) -> Case:
 
 def flux_controlnet() -> Case:
     """Residuals that change from step to step: those of the step are added, whether it is full or not."""
-    model, calls = from_zoo("flux")
-    residual = zoo.noise(1, zoo.TOKENS, zoo.WIDTH)
+    model, calls = bare("flux")
+    residual = models.noise(1, models.TOKENS, models.WIDTH)
     return model, [
         {
             **call,
@@ -123,16 +117,16 @@ def flux_controlnet() -> Case:
 
 def flux_ip_adapter() -> Case:
     """The attention of doubles gives a third output, of the image prompt."""
-    model, calls = from_zoo("flux")
+    model, calls = bare("flux")
     for block in model.transformer_blocks:
-        block.attn.set_processor(FluxIPAdapterAttnProcessor(zoo.WIDTH, 8))
-    kwargs = {"ip_hidden_states": [zoo.noise(1, 1, 4, 8)]}
+        block.attn.set_processor(FluxIPAdapterAttnProcessor(models.WIDTH, 8))
+    kwargs = {"ip_hidden_states": [models.noise(1, 1, 4, 8)]}
     return model, [{**call, "joint_attention_kwargs": kwargs} for call in calls]
 
 
 def hunyuan_video_i2v() -> Case:
     """Blocks of other classes, that treat the first frame's tokens apart."""
-    original, calls = from_zoo("hunyuan_video")
+    original, calls = bare("hunyuan_video")
     torch.manual_seed(0)
     model = type(original).from_config(original.config, image_condition_type="token_replace")
     return model.eval(), calls
@@ -147,34 +141,17 @@ def build(name: str) -> Case:
     if name in own:
         model, calls = own[name]()
     else:
-        model, calls = from_zoo(name) if name in zoo.ZOO else from_pipeline(name)
-    return model.double(), double(calls)
+        model, calls = bare(name) if name in models.BARE else piped(name)
+    return model.double(), cast(calls, torch.float64)
 
 
 every_model = pytest.mark.parametrize("name", FEATURES)
 
 
-class Steps:
-    """A scheduler that only counts."""
-
-    timesteps: Any = ()
-
-    def set_timesteps(self, steps: int) -> None:
-        self.timesteps = range(steps)
-
-    def step(self) -> None:
-        pass
-
-
-def flat(output: Any) -> Tensor:
-    """All numbers of a model's output, in one row."""
-    return output.flatten() if isinstance(output, Tensor) else torch.cat([flat(part) for part in output])
-
-
 def run(model: nn.Module, calls: list[dict[str, Any]], scheduler: Any = None) -> Tensor:
     """Every call's output, [calls, numbers]."""
     outputs = []
-    scheduler = scheduler or Steps()
+    scheduler = scheduler or CountingScheduler()
     scheduler.set_timesteps(len(calls))
     for call in calls:
         with torch.no_grad():
@@ -184,31 +161,16 @@ def run(model: nn.Module, calls: list[dict[str, Any]], scheduler: Any = None) ->
 
 
 def cached(model: nn.Module, calls: list[dict[str, Any]], settings: HiCacheConfig) -> Tensor:
-    scheduler = Steps()
+    scheduler = CountingScheduler()
     with hicache.reference.apply(model, settings, scheduler=scheduler):
         return run(model, calls, scheduler)
 
 
-def deviation(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max() / other.abs().max())
-
-
-def graph(module: nn.Module) -> dict[str, Any]:
-    """Everything of a module that a hook could change."""
-    seen: dict[str, Any] = {}
-    for path, part in module.named_modules():
-        members = {k: id(v) for k, v in vars(part).items() if not isinstance(v, dict)}
-        dicts = {k: {n: id(v) for n, v in d.items()} for k, d in vars(part).items() if isinstance(d, dict)}
-        forward = getattr(part.forward, "__func__", part.forward)
-        seen[path] = (type(part), list(vars(part)), members, dicts, forward)
-    return seen
-
-
-def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+def named_blocks(model: nn.Module) -> dict[str, nn.Module]:
     return {
         f"{name}.{index}": block
-        for name in BLOCK_LISTS
-        for index, block in enumerate(getattr(model, name, ()))
+        for name, blocks in block_lists(model).items()
+        for index, block in enumerate(blocks)
     }
 
 
@@ -283,7 +245,7 @@ def test_the_table_is_tested_to_the_last_block():
 def _models_and_blocks() -> Iterator[tuple[nn.Module, str]]:
     for name in FEATURES:
         model, _ = build(name)
-        for block in blocks_of(model).values():
+        for block in named_blocks(model).values():
             yield model, type(getattr(block, "block", block)).__name__
 
 
@@ -296,25 +258,25 @@ def test_equals_the_formulas_written_out(name: str):
         oracle.remove()
         ours = cached(model, calls, config(basis))
         tolerance = 1e-5 if name in SINGLE_PRECISION else 1e-11
-        assert deviation(ours, expected) <= tolerance, basis
+        assert relative_max(ours, expected) <= tolerance, basis
     # else the bases could not be told apart
     uncached = run(model, calls)
-    assert deviation(expected, uncached) > 100 * tolerance
+    assert relative_max(expected, uncached) > 100 * tolerance
 
 
 @every_model
 def test_nothing_skipped_is_nothing_changed_and_remove_restores_all(name: str):
     model, calls = build(name)
     uncached = run(model, calls)
-    before = graph(model)
-    scheduler = Steps()
+    before = snapshot(model)
+    scheduler = CountingScheduler()
     handle = hicache.reference.apply(model, HiCacheConfig(interval=1), scheduler=scheduler)
     assert torch.equal(run(model, calls, scheduler), uncached)
     assert (handle.stats.full_steps, handle.stats.skipped_steps) == (STEPS, 0)
     handle.remove()
-    assert graph(model) == before
+    assert snapshot(model) == before
     cached(model, calls, config())
-    assert graph(model) == before
+    assert snapshot(model) == before
     assert torch.equal(run(model, calls), uncached)
 
 
@@ -329,11 +291,11 @@ def test_a_step_repeated_is_exact(name: str):
 @every_model
 def test_skipped_steps_call_blocks_but_compute_only_gates(name: str):
     model, calls = build(name)
-    blocks = blocks_of(model)
+    blocks = named_blocks(model)
     called: Counter[str] = Counter()
     for path, block in blocks.items():
         block.register_forward_hook(lambda *_, path=path: called.update([path]))
-    scheduler = Steps()
+    scheduler = CountingScheduler()
     with hicache.reference.apply(model, config(), scheduler=scheduler) as handle:
         scheduler.set_timesteps(STEPS)
         for step, call in enumerate(calls):
@@ -368,55 +330,55 @@ def test_skipped_steps_call_blocks_but_compute_only_gates(name: str):
 
 @pytest.mark.parametrize("name", ["flux_cfg", "qwen", "qwen_edit", "wan"])
 def test_calls_of_one_step_do_not_mix(name: str):
-    pipe, arguments = tiny.PIPELINES[name]()
-    plain = tiny.draw(pipe, arguments, STEPS)
+    pipe, arguments = pipelines.build(name)
+    plain = pipelines.draw(pipe, arguments, STEPS)
     oracle = Oracle(pipe.transformer, FEATURES[name.removesuffix("_cfg")], "hermite", contexts=2)
-    expected = tiny.draw(pipe, arguments, STEPS)
+    expected = pipelines.draw(pipe, arguments, STEPS)
     oracle.remove()
     with hicache.reference.apply(pipe, config()) as handle:
-        ours = tiny.draw(pipe, arguments, STEPS)
+        ours = pipelines.draw(pipe, arguments, STEPS)
         assert list(handle.stats.contexts) == ["transformer[0]", "transformer[1]"]
         assert {(c.full_steps, c.skipped_steps) for c in handle.stats.contexts.values()} == {(5, 7)}
-    assert deviation(ours, expected) < 1e-5 < 1e-4 < deviation(ours, plain)
+    assert relative_max(ours, expected) < 1e-5 < 1e-4 < relative_max(ours, plain)
 
 
-@pytest.mark.parametrize("name", tiny.PIPELINES)
+@pytest.mark.parametrize("name", pipelines.CORE)
 def test_every_pipeline(name: str):
-    pipe, arguments = tiny.PIPELINES[name]()
-    plain = tiny.draw(pipe, arguments)
-    denoisers = [part for part in (pipe.transformer, getattr(pipe, "transformer_2", None)) if part]
-    before, scheduler = [graph(part) for part in denoisers], set(vars(pipe.scheduler))
+    pipe, arguments = pipelines.build(name)
+    plain = pipelines.draw(pipe, arguments)
+    parts = denoisers(pipe).values()
+    before, scheduler = [snapshot(part) for part in parts], set(vars(pipe.scheduler))
     with hicache.reference.apply(pipe, HiCacheConfig(interval=1)):
-        assert torch.equal(tiny.draw(pipe, arguments), plain)
+        assert torch.equal(pipelines.draw(pipe, arguments), plain)
     with hicache.reference.apply(pipe, EVERY_THIRD) as handle:
-        first, stats = tiny.draw(pipe, arguments), handle.stats
-        second = tiny.draw(pipe, arguments)
+        first, stats = pipelines.draw(pipe, arguments), handle.stats
+        second = pipelines.draw(pipe, arguments)
         assert stats.skipped_steps > 0
         assert handle.stats.contexts == stats.contexts
     assert torch.equal(first, second)
     assert torch.isfinite(first).all()
     assert not torch.equal(first, plain)
-    assert [graph(part) for part in denoisers] == before
+    assert [snapshot(part) for part in parts] == before
     assert set(vars(pipe.scheduler)) == scheduler
-    assert torch.equal(tiny.draw(pipe, arguments), plain)
+    assert torch.equal(pipelines.draw(pipe, arguments), plain)
 
 
 def test_second_denoiser_warms_up_when_it_starts():
-    pipe, arguments = tiny.wan(two=True)
+    pipe, arguments = pipelines.build("wan22")
     with hicache.reference.apply(pipe, EVERY_THIRD) as handle:
-        tiny.draw(pipe, arguments)
+        pipelines.draw(pipe, arguments)
         contexts = handle.stats.contexts
     assert list(contexts) == [f"{n}[{i}]" for n in ("transformer", "transformer_2") for i in (0, 1)]
     assert {(c.full_steps, c.skipped_steps) for c in contexts.values()} == {(4, 2)}
 
 
 def test_forecasts_are_closer_than_reuse():
-    pipe, arguments = tiny.flux()
-    plain = tiny.draw(pipe, arguments, 20)
+    pipe, arguments = pipelines.build("flux")
+    plain = pipelines.draw(pipe, arguments, 20)
     errors = {}
     for basis in ("reuse", "hermite"):
         with hicache.reference.apply(pipe, HiCacheConfig(interval=4, order=1, basis=basis)):
-            errors[basis] = (tiny.draw(pipe, arguments, 20) - plain).norm()
+            errors[basis] = (pipelines.draw(pipe, arguments, 20) - plain).norm()
     assert 0 < errors["hermite"] < 0.8 * errors["reuse"]
 
 
@@ -428,9 +390,9 @@ def test_last_step_full():
 
 
 def test_last_step_full_of_a_denoiser_that_starts_late():
-    pipe, arguments = tiny.wan(two=True)
+    pipe, arguments = pipelines.build("wan22")
     with hicache.reference.apply(pipe, config(last_step_full=True)) as handle:
-        tiny.draw(pipe, arguments, STEPS)
+        pipelines.draw(pipe, arguments, STEPS)
         contexts = handle.stats.contexts
     assert (contexts["transformer[0]"].full_steps, contexts["transformer[0]"].skipped_steps) == (3, 3)
     assert (contexts["transformer_2[0]"].full_steps, contexts["transformer_2[0]"].skipped_steps) == (4, 2)
@@ -438,10 +400,10 @@ def test_last_step_full_of_a_denoiser_that_starts_late():
 
 def test_bytes_and_history_dtype():
     """FLUX: per double two outputs of 32 tokens (both streams), per single one; three differences of each."""
-    elements = (2 * 2 * 32 + 2 * 32) * zoo.WIDTH * 3
+    elements = (2 * 2 * 32 + 2 * 32) * models.WIDTH * 3
     for dtype, history, size in ((torch.bfloat16, None, 2), (torch.bfloat16, torch.float32, 4)):
-        model, calls = from_zoo("flux")
-        scheduler = Steps()
+        model, calls = bare("flux")
+        scheduler = CountingScheduler()
         model.to(dtype)
         calls = [{k: v.to(dtype) if v is not False else v for k, v in call.items()} for call in calls]
         with hicache.reference.apply(model, config(history_dtype=history), scheduler=scheduler) as handle:
@@ -528,19 +490,19 @@ def failing(error: type[BaseException], at: int) -> Callable[..., None]:
 def test_an_aborted_run_leaves_nothing(error: type[BaseException], at: int, counted: bool):
     model, calls = build("flux")
     expected, other = cached(model, calls, config()), [{**c, "guidance": c["guidance"] * 2} for c in calls]
-    scheduler = Steps()
-    before = graph(model)
+    scheduler = CountingScheduler()
+    before = snapshot(model)
     with hicache.reference.apply(model, config(), scheduler=scheduler if counted else None) as handle:
-        between_calls = graph(model.transformer_blocks)
+        between_calls = snapshot(model.transformer_blocks)
         hook = model.single_transformer_blocks[1].register_forward_pre_hook(failing(error, at))
         with pytest.raises(error):
             run(model, other, scheduler)
         hook.remove()
         if error is MemoryError:  # after an interrupt, the next call or remove() tidies up
-            assert graph(model.transformer_blocks) == between_calls
+            assert snapshot(model.transformer_blocks) == between_calls
         assert torch.equal(run(model, calls, scheduler), expected)
         assert (handle.stats.full_steps, handle.stats.skipped_steps) == (5, 7)
-    assert graph(model) == before
+    assert snapshot(model) == before
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
@@ -550,7 +512,7 @@ def test_a_loop_that_goes_on_after_an_error_warms_up_again(error: type[BaseExcep
     rest = calls[5:] if counted else calls[4:]  # a scheduler counts calls of one step, timesteps forget them
     settings = HiCacheConfig(interval=4, warmup=2)
     expected = cached(model, rest, settings)
-    scheduler = Steps()
+    scheduler = CountingScheduler()
     with hicache.reference.apply(model, settings, scheduler=scheduler if counted else None):
         hook = model.single_transformer_blocks[1].register_forward_pre_hook(failing(error, 5))
         with pytest.raises(error):
@@ -566,23 +528,23 @@ def test_a_loop_that_goes_on_after_an_error_warms_up_again(error: type[BaseExcep
 
 def test_removed_after_an_interrupt_restores_all():
     model, calls = build("flux")
-    before = graph(model)
+    before = snapshot(model)
     handle = hicache.reference.apply(model, config())
     hook = model.single_transformer_blocks[1].register_forward_pre_hook(failing(KeyboardInterrupt, 5))
     with pytest.raises(KeyboardInterrupt):
         run(model, calls)
     hook.remove()
     handle.remove()
-    assert graph(model) == before
+    assert snapshot(model) == before
 
 
 def test_between_calls_only_the_model_is_hooked():
     model, calls = build("flux")
-    before = graph(model)
-    scheduler = Steps()
+    before = snapshot(model)
+    scheduler = CountingScheduler()
     with hicache.reference.apply(model, config(), scheduler=scheduler):
         run(model, calls, scheduler)
-        during = graph(model)
+        during = snapshot(model)
     del before[""], during[""]
     assert during == before
 
@@ -616,7 +578,7 @@ def test_submodules_put_in_place_after_apply_are_cached():
 
     model, calls = build("flux")
     block = model.single_transformer_blocks[0]
-    scheduler = Steps()
+    scheduler = CountingScheduler()
     with hicache.reference.apply(model, config(), scheduler=scheduler):
         unadapted = run(model, calls, scheduler)
         block.proj_out = Adapted(block.proj_out)
@@ -640,27 +602,27 @@ def test_blocks_are_free_to_work_in_place():
 
 
 def test_group_offloading_comes_and_goes():
-    pipe, arguments = tiny.flux()
+    pipe, arguments = pipelines.build("flux")
     with hicache.reference.apply(pipe, EVERY_THIRD):
-        expected = tiny.draw(pipe, arguments)
+        expected = pipelines.draw(pipe, arguments)
         pipe.transformer.enable_group_offload(
             onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
         )
-        assert torch.equal(tiny.draw(pipe, arguments), expected)
+        assert torch.equal(pipelines.draw(pipe, arguments), expected)
 
 
 def test_applying_again_replaces():
-    pipe, arguments = tiny.wan(two=True)
-    tiny.draw(pipe, arguments, 2)  # diffusers itself leaves attributes behind
-    before = [graph(pipe.transformer), graph(pipe.transformer_2)]
+    pipe, arguments = pipelines.build("wan22")
+    pipelines.draw(pipe, arguments, 2)  # diffusers itself leaves attributes behind
+    before = [snapshot(pipe.transformer), snapshot(pipe.transformer_2)]
     old = hicache.reference.apply(pipe, HiCacheConfig(interval=1))
     new = hicache.reference.apply(pipe, EVERY_THIRD)
     assert not old.active
     old.remove()
-    tiny.draw(pipe, arguments)
+    pipelines.draw(pipe, arguments)
     assert new.stats.skipped_steps > 0
     new.remove()
-    assert [graph(pipe.transformer), graph(pipe.transformer_2)] == before
+    assert [snapshot(pipe.transformer), snapshot(pipe.transformer_2)] == before
     with pytest.raises(RuntimeError, match="was removed"), new:
         pass
 
@@ -680,22 +642,22 @@ def test_training_is_left_alone():
 
 @pytest.mark.parametrize("order", [("fast", "reference"), ("reference", "fast")], ids=" then ".join)
 def test_not_together_with_the_fast_path(order: tuple[str, str]):
-    pipe, arguments = tiny.flux()
-    plain = tiny.draw(pipe, arguments)
+    pipe, arguments = pipelines.build("flux")
+    plain = pipelines.draw(pipe, arguments)
     first, second = ({"fast": hicache.fast, "reference": hicache.reference}[name] for name in order)
     with first.apply(pipe, EVERY_THIRD):
         with pytest.raises((ValueError, RuntimeError), match=r"hicache\.fast.*hicache\.reference"):
             with second.apply(pipe, EVERY_THIRD):
-                tiny.draw(pipe, arguments)
-        assert not torch.equal(tiny.draw(pipe, arguments), plain)  # the first goes on
-    assert torch.equal(tiny.draw(pipe, arguments), plain)
+                pipelines.draw(pipe, arguments)
+        assert not torch.equal(pipelines.draw(pipe, arguments), plain)  # the first goes on
+    assert torch.equal(pipelines.draw(pipe, arguments), plain)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (
-            lambda: zoo.ZOO["mochi"]()[0],
+            lambda: models.build("mochi")[0],
             r"unknown model MochiTransformer3DModel.*MochiTransformerBlock.*Flux",
         ),
         (lambda: nn.Linear(2, 2), "unknown model Linear, with blocks none; known models: .*Wan"),
@@ -705,7 +667,7 @@ def test_not_together_with_the_fast_path(order: tuple[str, str]):
         ),
         (lambda: with_block(without("ff")), "expected FluxTransformerBlock .* to have a submodule 'ff', got"),
         (
-            lambda: torch.compile(tiny.flux_transformer()),
+            lambda: torch.compile(models.flux_transformer()),
             "FluxTransformer2DModel to run eagerly, got it comp",
         ),
         (lambda: compiled_in_place(), "FluxTransformer2DModel to run eagerly, got it compiled"),
@@ -714,32 +676,32 @@ def test_not_together_with_the_fast_path(order: tuple[str, str]):
 )
 def test_what_is_not_known_is_refused(make: Callable[[], nn.Module], message: str):
     model = make()
-    before = graph(model)
+    before = snapshot(model)
     with pytest.raises(ValueError, match=message):
         hicache.reference.apply(model)
-    assert graph(model) == before
+    assert snapshot(model) == before
 
 
 def with_block(block: nn.Module) -> nn.Module:
-    model = tiny.flux_transformer()
+    model = models.flux_transformer()
     model.transformer_blocks.append(block)
     return model
 
 
 def without(name: str) -> nn.Module:
-    block = tiny.flux_transformer().transformer_blocks[0]
+    block = models.flux_transformer().transformer_blocks[0]
     delattr(block, name)
     return block
 
 
 def compiled_in_place() -> nn.Module:
-    model = tiny.flux_transformer()
+    model = models.flux_transformer()
     model.transformer_blocks[0].compile()
     return model
 
 
 def test_a_subclass_is_known_by_its_base():
-    class Mine(type(tiny.flux_transformer())):
+    class Mine(type(models.flux_transformer())):
         pass
 
     model, calls = build("flux")
@@ -753,22 +715,24 @@ def test_a_submodule_called_more_often_than_recorded_is_an_error():
     block = model.transformer_blocks[0]
     with hicache.reference.apply(model, config()):
         run(model, calls[:4])
-        block.register_forward_pre_hook(lambda *_: (block.ff(zoo.noise(1, zoo.TOKENS, zoo.WIDTH)), None)[1])
+        block.register_forward_pre_hook(
+            lambda *_: (block.ff(models.noise(1, models.TOKENS, models.WIDTH)), None)[1]
+        )
         with pytest.raises(RuntimeError, match=r"transformer_blocks\.0\.ff was called 2 times in a skipped"):
             run(model, calls[4:5])
 
 
 def test_arguments_are_checked_before_anything_is_changed():
-    pipe, _ = tiny.flux()
-    before = graph(pipe.transformer)
+    pipe, _ = pipelines.build("flux")
+    before = snapshot(pipe.transformer)
     with pytest.raises(TypeError, match="expected config to be a HiCacheConfig"):
         hicache.reference.apply(pipe, {"interval": 3})
     with pytest.raises(TypeError, match="expected a scheduler with set_timesteps"):
         hicache.reference.apply(pipe, scheduler=object())
-    assert graph(pipe.transformer) == before
+    assert snapshot(pipe.transformer) == before
 
 
 def test_a_cached_pipeline_is_not_copied():
-    pipe, _ = tiny.flux()
+    pipe, _ = pipelines.build("flux")
     with hicache.reference.apply(pipe), pytest.raises(TypeError, match="cannot be copied or pickled"):
         copy.deepcopy(pipe.transformer)

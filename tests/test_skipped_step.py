@@ -6,11 +6,11 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hicache.fast
 from hicache import HiCacheConfig
+from tests.support import pipelines
 
 # what waits for a device: its answer is needed on the host
 SYNCS = ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
@@ -29,7 +29,7 @@ class Operations(TorchDispatchMode):
 
 
 def operations(pipe: Any, arguments: dict[str, Any], granularity: str) -> list[Counter[str]]:
-    """Of every call of the transformer in a run of twelve steps, six of them skipped."""
+    """Of every call of the transformer in a run of twelve steps, seven of them skipped."""
     calls: list[Counter[str]] = []
     transformer = pipe.transformer
     original = type(transformer).__call__
@@ -43,7 +43,7 @@ def operations(pipe: Any, arguments: dict[str, Any], granularity: str) -> list[C
     with hicache.fast.apply(pipe, HiCacheConfig(interval=4), granularity=granularity):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(type(transformer), "__call__", counted)
-            tiny.draw(pipe, arguments, 12)
+            pipelines.draw(pipe, arguments, 12)
     return calls
 
 
@@ -56,8 +56,8 @@ def skipped(calls: list[Counter[str]]) -> list[Counter[str]]:
 @pytest.mark.parametrize("granularity", ["module", "stack"])
 def test_flux_at_its_true_depth(granularity):
     """At most 120 operations whatever the depth, one of them the cache's kernel, and no host sync."""
-    deep = skipped(operations(*tiny.flux(19, 38), granularity))
-    shallow = skipped(operations(*tiny.flux(1, 1), granularity))
+    deep = skipped(operations(*pipelines.build("flux", doubles=19, singles=38), granularity))
+    shallow = skipped(operations(*pipelines.build("flux", doubles=1, singles=1), granularity))
     for seen, other in zip(deep, shallow, strict=True):
         assert seen == other
         assert seen.total() <= 120
@@ -68,7 +68,7 @@ def test_flux_at_its_true_depth(granularity):
 
 @pytest.mark.parametrize("name", ["qwen", "sd3", "hunyuan", "dit", "wan", "ltx", "pixart"])
 def test_no_sync_and_one_kernel_a_call(name):
-    pipe, arguments = getattr(tiny, name)()
+    pipe, arguments = pipelines.build(name)
     calls = operations(pipe, arguments, "module")
     contexts = len(calls) // 12
     for index, seen in enumerate(calls):

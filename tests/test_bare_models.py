@@ -1,20 +1,22 @@
-"""Every transformer of the zoo, without a pipeline: exact when full, exact when skipped, whole after."""
+"""Every bare transformer, without a pipeline: exact when full, exact when skipped, whole after."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import UNSKIPPABLE, ZOO, Built
 
 import hicache.fast
 from hicache import HiCacheConfig
-from hicache.hooks.block_lists import BLOCK_LISTS
+from tests.support import models
+from tests.support.comparisons import cast, flat, snapshot
+from tests.support.runs import block_lists, blocks_of, count_calls
+from tests.support.schedulers import CountingScheduler
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning"),  # Mochi's rope
@@ -25,22 +27,7 @@ TIMES = torch.linspace(1, 0.1, 12)
 CONFIG = HiCacheConfig(interval=3, order=2, warmup=3)
 FULL_STEPS = [0, 1, 2, 5, 8, 11]  # of CONFIG in as many steps as TIMES
 
-zoo = pytest.mark.parametrize("build", ZOO.values(), ids=ZOO)
-
-
-class Steps:
-    """A scheduler that only counts."""
-
-    def set_timesteps(self, steps: int) -> None:
-        self.timesteps = range(steps)
-
-    def step(self) -> None:
-        pass
-
-
-def flat(output: Any) -> Tensor:
-    """All numbers of a model's output, in one row."""
-    return output.flatten() if isinstance(output, Tensor) else torch.cat([flat(part) for part in output])
+every_model = pytest.mark.parametrize("name", models.BARE)
 
 
 def draw(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
@@ -53,43 +40,11 @@ def run(model: nn.Module, call: Callable[[Any], dict[str, Any]]) -> Tensor:
     return torch.stack([draw(model, call(t)) for t in TIMES])
 
 
-def double(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.double()
-    if isinstance(value, dict):
-        return {key: double(part) for key, part in value.items()}
-    return [double(part) for part in value] if isinstance(value, list) else value
-
-
-def state(model: nn.Module) -> dict[str, Any]:
-    """What a cache could leave behind: classes, attributes and hooks of submodules, names of parameters."""
-    modules = {
-        name: (
-            type(module),
-            tuple(module.__dict__),
-            {key: tuple(value) for key, value in vars(module).items() if "_hooks" in key and value},
-        )
-        for name, module in model.named_modules()
-    }
-    return {**modules, "state_dict": list(model.state_dict())}
-
-
-def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    found = {name: getattr(model, name, None) for name in BLOCK_LISTS}
-    return {name: blocks for name, blocks in found.items() if isinstance(blocks, nn.ModuleList)}
-
-
-def count(blocks: Iterable[nn.Module], calls: Counter[int]) -> None:
-    """From now on, count the calls of every block under its index."""
-    for index, block in enumerate(blocks):
-        block.register_forward_hook(lambda *_, index=index: calls.update([index]))
-
-
-@zoo
-def test_nothing_skipped_is_nothing_changed(build: Callable[[], Built]):
-    model, call = build()
+@every_model
+def test_nothing_skipped_is_nothing_changed(name: str):
+    model, call = models.build(name)
     uncached = run(model, call)
-    before = state(model)
+    before = snapshot(model)
 
     handle = hicache.fast.apply(model, HiCacheConfig(interval=1))
     cached = run(model, call)
@@ -100,21 +55,21 @@ def test_nothing_skipped_is_nothing_changed(build: Callable[[], Built]):
     assert torch.equal(cached, uncached)
     assert handle.stats.full_steps == len(TIMES)
     assert handle.stats.skipped_steps == 0
-    assert state(model) == before
+    assert snapshot(model) == before
     assert torch.equal(run(model, call), uncached)
 
 
-@zoo
-def test_skipping_runs_no_block_and_leaves_no_trace(build: Callable[[], Built]):
-    model, call = build()
+@every_model
+def test_skipping_runs_no_block_and_leaves_no_trace(name: str):
+    model, call = models.build(name)
     lists = block_lists(model)
     assert lists
     assert all(len(blocks) >= 2 for blocks in lists.values())
     uncached = run(model, call)
     calls: Counter[int] = Counter()
-    blocks = [block for block_list in lists.values() for block in block_list]
-    count(blocks, calls)
-    before = state(model)
+    blocks = blocks_of(model)
+    count_calls(blocks, calls)
+    before = snapshot(model)
 
     with hicache.fast.apply(model, CONFIG) as handle:
         for step, t in enumerate(TIMES):
@@ -127,24 +82,22 @@ def test_skipping_runs_no_block_and_leaves_no_trace(build: Callable[[], Built]):
         assert (handle.stats.full_steps, handle.stats.skipped_steps) == (6, 6)
         assert list(handle.stats.contexts) == ["transformer[0]"]
 
-    assert state(model) == before
+    assert snapshot(model) == before
     assert torch.equal(run(model, call), uncached)
 
 
-@zoo
+@every_model
 @pytest.mark.parametrize(
-    ("prepare", "tolerance"), [(lambda x: x, 1e-5), (double, 1e-10)], ids=["float32", "float64"]
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["float32", "float64"]
 )
-def test_a_step_repeated_is_exact(
-    build: Callable[[], Built], prepare: Callable[[Any], Any], tolerance: float
-):
+def test_a_step_repeated_is_exact(name: str, dtype: torch.dtype, tolerance: float):
     """Reusing a step's residual for the same inputs is that step: whatever is mixed up or lost would show."""
-    model, call = build()
-    model.to(prepare(torch.zeros(())).dtype)
-    arguments = prepare(call(0.7))
+    model, call = models.build(name)
+    model.to(dtype)
+    arguments = cast(call(0.7), dtype)
     calls: Counter[int] = Counter()
-    count((block for blocks in block_lists(model).values() for block in blocks), calls)
-    scheduler = Steps()
+    count_calls(blocks_of(model), calls)
+    scheduler = CountingScheduler()
 
     config = HiCacheConfig(interval=2, order=0, warmup=1, basis="reuse")
     with hicache.fast.apply(model, config, scheduler=scheduler) as handle:
@@ -160,11 +113,11 @@ def test_a_step_repeated_is_exact(
     assert vars(scheduler) == {"timesteps": range(2)}
 
 
-@pytest.mark.parametrize("build", UNSKIPPABLE.values(), ids=UNSKIPPABLE)
-def test_models_that_cannot_be_skipped_refuse(build: Callable[[], Built]):
-    model, call = build()
+@pytest.mark.parametrize("name", models.UNSKIPPABLE)
+def test_models_that_cannot_be_skipped_refuse(name: str):
+    model, call = models.build(name)
     uncached = run(model, call)
-    before = state(model)
+    before = snapshot(model)
 
     handle = hicache.fast.apply(model, CONFIG)
     outputs: list[Tensor] = []
@@ -174,7 +127,7 @@ def test_models_that_cannot_be_skipped_refuse(build: Callable[[], Built]):
 
     assert len(outputs) <= CONFIG.warmup  # not one skipped step came through
     assert all(torch.equal(output, expected) for output, expected in zip(outputs, uncached, strict=False))
-    assert state(model) == before
+    assert snapshot(model) == before
     assert torch.equal(run(model, call), uncached)
 
 
@@ -183,8 +136,8 @@ def test_models_that_cannot_be_skipped_refuse(build: Callable[[], Built]):
 )
 def test_hints_that_begin_late_are_noticed(runs: tuple[list[float], ...]):
     """Skipped steps that happened to be exact do not vouch for later ones; refusing earlier is fine too."""
-    model, call = UNSKIPPABLE["wan_vace"]()
-    scheduler = Steps()
+    model, call = models.build("wan_vace")
+    scheduler = CountingScheduler()
     with (
         hicache.fast.apply(model, CONFIG, scheduler=scheduler),
         pytest.raises(RuntimeError, match="WanVACETransformer3DModel"),
@@ -214,7 +167,7 @@ def test_hints_that_begin_late_are_noticed(runs: tuple[list[float], ...]):
     ids=["linear", "unet"],
 )
 def test_models_without_blocks_are_refused_at_once(model: nn.Module):
-    before = state(model)
+    before = snapshot(model)
     with pytest.raises(ValueError, match=rf"nothing to hook in {type(model).__name__}"):
         hicache.fast.apply(model, CONFIG)
-    assert state(model) == before
+    assert snapshot(model) == before

@@ -1,0 +1,503 @@
+"""Diffusers pipelines with random weights that run offline on a CPU in well under a second.
+
+``build(name)`` returns ``(pipe, arguments)``; ``draw(pipe, arguments, steps)`` runs the pipeline and returns
+its latents. ``build_randomized(name)`` is the same with weights that make every gate count.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.embeddings import (
+    ImageProjection,
+    IPAdapterTimeImageProjection,
+    MultiIPAdapterImageProjection,
+)
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from PIL import Image
+from torch import Tensor, nn
+
+from tests.support.models import Arguments, flux_transformer, noise, transformer
+from tests.support.schedulers import flow_matching
+
+Built = tuple[Any, Arguments]
+
+
+def draw(pipe: Any, arguments: Arguments, steps: int = 12, **more: Any) -> Tensor:
+    """Run a pipeline from a fixed seed; its first output as a tensor."""
+    generator = torch.Generator().manual_seed(0)
+    output = pipe(num_inference_steps=steps, generator=generator, **arguments, **more)[0]
+    drawn = output if torch.is_tensor(output) else output[0]
+    assert isinstance(drawn, Tensor)
+    return drawn
+
+
+def randomize(model: Any) -> Any:
+    """Draw weights anew: gates, tables, biases and norms of a size that shows in the output."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("scale_shift_table"):
+            values = values * 0.5
+        elif parameter.ndim >= 2:
+            values = values * 0.8 * (parameter.shape[0] / parameter.numel()) ** 0.5
+        else:
+            values = values * 0.2 + ("norm" in name and name.endswith("weight"))
+        parameter.data.copy_(values)
+    return model
+
+
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline, by the names of their parts."""
+    parts = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2")}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+# What pipelines are made of and called with.
+
+
+def _pipeline(kind: str, transformer: Any, **parts: Any) -> Any:
+    """A pipeline without what is not given: text encoders, tokenizers, an autoencoder."""
+    cls = getattr(diffusers, kind)
+    required = [p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
+    given = {"scheduler": flow_matching(), "transformer": transformer, **parts}
+    return cls(**{**dict.fromkeys(required), **given})
+
+
+def _latent(size: int, guidance: float | None = None, frames: int | None = None) -> Arguments:
+    """A square picture or video, as latents."""
+    wanted = {"guidance_scale": guidance, "num_frames": frames}
+    given = {name: value for name, value in wanted.items() if value is not None}
+    return {"height": size, "width": size, "output_type": "latent", **given}
+
+
+def _prompts(*shape: int, pooled: int | None = None, negative: int | None = None) -> Arguments:
+    """Embeddings of a prompt and of a negative one.
+
+    Args:
+        *shape: of the prompt's, ``[batch, tokens, channels]``.
+        pooled: channels of the pooled embeddings, if there are such.
+        negative: tokens of the negative prompt, if it has fewer.
+    """
+    batch, tokens, channels = shape
+    made = {
+        "prompt_embeds": noise(*shape),
+        "negative_prompt_embeds": noise(batch, negative or tokens, channels) * 0.5,
+    }
+    if pooled:
+        made["pooled_prompt_embeds"] = noise(batch, pooled)
+        made["negative_pooled_prompt_embeds"] = noise(batch, pooled) * 0.5
+    return made
+
+
+def _unguided(arguments: Arguments) -> Arguments:
+    return {name: value for name, value in arguments.items() if not name.startswith("negative")}
+
+
+def _masks(mask: Tensor, negative: Tensor | None = None) -> Arguments:
+    return {
+        "prompt_attention_mask": mask,
+        "negative_prompt_attention_mask": mask if negative is None else negative,
+    }
+
+
+def _picture(color: str = "teal", size: int = 64) -> Image.Image:
+    return Image.new("RGB", (size, size), color)
+
+
+def _autoencoder(latent_channels: int) -> diffusers.AutoencoderKL:
+    return diffusers.AutoencoderKL(
+        sample_size=32,
+        block_out_channels=(4,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=1,
+        shift_factor=0.1,
+    ).eval()
+
+
+# FLUX.
+
+
+def flux(doubles: int = 2, singles: int = 2, tokens: int = 6) -> Built:
+    """FLUX.1 of a depth, with a prompt of a length."""
+    pipe = _pipeline("FluxPipeline", flux_transformer(num_layers=doubles, num_single_layers=singles))
+    return pipe, {**_unguided(_prompts(1, tokens, 32, pooled=32)), **_latent(64, 3.5)}
+
+
+def flux_cfg(batch: int = 1) -> Built:
+    """FLUX with true classifier-free guidance: two calls a step, one inside each cache context."""
+    pipe, arguments = flux()
+    return pipe, {**arguments, **_prompts(batch, 6, 32, pooled=32), "true_cfg_scale": 3.0}
+
+
+def flux_kontext() -> Built:
+    """The given picture's tokens follow those of the picture drawn."""
+    pipe = _pipeline("FluxKontextPipeline", flux_transformer(in_channels=64))
+    more = {"image": noise(1, 16, 8, 8), "max_area": 64 * 64, "_auto_resize": False}
+    return pipe, {**flux()[1], **more}
+
+
+def flux_controlnet(xlabs: bool = False) -> Built:
+    """Residuals after the doubles and singles; those of XLabs' controlnets repeat over the blocks."""
+    model = flux_transformer(num_layers=3, num_single_layers=3)
+    config = {**model.config, "num_layers": 2, "num_single_layers": 0 if xlabs else 2}
+    if xlabs:
+        config |= {"conditioning_embedding_channels": 1, "patch_size": 2}
+    controlnet = randomize(diffusers.FluxControlNetModel.from_config(config).eval())
+    pipe = _pipeline("FluxControlNetPipeline", model, vae=_autoencoder(1), controlnet=controlnet)
+    return pipe, {**flux()[1], "control_image": _picture()}
+
+
+def flux_ip_adapter() -> Built:
+    """Attentions of the doubles give a third output, which is added without a gate."""
+    pipe, arguments = flux_cfg()
+    projection = ImageProjection(image_embed_dim=8, cross_attention_dim=32, num_image_text_embeds=4)
+    pipe.transformer.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
+    for block in pipe.transformer.transformer_blocks:
+        block.attn.set_processor(FluxIPAdapterAttnProcessor(32, 32))
+    pictures = {
+        "ip_adapter_image_embeds": [noise(1, 1, 8)],
+        "negative_ip_adapter_image_embeds": [-noise(1, 1, 8)],
+    }
+    return pipe, {**arguments, **pictures}
+
+
+def flux2(klein: bool = False) -> Built:
+    """Klein has no guidance embedding: two calls a step."""
+    model = transformer("flux2", guidance_embeds=not klein)
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(4,) * 4, layers_per_block=1, latent_channels=1, norm_num_groups=1
+    )
+    pipe = _pipeline("Flux2KleinPipeline" if klein else "Flux2Pipeline", model, vae=vae.eval())
+    prompts = _prompts(1, 6, 8, negative=4)
+    return pipe, {**(prompts if klein else _unguided(prompts)), **_latent(64, 4.0)}
+
+
+def chroma() -> Built:
+    """Padded prompts of different lengths."""
+    pipe = _pipeline("ChromaPipeline", transformer("chroma"))
+    masks = _masks(torch.tensor([[1, 1, 1, 1, 0, 0]]).bool(), torch.tensor([[1, 1, 0, 0]]).bool())
+    return pipe, {**_prompts(1, 6, 8, negative=4), **masks, **_latent(64, 5.0)}
+
+
+# Qwen-Image.
+
+
+def _qwen_transformer(**changes: Any) -> Any:
+    return transformer(
+        "qwen_image", num_attention_heads=3, joint_attention_dim=16, axes_dims_rope=(8, 4, 4), **changes
+    )
+
+
+def _qwen_prompts(size: int) -> Arguments:
+    mask = torch.ones(1, 5, dtype=torch.long)
+    masks = {"prompt_embeds_mask": mask, "negative_prompt_embeds_mask": mask[:, :4]}
+    return {**_prompts(1, 5, 16, negative=4), **masks, "true_cfg_scale": 4.0, **_latent(size)}
+
+
+def _qwen_autoencoder() -> diffusers.AutoencoderKLQwenImage:
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=24,
+        z_dim=4,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+
+
+def qwen() -> Built:
+    """Two calls a step, of prompts of different lengths."""
+    return _pipeline("QwenImagePipeline", _qwen_transformer()), _qwen_prompts(64)
+
+
+def qwen_edit(plus: bool = False) -> Built:
+    """A given picture. "Plus", as of 2511: its tokens are modulated as at timestep zero."""
+    # the pipelines scale their input picture to a megapixel
+    pipeline_qwenimage_edit.calculate_dimensions = lambda area, ratio: (32, 32, None)
+    pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = 32 * 32
+    pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE = 32 * 32
+    vae = _qwen_autoencoder()
+    kind = "QwenImageEditPlusPipeline" if plus else "QwenImageEditPipeline"
+    pipe = _pipeline(kind, _qwen_transformer(zero_cond_t=plus), vae=vae)
+    return pipe, {**_qwen_prompts(32), "image": _picture("black", 32)}
+
+
+def qwen_edit_2509() -> Built:
+    """The first "plus": given pictures have the timestep of the one drawn; two are given."""
+    pipe, arguments = qwen_edit(plus=True)
+    pipe.register_modules(transformer=_qwen_transformer())
+    return pipe, {**arguments, "image": [_picture(color, 32) for color in ("teal", "red")]}
+
+
+def qwen_many() -> Built:
+    """Two prompts of different lengths, masked, with two pictures each."""
+    pipe, arguments = qwen()
+    lengths = torch.tensor([[5], [3]])
+    return pipe, {
+        **arguments,
+        **_prompts(2, 5, 16, negative=4),
+        "prompt_embeds_mask": (torch.arange(5) < lengths).long(),
+        "negative_prompt_embeds_mask": (torch.arange(4) < lengths - 1).long(),
+        "num_images_per_prompt": 2,
+    }
+
+
+def qwen_controlnet() -> Built:
+    """Residuals after the blocks."""
+    model = _qwen_transformer()
+    controlnet = diffusers.QwenImageControlNetModel.from_transformer(
+        model, num_layers=1, attention_head_dim=16, num_attention_heads=3, extra_condition_channels=0
+    )
+    parts = {"vae": _qwen_autoencoder(), "controlnet": randomize(controlnet.eval())}
+    pipe = _pipeline("QwenImageControlNetPipeline", model, **parts)
+    return pipe, {**_qwen_prompts(32), "control_image": _picture(size=32)}
+
+
+# SD3.
+
+
+def sd3(batch: int = 1) -> Built:
+    """The two branches of the guidance in one batch."""
+    model = transformer(
+        "sd3",
+        sample_size=32,
+        patch_size=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        pooled_projection_dim=64,
+        pos_embed_max_size=96,
+        dual_attention_layers=(0,),
+        qk_norm=None,
+    )
+    pipe = _pipeline("StableDiffusion3Pipeline", model)
+    return pipe, {**_prompts(batch, 6, 32, pooled=64), **_latent(64, 5.0)}
+
+
+def sd3_skip_layer() -> Built:
+    """SD3 with skip-layer guidance: a third, conditional-only call in the middle of the run."""
+    pipe, arguments = sd3()
+    return pipe, {
+        **arguments,
+        "skip_guidance_layers": [0],
+        "skip_layer_guidance_scale": 2.8,
+        "skip_layer_guidance_start": 0.1,
+        "skip_layer_guidance_stop": 0.8,
+    }
+
+
+def sd3_controlnet() -> Built:
+    """Residuals after the blocks."""
+    pipe, arguments = sd3()
+    controlnet = diffusers.SD3ControlNetModel.from_transformer(
+        pipe.transformer,
+        num_layers=2,
+        num_extra_conditioning_channels=0,
+        load_weights_from_transformer=False,
+    )
+    parts = {"vae": _autoencoder(4), "controlnet": randomize(controlnet.eval())}
+    pipe = _pipeline("StableDiffusion3ControlNetPipeline", pipe.transformer, **parts)
+    return pipe, {**arguments, "control_image": _picture()}
+
+
+def sd3_ip_adapter() -> Built:
+    """Image prompts are attended to inside the attention, and depend on the timestep."""
+    pipe, arguments = sd3()
+    width = pipe.transformer.inner_dim
+    for block in pipe.transformer.transformer_blocks:
+        processor = SD3IPAdapterJointAttnProcessor2_0(width, 16, head_dim=8, timesteps_emb_dim=16)
+        block.attn.set_processor(processor)
+    pipe.transformer.image_proj = IPAdapterTimeImageProjection(
+        embed_dim=8,
+        output_dim=16,
+        hidden_dim=16,
+        depth=1,
+        dim_head=8,
+        heads=2,
+        num_queries=4,
+        timestep_in_dim=16,
+    )
+    return pipe, {**arguments, "ip_adapter_image_embeds": noise(2, 3, 8)}
+
+
+# Video.
+
+
+def wan(two: bool = False) -> Built:
+    """Two calls a step. Of Wan 2.2, with two: one transformer for high noise, one for low."""
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1] * 4, num_res_blocks=1, temperal_downsample=[False, True, True]
+    ).eval()
+    wan_transformer = functools.partial(
+        transformer,
+        "wan",
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=32,
+        freq_dim=256,
+        ffn_dim=32,
+        rope_max_seq_len=32,
+    )
+    second = {"transformer_2": None, "boundary_ratio": None}
+    first = wan_transformer()
+    if two:
+        second = {"transformer_2": wan_transformer(), "boundary_ratio": 0.875}
+    pipe = _pipeline("WanPipeline", first, scheduler=flow_matching(shift=7.0), vae=vae, **second)
+    return pipe, {**_prompts(1, 6, 32), **_latent(16, 5.0, frames=9)}
+
+
+def hunyuan() -> Built:
+    """HunyuanVideo, whose guidance is embedded."""
+    model = transformer(
+        "hunyuan_video",
+        attention_head_dim=10,
+        patch_size=1,
+        text_embed_dim=16,
+        rope_axes_dim=(2, 4, 4),
+    )
+    pipe = _pipeline("HunyuanVideoPipeline", model, scheduler=flow_matching(shift=7.0))
+    mask = {"prompt_attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    return pipe, {**_unguided(_prompts(1, 6, 16, pooled=8)), **mask, **_latent(16, frames=9)}
+
+
+def ltx() -> Built:
+    """The two branches of the guidance in one batch."""
+    model = transformer(
+        "ltx",
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        caption_channels=32,
+    )
+    masks = _masks(torch.ones(1, 6, dtype=torch.long))
+    return _pipeline("LTXPipeline", model), {**_prompts(1, 6, 32), **masks, **_latent(64, 3.0, frames=9)}
+
+
+def cogvideox() -> Built:
+    """With rotary embeddings, as its larger one."""
+    model = transformer(
+        "cogvideox", sample_frames=9, max_text_seq_length=6, use_rotary_positional_embeddings=True
+    )
+    pipe = _pipeline("CogVideoXPipeline", model, scheduler=diffusers.CogVideoXDDIMScheduler())
+    return pipe, {**_prompts(1, 6, 8), **_latent(32, 5.0, frames=9)}
+
+
+# Pictures by one stream.
+
+
+def dit() -> Built:
+    """Pictures of a class."""
+    model = transformer("dit", sample_size=16, patch_size=4, attention_head_dim=8)
+    vae = diffusers.AutoencoderKL(
+        sample_size=32, block_out_channels=(4,), layers_per_block=1, norm_num_groups=1
+    ).eval()
+    pipe = _pipeline("DiTPipeline", model, vae=vae, scheduler=diffusers.DDIMScheduler())
+    return pipe, {"class_labels": [1], "guidance_scale": 4.0, "output_type": "pt"}
+
+
+def pixart() -> Built:
+    """PixArt-α."""
+    model = transformer(
+        "pixart",
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=32,
+        cross_attention_dim=24,
+        use_additional_conditions=None,
+    )
+    pipe = _pipeline("PixArtAlphaPipeline", model, scheduler=diffusers.DDIMScheduler())
+    prompts = {"prompt": None, "negative_prompt": None, **_prompts(1, 6, 32)}
+    masks = _masks(torch.ones(1, 6, dtype=torch.long))
+    return pipe, {**prompts, **masks, "use_resolution_binning": False, **_latent(64, 4.5)}
+
+
+def sana() -> Built:
+    """A padded prompt."""
+    pipe = _pipeline("SanaPipeline", transformer("sana"))
+    masks = _masks(torch.tensor([[1, 1, 1, 1, 0, 0]]))
+    more = {"negative_prompt": None, "use_resolution_binning": False}
+    return pipe, {**_prompts(1, 6, 8), **masks, **more, **_latent(128, 4.5)}
+
+
+def _many(make: Callable[[], Built], name: str = "num_images_per_prompt") -> Callable[[], Built]:
+    """Two pictures, or videos, of the prompt of a pipeline."""
+
+    def made() -> Built:
+        pipe, arguments = make()
+        return pipe, {**arguments, name: 2}
+
+    return made
+
+
+# the pipelines that most tests draw with
+_CORE: dict[str, Callable[..., Built]] = {
+    "flux": flux,
+    "flux_cfg": flux_cfg,
+    "qwen": qwen,
+    "qwen_edit": qwen_edit,
+    "qwen_edit_plus": functools.partial(qwen_edit, plus=True),
+    "sd3": sd3,
+    "sd3_skip_layer": sd3_skip_layer,
+    "wan": wan,
+    "wan22": functools.partial(wan, two=True),
+    "hunyuan": hunyuan,
+    "ltx": ltx,
+    "dit": dit,
+    "pixart": pixart,
+}
+PIPELINES: dict[str, Callable[..., Built]] = {
+    **_CORE,
+    "qwen_edit_2509": qwen_edit_2509,
+    "qwen_many": qwen_many,
+    "qwen_controlnet": qwen_controlnet,
+    "flux_kontext": flux_kontext,
+    "flux_controlnet": flux_controlnet,
+    "flux_controlnet_xlabs": functools.partial(flux_controlnet, xlabs=True),
+    "flux_ip_adapter": flux_ip_adapter,
+    "flux_many": functools.partial(flux_cfg, batch=2),
+    "flux2": flux2,
+    "flux2_klein": functools.partial(flux2, klein=True),
+    "flux2_many": _many(flux2),
+    "chroma": chroma,
+    "sd3_many": functools.partial(sd3, batch=2),
+    "sd3_controlnet": sd3_controlnet,
+    "sd3_ip_adapter": sd3_ip_adapter,
+    "wan_many": _many(wan, "num_videos_per_prompt"),
+    "cogvideox": cogvideox,
+    "pixart_many": _many(pixart),
+    "sana": sana,
+    "sana_many": _many(sana),
+}
+CORE = tuple(_CORE)
+# whose transformer's modules an adapter knows, and can gate
+BY_MODULE = tuple(name for name in PIPELINES if name != "qwen_edit_plus")
+
+
+def build(name: str, **changes: Any) -> Built:
+    """A pipeline from a fixed seed, and what it is called with."""
+    torch.manual_seed(0)
+    pipe, arguments = PIPELINES[name](**changes)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, arguments
+
+
+def build_randomized(name: str) -> Built:
+    """A pipeline whose every gate counts."""
+    pipe, arguments = build(name)
+    for denoiser in denoisers(pipe).values():
+        randomize(denoiser)
+    return pipe, arguments
