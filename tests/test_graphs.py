@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import hicache.cuda_graphs.runner
 import hicache.fast
 from hicache import HiCacheConfig
+from hicache.cuda_graphs.runner import GraphRunner
 from hicache.engine import Sum
-from hicache.step_plan import Call, Mode
+from hicache.hooks.transformer import HookedTransformer
+from hicache.step_plan import SkippedStep
 from tests.support import models, pipelines
 from tests.support.comparisons import close
 from tests.support.graphs import CONFIG, PIPELINES, STEPS, FakeBackend, connect, other_prompt
@@ -99,9 +100,8 @@ def test_other_resolutions_have_graphs_of_their_own():
         assert handle.stats.graphs["transformer"].captures == 2 * first
 
 
-def test_the_least_recently_used_graph_goes(monkeypatch):
+def test_the_least_recently_used_graph_goes():
     pipe, arguments = pipelines.build("flux")
-    monkeypatch.setattr(hicache.cuda_graphs.runner, "LIMIT", 2)
     with apply(pipe) as handle:
         graphs = handle._denoisers[0].graphs
         graphs._limit = 2
@@ -238,13 +238,13 @@ def test_weights_changed_in_place_need_no_capture():
 
 def test_a_smaller_history_in_the_same_place_is_another_form():
     """Memory freed for the stack: its address may come again, and a graph of modules must not be replayed."""
-    graphs = hicache.cuda_graphs.runner.GraphRunner(torch.nn.Linear(1, 1), Call(), FakeBackend())
+    transformer = HookedTransformer(Own())
+    graphs = GraphRunner(transformer, FakeBackend())
     keys = []
-    for terms in (3, 1):
-        orders = torch.empty(0).set_(MEMORY, 0, (3, terms, 8))
-        graphs._call.mode = Mode.SKIP
-        graphs._call.sum = Sum(orders, torch.zeros(3), None, 0, "reference")
-        keys.append(graphs._key([], None, graphs._state()))
+    for num_features in (3, 1):
+        orders = torch.empty(0).set_(MEMORY, 0, (3, num_features, 8))
+        transformer.call.plan = SkippedStep(Sum(orders, torch.zeros(3), None, 0, "reference"))
+        keys.append(graphs._key([], None))
     assert keys[0] != keys[1]
 
 

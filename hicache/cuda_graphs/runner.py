@@ -272,12 +272,12 @@ class GraphRunner:
 
     def _give_up(self, reason: str) -> None:
         """From here on eagerly: what failed once fails again, and each time costs a step."""
-        if self._why_not_whole is not None:
+        if self._why_not_whole is not None and self._why_not_whole not in reason:
             reason += f" (of a block; of the whole call: {self._why_not_whole})"
         self._why_not_blocks = self.stats.eager = reason
         self.stats.partly = None
         self.drop()
-        self._warn(f"runs without CUDA graphs: {reason}")
+        self._warn(f"runs without CUDA graphs, as {reason}")
 
     def _warn(self, what: str) -> None:
         name = type(self._module).__name__

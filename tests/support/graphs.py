@@ -8,6 +8,7 @@ its outputs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hicache import HiCacheConfig
-from hicache.step_plan import Call
+from hicache.step_plan import CallResult, FullStep, RunningCall
 from tests.support.models import Arguments
 
 CONFIG = HiCacheConfig(interval=3, order=2, warmup=3)
@@ -29,7 +30,7 @@ class FakeBackend:
     made: ClassVar[list[FakeBackend]] = []
 
     def __init__(self) -> None:
-        self.call: Call | None = None
+        self.call: RunningCall | None = None
         self.outputs: list[Tensor] = []
         self.captures = self.replays = 0
         self.fails: Exception | None = None
@@ -52,15 +53,16 @@ class FakeBackend:
             raise error
         assert self.call is not None
         call = self.call
-        before = _frozen(call)
-        held = [*call.targets, *call.sums.values()]
+        before = _State.of(call)
+        slots = call.plan.slots if isinstance(call.plan, FullStep) else ()
+        held = [*slots, *call.result.partial_sums.values()]
         history = [tensor.clone() for tensor in held]
         output = function()
         # a capture computes nothing
         for tensor, old in zip(held, history, strict=True):
             tensor.copy_(old)
-        written = [*_tensors(output), *_tensors(call.sums), *_tensors(call.remembered)]
-        known = [*_tensors(before["remembered"]), *held]
+        written = [*_tensors(output), *_left(call)]
+        known = [*_tensors(before.rotary), *held]
         mine = [tensor for tensor in written if not any(tensor is old for old in known)]
         _poison(mine)
         self.outputs += mine
@@ -69,18 +71,41 @@ class FakeBackend:
             self.replays += 1
             # what other calls gave must not be relied on; but a block reads what the one before it gave
             _poison(mine if self.by_block else self.outputs)
-            now = dict(call.__dict__)
-            remembered = list(call.remembered)
-            _restore(call, before)
+            now = _State.of(call)
+            before.restore(call)
             again = function()
-            fresh = [*_tensors(again), *_tensors(call.sums), *_tensors(call.remembered)]
-            for tensor, new in zip(written, fresh, strict=True):
+            for tensor, new in zip(written, [*_tensors(again), *_left(call)], strict=True):
                 if tensor is not new:
                     tensor.copy_(new)
-            call.__dict__.update(now)
-            call.remembered[:] = remembered
+            now.restore(call)
 
         return replay, output
+
+
+@dataclass(frozen=True)
+class _State:
+    """What of a running call Python code reads, as it stood at one moment."""
+
+    fields: dict[str, Any]
+    result: CallResult
+    rotary: list[Any]
+
+    @classmethod
+    def of(cls, call: RunningCall) -> _State:
+        return cls(dict(vars(call)), call.result.copy(), list(call.rotary))
+
+    def restore(self, call: RunningCall) -> None:
+        vars(call).update(self.fields)
+        # in place: the code around a capture holds on to both
+        call.result.entered, call.result.head_reached = self.result.entered, self.result.head_reached
+        call.result.partial_sums.clear()
+        call.result.partial_sums.update(self.result.partial_sums)
+        call.rotary[:] = self.rotary
+
+
+def _left(call: RunningCall) -> list[Tensor]:
+    """The tensors that code leaves for whoever reads the call after it."""
+    return [*_tensors(call.result.partial_sums), *_tensors(call.rotary)]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -93,21 +118,11 @@ def _poison(outputs: list[Tensor]) -> None:
             tensor.fill_(float("nan"))
 
 
-def _frozen(call: Call) -> dict[str, Any]:
-    return {**call.__dict__, "remembered": list(call.remembered), "sums": dict(call.sums)}
-
-
-def _restore(call: Call, state: dict[str, Any]) -> None:
-    held = call.remembered
-    call.__dict__.update({**state, "sums": dict(state["sums"]), "remembered": held})
-    held[:] = state["remembered"]
-
-
 def connect(handle: Any) -> Any:
     """Tell the fake backends of a handle whose calls they capture; returns the handle."""
     for denoiser in handle._denoisers:
         if denoiser.graphs is not None:
-            denoiser.graphs._backend.call = denoiser.adapter.call
+            denoiser.graphs._backend.call = denoiser.hooked.call
     return handle
 
 
