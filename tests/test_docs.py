@@ -82,8 +82,8 @@ def test_what_a_document_names_exists(document: Path):
 
 
 def test_a_document_that_names_what_is_gone_is_found():
-    text = "`hicache/fast.py`, [here](README.md), `hicache/nowhere.py`, [there](nowhere.md), python -m hicache.no"
-    assert broken(ROOT / "README.md", text) == ["nowhere.md", "hicache/nowhere.py", "hicache.no"]
+    text = "`hicache/fast.py`, [here](README.md), `hicache/gone.py`, [there](gone.md), python -m hicache.gone"
+    assert broken(ROOT / "README.md", text) == ["gone.md", "hicache/gone.py", "hicache.gone"]
 
 
 def test_the_map_of_the_code_names_every_package():
