@@ -23,9 +23,10 @@ from hicache import HiCacheConfig
 from hicache.reference.steps import SchedulerSteps, TimestepSteps
 from hicache.tracker import SchedulerClock, TimestepClock
 
-# What it is built on, beside torch. No module of these hooks, counts steps, keeps contexts or sums a history.
+# What it is built on, beside torch: none of it counts steps, keeps contexts or sums a history.
 ALLOWED = {
     "hicache.basis",
+    "hicache.compat",
     "hicache.config",
     "hicache.schedule",
     "hicache.stats",
