@@ -1,0 +1,102 @@
+"""What documents and comments refer to exists: sections, files, modules, packages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hicache
+
+ROOT = Path(hicache.__file__).parent.parent
+FOLDERS = ("hicache", "hicache_kernels", "csrc", "benchmarks", "docs", "tests")
+SUFFIXES = {".py", ".md", ".h", ".cpp", ".cu", ".cuh"}
+DOCUMENTS = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "hicache_kernels" / "README.md",
+]
+FILES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
+
+
+def texts() -> Iterator[tuple[Path, str]]:
+    """All that is written by hand."""
+    yield ROOT / "README.md", (ROOT / "README.md").read_text()
+    for path in FILES:
+        if path.name != Path(__file__).name:
+            yield path, path.read_text()
+
+
+def citations(text: str) -> list[tuple[str, str]]:
+    """Documents and sections that a text cites, as in: docs/some.md, "Some section"."""
+    # a comment or docstring may break the line within the title
+    found = re.findall(r'(docs/[\w-]+\.md),\s+(?:#\s+|//\s+)?"([^"]+)"', text)
+    return [(document, re.sub(r"\s+(?:#\s+|//\s+)?", " ", section)) for document, section in found]
+
+
+def sections(document: str) -> set[str]:
+    """Headings of a document, and the items of its lists that have a title in bold."""
+    text = (ROOT / document).read_text()
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    items = re.findall(r"^(?:\d+\.|-) \*\*(.+?)\*\*", text, re.MULTILINE)
+    return {title.rstrip(".") for title in headings + items}
+
+
+def missing(text: str) -> list[tuple[str, str]]:
+    return [cited for cited in citations(text) if cited[1] not in sections(cited[0])]
+
+
+def test_cited_sections_exist():
+    cited = 0
+    for path, text in texts():
+        assert not missing(text), path
+        cited += len(citations(text))
+    assert cited >= 10  # else citations are written in another way by now
+
+
+def test_a_citation_of_a_missing_section_is_found():
+    assert not missing('(docs/algorithm.md, "Lazy update")')
+    assert not missing('# docs/algorithm.md, "Lazy\n    # update"')
+    assert missing('(docs/algorithm.md, "Lazy\n    updates")') == [("docs/algorithm.md", "Lazy updates")]
+
+
+def broken(document: Path, text: str) -> list[str]:
+    """Links, files and modules named in a document that do not exist."""
+    links = [target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+    found = [target for target in links if target and not (document.parent / target).exists()]
+    named = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)`", text)
+    found += [path for path in named if not (ROOT / path).exists()]
+    # a file named by the end of its path: `hooks/step_clock.py`, `config.py`
+    for name in set(re.findall(r"`((?:\w+/)*\w+\.py)`", text)) - set(named):
+        if not any(path.as_posix().endswith(f"/{name}") for path in FILES):
+            found.append(name)
+    for module in re.findall(r"python -m ((?:hicache|benchmarks)[\w.]*)", text):
+        path = ROOT / module.rstrip(".").replace(".", "/")
+        if not (path.with_suffix(".py").exists() or (path / "__main__.py").exists()):
+            found.append(module)
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_a_document_names_exists(document: Path):
+    assert not broken(document, document.read_text())
+
+
+def test_a_document_that_names_what_is_gone_is_found():
+    text = "`hicache/fast.py`, `demo/train.py`, [here](README.md), python -m hicache.demo.train"
+    assert not broken(ROOT / "README.md", text)
+    text = "`hicache/gone.py`, `demo/gone.py`, [there](gone.md), python -m hicache.gone"
+    assert broken(ROOT / "README.md", text) == ["gone.md", "hicache/gone.py", "demo/gone.py", "hicache.gone"]
+
+
+def test_the_map_of_the_code_names_every_package():
+    """And no single file: one that names some of them is out of date with the next."""
+    table = re.search(r"## How it works\n(.*?)\n\n\| backend", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert table is not None
+    named = set(re.findall(r"^\| `(\w+(?:/\w+)*)/`", table[1], re.MULTILINE))
+    packages = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "hicache").glob("*/__init__.py")}
+    assert named == packages | {"hicache", "hicache_kernels", "csrc", "benchmarks", "tests"}
+    assert ".py" not in table[1]
