@@ -30,6 +30,7 @@ except ImportError as error:
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ORDERS = 5
+_REGISTERS = 65536  # of one multiprocessor, on every GPU since Kepler
 
 if _MISSING is None:
 
@@ -71,17 +72,35 @@ if _MISSING is None:
         return d0, d1, d2, d3, d4
 
     @triton.jit
-    def _weigh(d0, d1, d2, d3, d4, coeffs, TERMS: tl.constexpr):
-        """``Σ_k coeffs[k] · d_k``, lowest order first."""
-        total = d0 * tl.load(coeffs).to(tl.float32)
+    def _load_coeffs(coeffs, TERMS: tl.constexpr):
+        """The coefficients as fp32 scalars; unused ones as the first."""
+        c0 = tl.load(coeffs).to(tl.float32)
+        c1 = c0
+        c2 = c0
+        c3 = c0
+        c4 = c0
         if TERMS >= 2:
-            total = total + d1 * tl.load(coeffs + 1).to(tl.float32)
+            c1 = tl.load(coeffs + 1).to(tl.float32)
         if TERMS >= 3:
-            total = total + d2 * tl.load(coeffs + 2).to(tl.float32)
+            c2 = tl.load(coeffs + 2).to(tl.float32)
         if TERMS >= 4:
-            total = total + d3 * tl.load(coeffs + 3).to(tl.float32)
+            c3 = tl.load(coeffs + 3).to(tl.float32)
         if TERMS >= 5:
-            total = total + d4 * tl.load(coeffs + 4).to(tl.float32)
+            c4 = tl.load(coeffs + 4).to(tl.float32)
+        return c0, c1, c2, c3, c4
+
+    @triton.jit
+    def _weigh(d0, d1, d2, d3, d4, c0, c1, c2, c3, c4, TERMS: tl.constexpr):
+        """``Σ_k c_k · d_k``, lowest order first."""
+        total = d0 * c0
+        if TERMS >= 2:
+            total = total + d1 * c1
+        if TERMS >= 3:
+            total = total + d2 * c2
+        if TERMS >= 4:
+            total = total + d3 * c3
+        if TERMS >= 5:
+            total = total + d4 * c4
         return total
 
     @triton.jit
@@ -114,8 +133,9 @@ if _MISSING is None:
     def _forecast_kernel(orders, stride, numel, coeffs, out, TERMS: tl.constexpr, BLOCK: tl.constexpr):
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = at < numel
+        c0, c1, c2, c3, c4 = _load_coeffs(coeffs, TERMS)
         d0, d1, d2, d3, d4 = _kept(orders, stride, at, mask, TERMS)
-        total = _weigh(d0, d1, d2, d3, d4, coeffs, TERMS)
+        total = _weigh(d0, d1, d2, d3, d4, c0, c1, c2, c3, c4, TERMS)
         tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
@@ -133,8 +153,9 @@ if _MISSING is None:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = at < numel
         gap = tl.load(inv_gap).to(tl.float32)
+        c0, c1, c2, c3, c4 = _load_coeffs(coeffs, READ + 1)
         d0, d1, d2, d3, d4 = _cascade(orders, stride, at, mask, gap, TOP, READ)
-        total = _weigh(d0, d1, d2, d3, d4, coeffs, READ + 1)
+        total = _weigh(d0, d1, d2, d3, d4, c0, c1, c2, c3, c4, READ + 1)
         tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
@@ -172,17 +193,21 @@ if _MISSING is None:
         # and past four barriers, once a feature. The rows' equal addresses come out of the L1 cache.
         gate_at = sample * channels + column + tl.zeros([ROWS, 1], tl.int64)  # [R, C]
         total = tl.load(base + at, mask=mask).to(tl.float32)
+        # Before the loop: loads are not moved across its stores.
+        c0, c1, c2, c3, c4 = _load_coeffs(coeffs, TERMS)
+        gap = c0
+        if UPDATE:
+            gap = tl.load(inv_gap).to(tl.float32)
         slot = orders
         for _ in tl.range(terms, num_stages=STAGES):
             if GATED:  # before any store, which loads do not overtake
                 gate = tl.load(gates + gate_at, mask=mask)
                 gates += batch * channels
             if UPDATE:
-                gap = tl.load(inv_gap).to(tl.float32)
                 d0, d1, d2, d3, d4 = _cascade(slot, stride, at, mask, gap, TOP, TERMS - 1)
             else:
                 d0, d1, d2, d3, d4 = _kept(slot, stride, at, mask, TERMS)
-            value = _weigh(d0, d1, d2, d3, d4, coeffs, TERMS)
+            value = _weigh(d0, d1, d2, d3, d4, c0, c1, c2, c3, c4, TERMS)
             if GATED:
                 value = value * gate.to(tl.float32)
             total = total + value
@@ -224,13 +249,14 @@ def _on(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def options(tile: Tile, updating: bool = False) -> dict[str, int | bool]:
-    """How a kernel is compiled. ``updating``: a ``gated_sum`` with an update pending."""
+    """Options a kernel is compiled with. ``updating``: a ``gated_sum`` with an update pending."""
     # Products and sums stay apart, as in the reference; Triton's own default changes between versions.
     chosen: dict[str, int | bool] = {"num_warps": tile.num_warps, "enable_fp_fusion": False}
-    if updating and tile.num_warps <= 8:
-        # Left to itself ptxas keeps the largest of these at 64 registers and spills 8 bytes; told it may use
-        # 128, it takes 96 and spills none.
-        chosen["maxnreg"] = 128
+    # Left to itself ptxas saves registers for more threads: it waits for some loads of a tile before it issues
+    # the others, and spills. Told how many it may use, it issues all of them first.
+    registers = 128 if updating else 96
+    if 32 * tile.num_warps * registers <= _REGISTERS:
+        chosen["maxnreg"] = registers
     return chosen
 
 
