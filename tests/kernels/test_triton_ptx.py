@@ -1,6 +1,7 @@
 """What Triton makes of the kernels for Ampere, Hopper and Blackwell, read without a GPU.
 
-16-byte loads and stores, no local memory (spills), at most 128 registers, products and sums kept apart.
+16-byte loads and stores, no local memory (spills), at most 128 registers, products and sums kept apart; every
+load of a tile issued before the first is waited for, and no thread waiting for another.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import sass
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -46,6 +48,14 @@ CASES = [
         for gated in (False, True)
     ),
 ]
+
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+architectures = pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda a: f"sm_{a}")
+
+
+def case_id(value) -> str:
+    return "-".join(f"{k}{int(x)}" for k, x in value.items()) if isinstance(value, dict) else str(value)
 
 
 def rows_read(constants: dict) -> int:
@@ -102,9 +112,20 @@ def accesses(ptx: str, operation: str) -> list[int]:
 def resources(cubin: bytes, tmp_path: Path) -> str:
     path = tmp_path / "kernel.cubin"
     path.write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    done = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [TOOLS / "cuobjdump", "--dump-resource-usage", path], capture_output=True, text=True, check=True
+    )
     return done.stdout
+
+
+def assert_fits(kernel, tmp_path: Path) -> None:
+    """At most 128 registers, and none of them spilled."""
+    usage = resources(kernel.asm["cubin"], tmp_path)
+    [registers] = map(int, re.findall(r"REG:(\d+)", usage))
+    [stack] = map(int, re.findall(r"STACK:(\d+)", usage))
+    [local] = map(int, re.findall(r"LOCAL:(\d+)", usage))
+    assert 0 < registers <= 128
+    assert stack == local == 0, usage
 
 
 @pytest.mark.parametrize("name", sorted({name for name, *_ in CASES}))
@@ -119,12 +140,8 @@ def test_row_addresses_are_64_bit(name, integers):
     assert "i32" not in products, products
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda a: f"sm_{a}")
-@pytest.mark.parametrize(
-    ("name", "dtype", "constants"),
-    CASES,
-    ids=lambda v: "-".join(f"{k}{int(x)}" for k, x in v.items()) if isinstance(v, dict) else v,
-)
+@architectures
+@pytest.mark.parametrize(("name", "dtype", "constants"), CASES, ids=case_id)
 def test_wide_accesses_and_no_spills(name, dtype, constants, arch, tmp_path):
     kernel = compiled(name, dtype, constants, arch)
     ptx = kernel.asm["ptx"]
@@ -137,12 +154,27 @@ def test_wide_accesses_and_no_spills(name, dtype, constants, arch, tmp_path):
     narrow = sum(width <= 4 for width in accesses(ptx, "ld"))
     assert narrow <= rows_read(constants) + 1, "a tensor is loaded in narrow pieces"
     assert not re.search(r"\bfma\.rn\.f32\b", ptx), "products and sums are fused"
-    usage = resources(kernel.asm["cubin"], tmp_path)
-    [registers] = map(int, re.findall(r"REG:(\d+)", usage))
-    [stack] = map(int, re.findall(r"STACK:(\d+)", usage))
-    [local] = map(int, re.findall(r"LOCAL:(\d+)", usage))
-    assert 0 < registers <= 128
-    assert stack == local == 0, usage
+    assert_fits(kernel, tmp_path)
+
+
+@architectures
+@pytest.mark.parametrize(("name", "dtype", "constants"), CASES, ids=case_id)
+def test_every_load_of_a_tile_is_issued_before_the_first_is_used(name, dtype, constants, arch):
+    """In machine code: one wait for memory a feature, no thread waiting for another, no shared memory."""
+    cubin = compiled(name, dtype, constants, arch).asm["cubin"]
+    kernel = sass.disassemble(cubin, TOOLS / "nvdisasm")
+    loops = kernel.loading_loops()
+    gated_sum = name == "_gated_sum_kernel"
+    assert len(loops) == gated_sum
+    body = loops[0] if gated_sum else kernel.instructions
+    tile = default_tile(dtype, constants)
+    bytes_a_thread = tile.block * (4 if dtype == "fp32" else 2) // (32 * tile.num_warps)
+    tensors = rows_read(constants) + constants.get("GATED", False)
+    assert sum(i.is_wide_load for i in body) == tensors * bytes_a_thread // 16
+    assert not sass.late_loads(body)
+    assert not [i.opcode for i in body if i.is_barrier or i.is_shared]
+    if gated_sum:  # coefficients and the gap are read before it
+        assert not [i.opcode for i in body if i.is_load and not i.is_wide_load]
 
 
 # Bytes that must be in flight on one multiprocessor for full bandwidth: the vendor's bandwidth ÷ its
@@ -154,10 +186,10 @@ THREADS = 2048  # of one multiprocessor, on all three
 REGISTERS = 65536
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda a: f"sm_{a}")
-@pytest.mark.parametrize(("name", "dtype", "constants"), STEADY, ids=str)
+@architectures
+@pytest.mark.parametrize(("name", "dtype", "constants"), STEADY, ids=case_id)
 def test_enough_bytes_in_flight(name, dtype, constants, arch, tmp_path):
-    """Little's law for the default tile: all loads of a tile are issued before the first is waited for."""
+    """Little's law for the default tile, all of whose loads are in flight at once (the test above)."""
     kernel = compiled(name, dtype, constants, arch)
     usage = resources(kernel.asm["cubin"], tmp_path)
     registers = -(-int(re.search(r"REG:(\d+)", usage).group(1)) // 8) * 8
@@ -168,13 +200,14 @@ def test_enough_bytes_in_flight(name, dtype, constants, arch, tmp_path):
     assert in_flight >= NEEDED[arch], (in_flight, registers)
 
 
-@pytest.mark.parametrize("arch", [90, 100], ids=lambda a: f"sm_{a}")
+@architectures
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("update", [False, True], ids=["settled", "pending"])
-def test_pipelined_terms(arch, update, tmp_path):
-    """With several stages the loads of coming terms are asynchronous copies, and nothing spills."""
+def test_pipelined_features(update, dtype, stages, arch, tmp_path):
+    """With several stages the loads of coming features are asynchronous copies, and nothing spills."""
     constants = {"TOP": 2, "TERMS": 3, "UPDATE": update, "GATED": True}
-    kernel = compiled("_gated_sum_kernel", "bf16", constants, arch, tile=Tile(num_stages=3))
+    tile = Tile(num_stages=stages)
+    kernel = compiled("_gated_sum_kernel", dtype, constants, arch, tile=tile)
     assert "cp.async" in kernel.asm["ptx"]
-    usage = resources(kernel.asm["cubin"], tmp_path)
-    assert re.search(r"STACK:0\b", usage), usage
-    assert re.search(r"LOCAL:0\b", usage), usage
+    assert_fits(kernel, tmp_path)
