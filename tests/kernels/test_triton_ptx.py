@@ -30,20 +30,24 @@ WIDE = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 
 CASES = [
     *(
-        ("_update_kernel", dtype, {"TOP": 4 if read == 4 else 2, "READ": read})
+        ("_update_kernel", dtype, {"TOP": 4 if differences == 4 else 2, "NUM_DIFFERENCES": differences})
         for dtype in WIDE
-        for read in (0, 2, 4)
+        for differences in (0, 2, 4)
     ),
-    *(("_forecast_kernel", dtype, {"TERMS": terms}) for dtype in WIDE for terms in (1, 3, 5)),
+    *(("_forecast_kernel", dtype, {"NUM_COEFFS": num_coeffs}) for dtype in WIDE for num_coeffs in (1, 3, 5)),
     *(
-        ("_update_forecast_kernel", dtype, {"TOP": max(read, 2), "READ": read})
+        ("_update_forecast_kernel", dtype, {"TOP": max(differences, 2), "NUM_DIFFERENCES": differences})
         for dtype in WIDE
-        for read in (0, 2, 4)
+        for differences in (0, 2, 4)
     ),
     *(
-        ("_gated_sum_kernel", dtype, {"TOP": terms - 1, "TERMS": terms, "UPDATE": update, "GATED": gated})
+        (
+            "_gated_sum_kernel",
+            dtype,
+            {"TOP": num_coeffs - 1, "NUM_COEFFS": num_coeffs, "UPDATE": update, "GATED": gated},
+        )
         for dtype in WIDE
-        for terms in (1, 3, 5)
+        for num_coeffs in (1, 3, 5)
         for update in (False, True)
         for gated in (False, True)
     ),
@@ -59,7 +63,7 @@ def case_id(value) -> str:
 
 
 def rows_read(constants: dict) -> int:
-    return constants.get("TERMS", constants.get("READ", 0) + 1)
+    return constants.get("NUM_COEFFS", constants.get("NUM_DIFFERENCES", 0) + 1)
 
 
 def default_tile(dtype: str, constants: dict) -> Tile:
@@ -92,7 +96,7 @@ def compiled(
             signature[argument] = "*fp32" if argument in ("inv_gap", "coeffs") else WIDE[dtype]
         else:
             signature[argument] = integers
-        if argument != "terms" and argument != "rows":
+        if argument != "num_features" and argument != "rows":
             attributes[(index,)] = [["tt.divisibility", 16]]
     options = backend.options(tile, updating=constants.get("UPDATE", False))
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -181,7 +185,7 @@ def test_every_load_of_a_tile_is_issued_before_the_first_is_used(name, dtype, co
 # multiprocessors × 0.7 µs, a generous latency of memory under load. An A100 (80 GB), an H200, a B200.
 NEEDED = {80: 2.0e12 / 108 * 0.7e-6, 90: 4.8e12 / 132 * 0.7e-6, 100: 8.0e12 / 148 * 0.7e-6}
 # what runs in the steady state: an update of one order happens twice a run at most
-STEADY = [c for c in CASES if c[1] != "fp16" and not (c[2].get("UPDATE") and c[2]["TERMS"] == 1)]
+STEADY = [c for c in CASES if c[1] != "fp16" and not (c[2].get("UPDATE") and c[2]["NUM_COEFFS"] == 1)]
 THREADS = 2048  # of one multiprocessor, on all three
 REGISTERS = 65536
 
@@ -206,7 +210,7 @@ def test_enough_bytes_in_flight(name, dtype, constants, arch, tmp_path):
 @pytest.mark.parametrize("update", [False, True], ids=["settled", "pending"])
 def test_pipelined_features(update, dtype, stages, arch, tmp_path):
     """With several stages the loads of coming features are asynchronous copies, and nothing spills."""
-    constants = {"TOP": 2, "TERMS": 3, "UPDATE": update, "GATED": True}
+    constants = {"TOP": 2, "NUM_COEFFS": 3, "UPDATE": update, "GATED": True}
     tile = Tile(num_stages=stages)
     kernel = compiled("_gated_sum_kernel", dtype, constants, arch, tile=tile)
     assert "cp.async" in kernel.asm["ptx"]
