@@ -137,7 +137,7 @@ class Problem:
             return functools.partial(
                 gated_sum,
                 self.base,
-                self.history.terms(),
+                self.history.orders_by_feature(),
                 self.gates if op.gated else None,
                 self.coeffs,
                 inv_gap=self.inv_gap if op.updates else None,
@@ -192,7 +192,7 @@ class Problem:
         if op.sums:
             summed: Callable[..., object] = torch.compile(peers.whole_gated_sum, dynamic=False)
             size = self.size
-            terms = self.history.terms()[:, :, : size.feature]
+            terms = self.history.orders_by_feature()[:, :, : size.feature]
             terms = terms.unflatten(-1, (size.batch, size.tokens, size.channels))
             gates = self.gates[:, :, None] if op.gated else None
             gap = GAP if op.updates else None

@@ -1,4 +1,5 @@
 // Python bindings: addresses, sizes and dtype codes. No torch: the extension works with any version of it.
+// The legend is in kernels.h.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -26,7 +27,7 @@ history past(uintptr_t orders, int64_t order_stride, int num_orders, int type) {
           static_cast<dtype>(checked(type, 0, 3, "dtype"))};
 }
 
-scalars numbers(uintptr_t address, int type) {
+scalars scalars_at(uintptr_t address, int type) {
   if (type != static_cast<int>(dtype::f32) && type != static_cast<int>(dtype::f64)) {
     throw std::invalid_argument("expected coefficients and gaps of float32 or float64");
   }
@@ -36,13 +37,13 @@ scalars numbers(uintptr_t address, int type) {
 // LAUNCH runs the op, and Where says where: threads on the CPU; a device and a stream on CUDA.
 
 template <auto LAUNCH, class... Where>
-void update(uintptr_t orders, int64_t order_stride, int num_orders, int type, int64_t numel, int read,
+void update(uintptr_t orders, int64_t order_stride, int num_orders, int type, int64_t numel, int num_differences,
             uintptr_t inv_gap, int inv_gap_type, Where... where) {
   cascade_args args = {};
   args.past = past(orders, order_stride, num_orders, type);
   args.numel = numel;
-  args.read = checked(read, 0, num_orders - 1, "filled");
-  args.inv_gap = numbers(inv_gap, inv_gap_type);
+  args.num_differences = checked(num_differences, 0, num_orders - 1, "filled");
+  args.inv_gap = scalars_at(inv_gap, inv_gap_type);
   py::gil_scoped_release release;
   LAUNCH(args, where...);
 }
@@ -53,8 +54,8 @@ void forecast(uintptr_t orders, int64_t order_stride, int num_orders, int type, 
   cascade_args args = {};
   args.past = past(orders, order_stride, num_orders, type);
   args.numel = numel;
-  args.read = checked(num_coeffs, 1, num_orders, "coeffs") - 1;
-  args.coeffs = numbers(coeffs, coeffs_type);
+  args.num_differences = checked(num_coeffs, 1, num_orders, "coeffs") - 1;
+  args.coeffs = scalars_at(coeffs, coeffs_type);
   args.out = pointer(out);
   py::gil_scoped_release release;
   LAUNCH(args, where...);
@@ -67,9 +68,9 @@ void update_forecast(uintptr_t orders, int64_t order_stride, int num_orders, int
   cascade_args args = {};
   args.past = past(orders, order_stride, num_orders, type);
   args.numel = numel;
-  args.read = checked(num_coeffs, 1, num_orders, "coeffs") - 1;
-  args.inv_gap = numbers(inv_gap, inv_gap_type);
-  args.coeffs = numbers(coeffs, coeffs_type);
+  args.num_differences = checked(num_coeffs, 1, num_orders, "coeffs") - 1;
+  args.inv_gap = scalars_at(inv_gap, inv_gap_type);
+  args.coeffs = scalars_at(coeffs, coeffs_type);
   args.out = pointer(out);
   py::gil_scoped_release release;
   LAUNCH(args, where...);
@@ -77,14 +78,14 @@ void update_forecast(uintptr_t orders, int64_t order_stride, int num_orders, int
 
 // An inv_gap of 0 is none: no update is pending. Gates of 0 are none: every gate is one.
 template <auto LAUNCH, class... Where>
-void gated_sum(uintptr_t orders, int64_t order_stride, int num_orders, int type, int64_t term_stride, int64_t terms,
-               int64_t batch, int64_t rows, int64_t channels, int base_type, uintptr_t base, uintptr_t gates,
-               uintptr_t inv_gap, int inv_gap_type, uintptr_t coeffs, int coeffs_type, int num_coeffs, uintptr_t out,
-               Where... where) {
+void gated_sum(uintptr_t orders, int64_t order_stride, int num_orders, int type, int64_t feature_stride,
+               int64_t num_features, int64_t batch, int64_t rows, int64_t channels, int base_type, uintptr_t base,
+               uintptr_t gates, uintptr_t inv_gap, int inv_gap_type, uintptr_t coeffs, int coeffs_type, int num_coeffs,
+               uintptr_t out, Where... where) {
   sum_args args = {};
   args.past = past(orders, order_stride, num_orders, type);
-  args.term_stride = term_stride;
-  args.terms = terms;
+  args.feature_stride = feature_stride;
+  args.num_features = num_features;
   args.batch = batch;
   args.rows = rows;
   args.channels = channels;
@@ -92,10 +93,10 @@ void gated_sum(uintptr_t orders, int64_t order_stride, int num_orders, int type,
   args.base = pointer(base);
   args.gates = pointer(gates);
   args.out = pointer(out);
-  args.orders_used = checked(num_coeffs, 1, num_orders, "coeffs");
-  args.coeffs = numbers(coeffs, coeffs_type);
+  args.num_coeffs = checked(num_coeffs, 1, num_orders, "coeffs");
+  args.coeffs = scalars_at(coeffs, coeffs_type);
   args.update = inv_gap != 0;
-  args.inv_gap = numbers(inv_gap, inv_gap_type);
+  args.inv_gap = scalars_at(inv_gap, inv_gap_type);
   py::gil_scoped_release release;
   LAUNCH(args, where...);
 }

@@ -31,7 +31,7 @@ const kernel_table& kernels();
 namespace {
 
 constexpr int64_t kGrain = 1 << 11;  // ranges start at whole blocks of gated_sum
-constexpr int64_t kLeast = 1 << 17;  // numbers a thread is woken for
+constexpr int64_t kLeast = 1 << 17;  // elements a thread is woken for
 
 #if defined(HICACHE_X86)
 bool has_f16c() {  // __builtin_cpu_supports knows the name only in recent compilers
@@ -64,12 +64,12 @@ const kernel_table& table() {
   return chosen;
 }
 
-// `terms`: numbers that are read for one of the `numel`.
+// `reads`: elements that are read for one of the `numel`.
 template <class Kernel, class Args>
-void launch(Kernel kernel, const Args& args, int64_t numel, int64_t terms, int threads) {
+void launch(Kernel kernel, const Args& args, int64_t numel, int64_t reads, int threads) {
   if (numel == 0) return;
   ++launch_count;
-  const int64_t least = std::max(kGrain, kLeast / terms);
+  const int64_t least = std::max(kGrain, kLeast / reads);
   parallel_for(numel, kGrain, least, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
@@ -78,22 +78,22 @@ void launch(Kernel kernel, const Args& args, int64_t numel, int64_t terms, int t
 const char* cpu_isa() { return table().name; }
 
 void cpu_update(const cascade_args& args, int threads) {
-  launch(table().update[static_cast<int>(args.past.type)][args.read], args, args.numel, 1, threads);
+  launch(table().update[static_cast<int>(args.past.type)][args.num_differences], args, args.numel, 1, threads);
 }
 
 void cpu_update_forecast(const cascade_args& args, int threads) {
-  launch(table().update_forecast[static_cast<int>(args.past.type)][args.read], args, args.numel, 1, threads);
+  launch(table().update_forecast[static_cast<int>(args.past.type)][args.num_differences], args, args.numel, 1, threads);
 }
 
 void cpu_forecast(const cascade_args& args, int threads) {
-  launch(table().forecast[static_cast<int>(args.past.type)][args.read], args, args.numel, 1, threads);
+  launch(table().forecast[static_cast<int>(args.past.type)][args.num_differences], args, args.numel, 1, threads);
 }
 
 void cpu_gated_sum(const sum_args& args, int threads) {
   const sum_fn kernel =
-      table().gated_sum[static_cast<int>(args.past.type)][static_cast<int>(args.base_type)][args.orders_used - 1];
+      table().gated_sum[static_cast<int>(args.past.type)][static_cast<int>(args.base_type)][args.num_coeffs - 1];
   if (kernel == nullptr) throw std::invalid_argument("gated_sum: no native kernel for this pair of dtypes");
-  launch(kernel, args, args.batch * args.rows * args.channels, args.terms, threads);
+  launch(kernel, args, args.batch * args.rows * args.channels, args.num_features, threads);
 }
 
 }  // namespace hicache

@@ -1,4 +1,4 @@
-// The CPU kernels. Built once for every instruction set with HICACHE_ISA naming it.
+// The CPU kernels. Built once for every instruction set with HICACHE_ISA naming it. The legend is in kernels.h.
 
 #include "hicache/arithmetic.h"
 #include "hicache/cpu.h"
@@ -47,65 +47,66 @@ inline void for_each_vector(int64_t begin, int64_t end, Body body) {
 }
 
 template <class A, int N>
-struct numbers {
+struct coefficients {
   A values[N];
-  explicit numbers(const scalars& from) {
+  explicit coefficients(const scalars& from) {
     for (int k = 0; k < N; ++k) values[k] = scalar<A>(from, k);
   }
 };
 
-// Reads the feature and READ old differences, all before any store: the feature sits in the row the last one goes to.
-template <bool TAIL, int READ, class T, class A>
+// Reads the feature and the old differences, all before any store: the feature sits in the row the last one goes to.
+template <bool TAIL, int DIFFERENCES, class T, class A>
 inline void cascade_at(T* orders, int64_t stride, int top, int64_t i, int count, A inv_gap,
-                       vector_t<A> (&d)[READ + 1]) {
+                       vector_t<A> (&d)[DIFFERENCES + 1]) {
   const vector_t<A> feature = get<TAIL>(orders + top * stride + i, count);
-  for (int k = 0; k < READ; ++k) d[k] = get<TAIL>(orders + k * stride + i, count);
-  cascade<READ>(feature, d, inv_gap);
-  for (int k = 0; k <= READ; ++k) put<TAIL>(orders + k * stride + i, d[k], count);
+  for (int k = 0; k < DIFFERENCES; ++k) d[k] = get<TAIL>(orders + k * stride + i, count);
+  cascade<DIFFERENCES>(feature, d, inv_gap);
+  for (int k = 0; k <= DIFFERENCES; ++k) put<TAIL>(orders + k * stride + i, d[k], count);
 }
 
-template <class T, int READ>
+template <class T, int DIFFERENCES>
 void update(const cascade_args& a, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   T* const orders = static_cast<T*>(a.past.orders);
   const A inv_gap = scalar<A>(a.inv_gap, 0);
   for_each_vector<simd<A>::lanes>(begin, end, [&](auto tail, int64_t i, int count) {
-    vector_t<A> d[READ + 1];
-    cascade_at<decltype(tail)::value, READ>(orders, a.past.order_stride, a.past.top, i, count, inv_gap, d);
+    vector_t<A> d[DIFFERENCES + 1];
+    cascade_at<decltype(tail)::value, DIFFERENCES>(orders, a.past.order_stride, a.past.top, i, count, inv_gap, d);
   });
 }
 
-template <class T, int READ>
+template <class T, int DIFFERENCES>
 void update_forecast(const cascade_args& a, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   T* const orders = static_cast<T*>(a.past.orders);
   T* const out = static_cast<T*>(a.out);
   const A inv_gap = scalar<A>(a.inv_gap, 0);
-  const numbers<A, READ + 1> coeffs(a.coeffs);
+  const coefficients<A, DIFFERENCES + 1> coeffs(a.coeffs);
   for_each_vector<simd<A>::lanes>(begin, end, [&](auto tail, int64_t i, int count) {
     constexpr bool TAIL = decltype(tail)::value;
-    vector_t<A> d[READ + 1];
-    cascade_at<TAIL, READ>(orders, a.past.order_stride, a.past.top, i, count, inv_gap, d);
-    put_fresh<TAIL>(out + i, evaluate<READ + 1>(d, coeffs.values), count);
+    vector_t<A> d[DIFFERENCES + 1];
+    cascade_at<TAIL, DIFFERENCES>(orders, a.past.order_stride, a.past.top, i, count, inv_gap, d);
+    put_fresh<TAIL>(out + i, evaluate<DIFFERENCES + 1>(d, coeffs.values), count);
   });
 }
 
-template <class T, int TERMS>
+template <class T, int COEFFS>
 void forecast(const cascade_args& a, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   const T* const orders = static_cast<const T*>(a.past.orders);
   T* const out = static_cast<T*>(a.out);
-  const numbers<A, TERMS> coeffs(a.coeffs);
+  const coefficients<A, COEFFS> coeffs(a.coeffs);
   for_each_vector<simd<A>::lanes>(begin, end, [&](auto tail, int64_t i, int count) {
     constexpr bool TAIL = decltype(tail)::value;
-    vector_t<A> d[TERMS];
-    for (int k = 0; k < TERMS; ++k) d[k] = get<TAIL>(orders + k * a.past.order_stride + i, count);
-    put_fresh<TAIL>(out + i, evaluate<TERMS>(d, coeffs.values), count);
+    vector_t<A> d[COEFFS];
+    for (int k = 0; k < COEFFS; ++k) d[k] = get<TAIL>(orders + k * a.past.order_stride + i, count);
+    put_fresh<TAIL>(out + i, evaluate<COEFFS>(d, coeffs.values), count);
   });
 }
 
-// Sums term by term over blocks that stay in the first-level cache, so that a history is read as a few long streams.
-template <class T, class B, int ORDERS>
+// Sums feature by feature over blocks that stay in the first-level cache, so that a history is read as a few long
+// streams.
+template <class T, class B, int COEFFS>
 void gated_sum(const sum_args& a, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   constexpr int64_t kBlock = 2048;
@@ -115,34 +116,34 @@ void gated_sum(const sum_args& a, int64_t begin, int64_t end) {
   const B* const gates = static_cast<const B*>(a.gates);
   B* const out = static_cast<B*>(a.out);
   const A inv_gap = a.update ? scalar<A>(a.inv_gap, 0) : A(0);
-  const numbers<A, ORDERS> coeffs(a.coeffs);
+  const coefficients<A, COEFFS> coeffs(a.coeffs);
   // Without gates a row has no meaning: one long row keeps the vectors whole.
   const int64_t channels = gates ? a.channels : end;
   const int64_t sample = gates ? a.rows * a.channels : end;
 
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t block_end = smaller(block + kBlock, end);
-    for (int64_t term = 0; term < a.terms; ++term) {
-      T* const slot = orders + term * a.term_stride;
-      const bool first = term == 0, last = term == a.terms - 1;
+    for (int64_t feature = 0; feature < a.num_features; ++feature) {
+      T* const slot = orders + feature * a.feature_stride;
+      const bool first = feature == 0, last = feature == a.num_features - 1;
       // The processor's own prefetcher follows a stream within a page, and a block ends with its page: it is told what
-      // comes next, the block of the next term or the next block. A prefetch may name any address.
-      const T* const next = last ? orders + kBlock : slot + a.term_stride;
+      // comes next, the block of the next feature or the next block. A prefetch may name any address.
+      const T* const next = last ? orders + kBlock : slot + a.feature_stride;
       for (int64_t row = block; row < block_end;) {
         const int64_t channel = row % channels;
         const int64_t row_end = smaller(block_end, row - channel + channels);
         const B* const gate =
-            gates ? gates + (term * a.batch + row / sample) * a.channels + channel - row : nullptr;
+            gates ? gates + (feature * a.batch + row / sample) * a.channels + channel - row : nullptr;
         for_each_vector<simd<A>::lanes>(row, row_end, [&](auto tail, int64_t i, int count) {
           constexpr bool TAIL = decltype(tail)::value;
-          vector_t<A> d[ORDERS];
+          vector_t<A> d[COEFFS];
           if (a.update) {
-            cascade_at<TAIL, ORDERS - 1>(slot, a.past.order_stride, a.past.top, i, count, inv_gap, d);
+            cascade_at<TAIL, COEFFS - 1>(slot, a.past.order_stride, a.past.top, i, count, inv_gap, d);
           } else {
-            for (int k = 0; k < ORDERS; ++k) d[k] = get<TAIL>(slot + k * a.past.order_stride + i, count);
+            for (int k = 0; k < COEFFS; ++k) d[k] = get<TAIL>(slot + k * a.past.order_stride + i, count);
           }
-          for (int k = 0; k < ORDERS; ++k) __builtin_prefetch(next + k * a.past.order_stride + i);
-          vector_t<A> value = evaluate<ORDERS>(d, coeffs.values);
+          for (int k = 0; k < COEFFS; ++k) __builtin_prefetch(next + k * a.past.order_stride + i);
+          vector_t<A> value = evaluate<COEFFS>(d, coeffs.values);
           if (gate) value = value * get<TAIL>(gate + i, count);
           value = value + (first ? get<TAIL>(base + i, count) : load(sums + (i - block)));
           if (last) {
@@ -195,9 +196,9 @@ kernel_table make_table() {
   fill_sums<bf16, bf16>(table, dtype::bf16, dtype::bf16);
   fill_sums<fp16, fp16>(table, dtype::f16, dtype::f16);
   fill_sums<double, double>(table, dtype::f64, dtype::f64);
-  fill_sums<float, bf16>(table, dtype::f32, dtype::bf16);  // a history wider than the model, for its digits
+  fill_sums<float, bf16>(table, dtype::f32, dtype::bf16);  // a history of higher precision than the model
   fill_sums<float, fp16>(table, dtype::f32, dtype::f16);
-  fill_sums<bf16, float>(table, dtype::bf16, dtype::f32);  // or narrower, for its memory
+  fill_sums<bf16, float>(table, dtype::bf16, dtype::f32);  // or of lower, for its memory
   fill_sums<fp16, float>(table, dtype::f16, dtype::f32);
   return table;
 }

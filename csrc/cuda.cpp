@@ -90,7 +90,7 @@ void launch_cascade(const char* op, const cascade_kernels& kernels, const cascad
                     uintptr_t stream) {
   const int pack = pack_size(bytes_of(args.past.type), bytes_of(args.past.type));
   if (args.numel % pack == 0 && aligned(args.past) && aligned(args.out)) {
-    launch(op, kernels.wide[args.read], args, args.numel / pack, device, stream);
+    launch(op, kernels.wide[args.num_differences], args, args.numel / pack, device, stream);
   } else {
     launch(op, kernels.any, args, args.numel, device, stream);
   }
@@ -135,10 +135,10 @@ void cuda_gated_sum(const sum_args& args, int device, uintptr_t stream) {
   const int pack = pack_size(bytes, base_bytes);
   const int64_t row = args.gates ? args.channels : args.batch * args.rows * args.channels;
   const bool wide = row % pack == 0 && aligned(args.past) && aligned(args.base) && aligned(args.gates) &&
-                    aligned(args.out) && (args.terms == 1 || args.term_stride * bytes % sizeof(uint4) == 0);
+                    aligned(args.out) && (args.num_features == 1 || args.feature_stride * bytes % sizeof(uint4) == 0);
   if (wide) {
-    const sum_tiles tiles = tiles_of(args, pack, tile_rows(pack * bytes * args.orders_used));
-    launch("gated_sum", kernels.wide[args.update][args.orders_used - 1], tiles, tiles.count, device, stream);
+    const sum_tiles tiles = tiles_of(args, pack, tile_rows(pack * bytes * args.num_coeffs));
+    launch("gated_sum", kernels.wide[args.update][args.num_coeffs - 1], tiles, tiles.count, device, stream);
   } else {
     const sum_tiles tiles = tiles_of(args, 1, 1);
     launch("gated_sum", kernels.any, tiles, tiles.count, device, stream);

@@ -228,7 +228,7 @@ class Engine:
             self._blank = self.filled
         waiting = self._pending is not None
         return Sum(
-            history.terms(),
+            history.orders_by_feature(),
             coeffs,
             self._inv_gap() if waiting else None,
             self._pending or 0,

@@ -16,7 +16,7 @@ def history_nbytes(shapes: Sequence[Sequence[int]], order: int, dtype: torch.dty
 
 
 def _offsets(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[int]:
-    """Where every feature begins in a row, in numbers, and where the row ends."""
+    """Where every feature begins in a row, in elements, and where the row ends."""
     per_line = ALIGNMENT // dtype.itemsize
     offsets = [0]
     for shape in shapes:
@@ -79,16 +79,18 @@ class History:
         """Views of a row of forecasts ``[numel]``, one a feature, in the features' shapes."""
         return [self._view(row, index) for index in range(len(self.shapes))]
 
-    def terms(self) -> torch.Tensor:
-        """The history as ``[K, terms, slot]`` for :func:`hicache_kernels.gated_sum`; every feature has one
-        shape.
+    def orders_by_feature(self) -> torch.Tensor:
+        """View of the history as ``[K, num_features, slot]``, for :func:`hicache_kernels.gated_sum`.
+
+        All features have one shape; ``slot`` is a feature's elements and its padding.
 
         Raises:
             ValueError: the features differ in shape.
         """
         if len(set(self.shapes)) != 1:
             raise ValueError(
-                f"History.terms: expected features of one shape, got {[tuple(s) for s in self.shapes]}"
+                "History.orders_by_feature: expected features of one shape, got "
+                f"{[tuple(s) for s in self.shapes]}"
             )
         return self.orders.view(self.order + 1, len(self.shapes), -1)
 

@@ -8,15 +8,15 @@ where tensors have them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from hicache_kernels.backends import native, reference, triton
+from hicache_kernels.backend import Backend
+from hicache_kernels.backends import load
 
-BACKENDS: Final[dict[str, ModuleType]] = {"reference": reference, "native": native, "triton": triton}
+BACKENDS: Final[dict[str, Backend]] = load()
 # "auto" takes the first that can run; never Triton's interpreter, which is for tests
 _PREFERENCE: Final = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 
@@ -26,11 +26,17 @@ _LIBRARY: Final = torch.library.Library("hicache", "DEF")
 
 def backend_status(device: torch.device | str = "cpu") -> dict[str, str | None]:
     """Name of every backend → why it cannot run on ``device``, or None when it can."""
-    return {name: module.unavailable(torch.device(device)) for name, module in BACKENDS.items()}
+    return {name: backend.unavailable(torch.device(device)) for name, backend in BACKENDS.items()}
 
 
-def pick(op: str, backend: str, orders: Tensor, *dtypes: torch.dtype) -> ModuleType:
+def pick(op: str, backend: str, orders: Tensor, *dtypes: torch.dtype) -> Backend:
     """The backend to run ``op``: the one asked for, or the first of the device's that can.
+
+    Args:
+        op: its name, for errors.
+        backend: ``"auto"``, or a name in ``BACKENDS``.
+        orders: ``[K, ...]``; its device and K count.
+        dtypes: of the history, and of the base where there is one.
 
     Raises:
         ValueError: no such backend.
@@ -38,16 +44,18 @@ def pick(op: str, backend: str, orders: Tensor, *dtypes: torch.dtype) -> ModuleT
     """
     if backend == "auto":
         for name in _PREFERENCE.get(orders.device.type, ("reference",)):
-            module = BACKENDS[name]
-            if (module.unavailable(orders.device) or module.unsupported(dtypes, orders.shape[0])) is None:
-                return module
+            candidate = BACKENDS[name]
+            if (
+                candidate.unavailable(orders.device) or candidate.unsupported(dtypes, orders.shape[0])
+            ) is None:
+                return candidate
     if backend not in BACKENDS:
         raise ValueError(f"{op}: unknown backend {backend!r}; expected auto, {', '.join(BACKENDS)}")
-    module = BACKENDS[backend]
-    reason = module.unavailable(orders.device) or module.unsupported(dtypes, orders.shape[0])
+    chosen = BACKENDS[backend]
+    reason = chosen.unavailable(orders.device) or chosen.unsupported(dtypes, orders.shape[0])
     if reason is not None:
         raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
-    return module
+    return chosen
 
 
 def _register(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -88,8 +96,8 @@ def _update_forecast(
 ) -> None:
     _check_aligned("update_forecast_", orders=orders, inv_gap=inv_gap, coeffs=coeffs, out=out)
     _check_apart("update_forecast_", out, orders)
-    module = pick("update_forecast_", backend, orders, orders.dtype)
-    module.update_forecast_(orders, inv_gap, coeffs, filled, out)
+    chosen = pick("update_forecast_", backend, orders, orders.dtype)
+    chosen.update_forecast_(orders, inv_gap, coeffs, filled, out)
 
 
 @_register(
@@ -100,8 +108,8 @@ def _gated_sum(
 ) -> None:
     _check_aligned("gated_sum", base=base, orders=orders, gates=gates, coeffs=coeffs, out=out)
     _check_sum(base, orders, gates, out)
-    module = pick("gated_sum", backend, orders, orders.dtype, base.dtype)
-    module.gated_sum(base, orders, gates, coeffs, None, 0, out)
+    chosen = pick("gated_sum", backend, orders, orders.dtype, base.dtype)
+    chosen.gated_sum(base, orders, gates, coeffs, None, 0, out)
 
 
 @_register(
@@ -123,12 +131,12 @@ def _gated_sum_update(
     )
     _check_sum(base, orders, gates, out)
     _check_apart("gated_sum", base, orders, "base")
-    module = pick("gated_sum", backend, orders, orders.dtype, base.dtype)
-    module.gated_sum(base, orders, gates, coeffs, inv_gap, filled, out)
+    chosen = pick("gated_sum", backend, orders, orders.dtype, base.dtype)
+    chosen.gated_sum(base, orders, gates, coeffs, inv_gap, filled, out)
 
 
 def _check_aligned(op: str, **tensors: Tensor | None) -> None:
-    """Raise ValueError for a tensor that starts in the middle of a number: a GPU cannot load it."""
+    """Raise ValueError for a tensor that starts in the middle of an element: a GPU cannot load it."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.numel() and tensor.data_ptr() % tensor.itemsize:
             raise ValueError(
@@ -138,8 +146,9 @@ def _check_aligned(op: str, **tensors: Tensor | None) -> None:
 
 
 def _check_sum(base: Tensor, orders: Tensor, gates: Tensor | None, out: Tensor) -> None:
+    """Raise ValueError when the output of a gated sum overlaps an input it would spoil."""
     _check_apart("gated_sum", out, orders)
-    if out.data_ptr() != base.data_ptr():  # in place is fine, every number is read before it is written
+    if out.data_ptr() != base.data_ptr():  # in place is fine, every element is read before it is written
         _check_apart("gated_sum", out, base[None], other="base")
     if gates is not None:
         _check_apart("gated_sum", out, gates, other="gates")

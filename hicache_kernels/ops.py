@@ -2,11 +2,11 @@
 
 Everywhere, ``orders`` is ``[K, ...]``: K = O + 1 rows of one history, row ``k`` the k-th finite difference,
 each row contiguous. The last row is also the inbox, where a full step writes its new features (see
-:class:`hicache_kernels.History`). ``filled`` is the number of differences that exist from earlier full steps
-and enter the recursion, 0 … O; rows beyond them are never read, so their memory may hold anything.
-``inv_gap`` is 1 / (steps since the last full step) and ``coeffs`` the forecast's weights α, lowest order
-first; both are tensors on the device of ``orders``. Differences and forecasts are computed in fp32 (float64
-for float64) and rounded once, on store.
+:class:`hicache_kernels.History`). ``filled`` is num_differences: how many differences exist from earlier
+full steps and enter the recursion, 0 … O; rows beyond them are never read, so their memory may hold
+anything. ``inv_gap`` is 1 / (steps since the last full step) and ``coeffs`` the forecast's coefficients α,
+lowest order first; both are tensors on the device of ``orders``. Differences and forecasts are computed in
+fp32 (float64 for float64) and rounded once, on store.
 """
 
 from __future__ import annotations
@@ -123,10 +123,10 @@ def gated_sum(
 
     Args:
         base: ``[batch, ..., channels]``, the hidden state that enters the blocks.
-        orders: ``[K, terms, slot]`` with ``slot >= base.numel()``, of any floating dtype; the first
-            ``base.numel()`` numbers of a slot are one feature. :meth:`hicache_kernels.History.terms` gives
-            it.
-        gates: ``[terms, batch, channels]`` of base's dtype, or None for gates of one.
+        orders: ``[K, num_features, slot]`` with ``slot >= base.numel()``, of any floating dtype; the first
+            ``base.numel()`` elements of a slot are one feature.
+            :meth:`hicache_kernels.History.orders_by_feature` gives it.
+        gates: ``[num_features, batch, channels]`` of base's dtype, or None for gates of one.
         coeffs: ``[number of rows that exist]``; ``[filled + 1]`` with an update pending.
         inv_gap: one number, 1 / steps, when an update is pending.
         filled: with an update pending, the differences of the previous full step that take part.
@@ -143,7 +143,8 @@ def gated_sum(
     _check_orders("gated_sum", orders)
     if orders.ndim != 3 or orders.shape[1] < 1:
         raise ValueError(
-            f"gated_sum: expected orders [K, terms, slot] with terms >= 1, got shape {tuple(orders.shape)}"
+            "gated_sum: expected orders [K, num_features, slot] with num_features >= 1, got shape "
+            f"{tuple(orders.shape)}"
         )
     if base.ndim < 2 or not base.is_contiguous():
         raise ValueError(
@@ -155,7 +156,7 @@ def gated_sum(
         raise ValueError(f"gated_sum: expected a floating-point base, got {base.dtype}")
     if orders.shape[2] < base.numel():
         raise ValueError(
-            f"gated_sum: expected slots of at least {base.numel()} numbers, got {orders.shape[2]}"
+            f"gated_sum: expected slots of at least {base.numel()} elements, got {orders.shape[2]}"
         )
     if gates is not None:
         expected = (orders.shape[1], base.shape[0], base.shape[-1])

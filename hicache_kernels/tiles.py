@@ -20,11 +20,15 @@ from pathlib import Path
 class Tile:
     """The work of one program, and how it is compiled."""
 
-    block: int = 1024  # numbers, where rows have no meaning; 8 a thread: one 16-byte access of a 2-byte dtype
+    block: int = (
+        1024  # elements, where rows have no meaning; 8 a thread: one 16-byte access of a 2-byte dtype
+    )
     rows: int = 4  # gated_sum with gates: rows of one sample …
     columns: int = 256  # … by channels; the gates of a tile are loaded once
     num_warps: int = 4
-    num_stages: int = 1  # gated_sum: terms whose loads are in flight at once; over 1, through shared memory
+    num_stages: int = (
+        1  # gated_sum: features whose loads are in flight at once; over 1, through shared memory
+    )
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -36,22 +40,25 @@ class Tile:
 _override: Mapping[str, Tile] | None = None
 
 
-def key(op: str, orders_used: int, itemsize: int, terms: int) -> str:
-    """Problems that share a tile, as a table names them: op, orders, bytes a number, one term or many."""
-    return f"{op} K={orders_used} bytes={itemsize} terms={'1' if terms == 1 else 'many'}"
+def key(op: str, num_coeffs: int, itemsize: int, num_features: int) -> str:
+    """Problems that share a tile, as a table names them: op, orders read, bytes an element, features.
+
+    A tile measured on one model serves every model with the same key: any tile runs at any shape.
+    """
+    return f"{op} K={num_coeffs} bytes={itemsize} features={'1' if num_features == 1 else 'many'}"
 
 
-def default(orders_used: int, itemsize: int) -> Tile:
-    """The tile without a table: more numbers where a program would load one row of them only."""
-    if orders_used > 1:
+def default(num_coeffs: int, itemsize: int) -> Tile:
+    """The tile without a table: more elements where a program would load one row of them only."""
+    if num_coeffs > 1:
         return Tile()
     return Tile(block=2048, rows=8) if itemsize >= 4 else Tile(block=4096, rows=16)
 
 
-def tile(op: str, orders_used: int, itemsize: int, terms: int) -> Tile:
+def tile(op: str, num_coeffs: int, itemsize: int, num_features: int) -> Tile:
     """The tile for an op. A table is read once a process and never inside a capture."""
     table = _table() if _override is None else _override
-    return table.get(key(op, orders_used, itemsize, terms)) or default(orders_used, itemsize)
+    return table.get(key(op, num_coeffs, itemsize, num_features)) or default(num_coeffs, itemsize)
 
 
 @contextmanager

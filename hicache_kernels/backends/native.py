@@ -2,15 +2,24 @@
 
 CPU threads follow :func:`torch.set_num_threads`. On CUDA an op is one launch on the current stream of the
 tensors' device, with coefficients and gaps read there (fp32 and float64 as they are), so it can be captured.
+What the ops compute is said in :mod:`hicache_kernels.backends.reference`, whose bits they give.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # mypy compares this module with what a backend is
+    from hicache_kernels.backend import Backend
+    from hicache_kernels.backends import native as this_module
+
+    _: Backend = this_module
+
+name: Final = "native"
 
 _native: Any
 _MISSING: str | None
@@ -84,43 +93,53 @@ def launches() -> int:
 
 
 def _place(orders: Tensor) -> tuple[str, tuple[int, ...]]:
-    """Prefix of the functions that run where ``orders`` are, and their last arguments."""
+    """Prefix of the bindings that run where ``orders`` are, and their last arguments.
+
+    On CUDA the device's number and the stream, else the number of threads.
+    """
     if orders.is_cuda:
         return "cuda_", (orders.device.index, torch.cuda.current_stream(orders.device).cuda_stream)
     return "", (torch.get_num_threads(),)
 
 
 def _run(op: str, orders: Tensor, *arguments: int) -> None:
+    """Call an op's binding: with the history's address, row stride, K and dtype, ``arguments``, the place."""
     prefix, where = _place(orders)
     history = orders.data_ptr(), orders.stride(0), orders.shape[0], _CODES[orders.dtype]
     getattr(_native, prefix + op)(*history, *arguments, *where)
 
 
-def _readable(numbers: Tensor) -> Tensor:
-    """Coefficients or a gap as kernels read them, on their device: fp32 or float64, one after the other.
+def _readable(scalars: Tensor) -> Tensor:
+    """``coeffs[num_coeffs]`` or a gap as kernels read them: contiguous, fp32 or float64, on the same device.
 
     Another dtype or stride costs a copy; what comes back must outlive the call.
     """
-    if numbers.dtype not in (torch.float32, torch.float64):
-        numbers = numbers.float()
-    return numbers.contiguous()
+    if scalars.dtype not in (torch.float32, torch.float64):
+        scalars = scalars.float()
+    return scalars.contiguous()
 
 
-def _at(numbers: Tensor) -> tuple[int, int]:
-    return numbers.data_ptr(), _CODES[numbers.dtype]
+def _at(scalars: Tensor) -> tuple[int, int]:
+    """Address and dtype code of what :func:`_readable` gives."""
+    return scalars.data_ptr(), _CODES[scalars.dtype]
 
 
-def update_(orders: Tensor, inv_gap: Tensor, filled: int) -> None:
+def update_(orders: Tensor, inv_gap: Tensor, num_differences: int) -> None:
+    """Update ``orders[K, ...]`` in place; ``inv_gap`` is one number."""
     inv_gap = _readable(inv_gap)
-    _run("update_", orders, orders[0].numel(), filled, *_at(inv_gap))
+    _run("update_", orders, orders[0].numel(), num_differences, *_at(inv_gap))
 
 
 def forecast(orders: Tensor, coeffs: Tensor, out: Tensor) -> None:
+    """Write the forecast of ``orders[K, ...]`` with ``coeffs[num_coeffs]`` into ``out[...]``."""
     coeffs = _readable(coeffs)
     _run("forecast", orders, out.numel(), *_at(coeffs), len(coeffs), out.data_ptr())
 
 
-def update_forecast_(orders: Tensor, inv_gap: Tensor, coeffs: Tensor, filled: int, out: Tensor) -> None:
+def update_forecast_(
+    orders: Tensor, inv_gap: Tensor, coeffs: Tensor, num_differences: int, out: Tensor
+) -> None:
+    """Update ``orders[K, ...]`` in place and write the forecast with ``coeffs[num_differences + 1]``."""
     inv_gap, coeffs = _readable(inv_gap), _readable(coeffs)
     _run(
         "update_forecast_",
@@ -139,9 +158,14 @@ def gated_sum(
     gates: Tensor | None,
     coeffs: Tensor,
     inv_gap: Tensor | None,
-    filled: int,
+    num_differences: int,
     out: Tensor,
 ) -> None:
+    """Write the gated sum of ``orders[K, num_features, slot]`` and ``base[batch, ..., channels]``.
+
+    ``gates`` are ``[num_features, batch, channels]``, or None for ones; with ``inv_gap`` an update is
+    pending.
+    """
     coeffs = _readable(coeffs)
     inv_gap = None if inv_gap is None else _readable(inv_gap)
     batch, channels = base.shape[0], base.shape[-1]

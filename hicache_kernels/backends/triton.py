@@ -1,22 +1,34 @@
 """The ops in Triton, one launch each: CUDA tensors, or CPU ones under ``TRITON_INTERPRET=1``.
 
-Every program loads all it needs of its numbers before it stores any, so updates are safe in place.
-Coefficients and gaps are read from device memory, so a captured launch replays with new ones. Addresses are
-64-bit. Loads and stores are 16 bytes wide when base address, order stride and row length are multiples of 16
-numbers, as those of :class:`hicache_kernels.History` are.
+What the ops compute is said in :mod:`hicache_kernels.backends.reference`. Every program loads all it needs
+of its elements before it stores any, so updates are safe in place. Coefficients and gaps are read from
+device memory, so a captured launch replays with new ones. Addresses are 64-bit. Loads and stores are 16
+bytes wide when addresses, strides and row length are multiples of 16, as those of
+:class:`hicache_kernels.History` are.
+
+In the kernels strides are counted in elements, and shape tags say how many a program works on: ``[BLOCK]``,
+or ``[ROWS, COLUMNS]`` of rows by channels. TOP is the row of the inbox, K − 1.
 """
 
 from __future__ import annotations
 
 import importlib
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
 from hicache_kernels import tiles
 from hicache_kernels.tiles import Tile
+
+if TYPE_CHECKING:  # mypy compares this module with what a backend is
+    from hicache_kernels.backend import Backend
+    from hicache_kernels.backends import triton as this_module
+
+    _: Backend = this_module
+
+name: Final = "triton"
 
 triton: Any
 tl: Any
@@ -35,107 +47,115 @@ _REGISTERS = 65536  # of one multiprocessor, on every GPU since Kepler
 if _MISSING is None:
 
     @triton.jit
-    def _cascade(orders, stride, at, mask, inv_gap, TOP: tl.constexpr, READ: tl.constexpr):
-        """New differences of the numbers at ``at``, stored; returned unrounded, unused ones as the first."""
-        stride = tl.cast(stride, tl.int64)  # three orders of FLUX are more numbers than 32 bits count
+    def _cascade(orders, stride, at, mask, inv_gap, TOP: tl.constexpr, NUM_DIFFERENCES: tl.constexpr):
+        """Load F and the old differences at ``at``, store the new ones and return them before rounding.
+
+        Five of the shape of ``at``, in fp32; those past NUM_DIFFERENCES are D_0 again, and unused.
+        """
+        stride = tl.cast(stride, tl.int64)  # three orders of FLUX are more elements than 32 bits count
         d0 = tl.load(orders + TOP * stride + at, mask=mask).to(tl.float32)
         d1 = d0
         d2 = d0
         d3 = d0
         d4 = d0
-        if READ >= 1:
+        if NUM_DIFFERENCES >= 1:
             o0 = tl.load(orders + at, mask=mask).to(tl.float32)
-        if READ >= 2:
+        if NUM_DIFFERENCES >= 2:
             o1 = tl.load(orders + stride + at, mask=mask).to(tl.float32)
-        if READ >= 3:
+        if NUM_DIFFERENCES >= 3:
             o2 = tl.load(orders + 2 * stride + at, mask=mask).to(tl.float32)
-        if READ >= 4:
+        if NUM_DIFFERENCES >= 4:
             o3 = tl.load(orders + 3 * stride + at, mask=mask).to(tl.float32)
-        narrow: tl.constexpr = orders.dtype.element_ty
-        if READ >= 1:
+        stored: tl.constexpr = orders.dtype.element_ty
+        if NUM_DIFFERENCES >= 1:
             d1 = (d0 - o0) * inv_gap
-        if READ >= 2:
+        if NUM_DIFFERENCES >= 2:
             d2 = (d1 - o1) * inv_gap
-        if READ >= 3:
+        if NUM_DIFFERENCES >= 3:
             d3 = (d2 - o2) * inv_gap
-        if READ >= 4:
+        if NUM_DIFFERENCES >= 4:
             d4 = (d3 - o3) * inv_gap
-        tl.store(orders + at, d0.to(narrow), mask=mask)
-        if READ >= 1:
-            tl.store(orders + stride + at, d1.to(narrow), mask=mask)
-        if READ >= 2:
-            tl.store(orders + 2 * stride + at, d2.to(narrow), mask=mask)
-        if READ >= 3:
-            tl.store(orders + 3 * stride + at, d3.to(narrow), mask=mask)
-        if READ >= 4:
-            tl.store(orders + 4 * stride + at, d4.to(narrow), mask=mask)
+        tl.store(orders + at, d0.to(stored), mask=mask)
+        if NUM_DIFFERENCES >= 1:
+            tl.store(orders + stride + at, d1.to(stored), mask=mask)
+        if NUM_DIFFERENCES >= 2:
+            tl.store(orders + 2 * stride + at, d2.to(stored), mask=mask)
+        if NUM_DIFFERENCES >= 3:
+            tl.store(orders + 3 * stride + at, d3.to(stored), mask=mask)
+        if NUM_DIFFERENCES >= 4:
+            tl.store(orders + 4 * stride + at, d4.to(stored), mask=mask)
         return d0, d1, d2, d3, d4
 
     @triton.jit
-    def _load_coeffs(coeffs, TERMS: tl.constexpr):
-        """The coefficients as fp32 scalars; unused ones as the first."""
+    def _load_coeffs(coeffs, NUM_COEFFS: tl.constexpr):
+        """Load ``coeffs[NUM_COEFFS]``: five fp32 scalars; those past NUM_COEFFS are the first, and unused."""
         c0 = tl.load(coeffs).to(tl.float32)
         c1 = c0
         c2 = c0
         c3 = c0
         c4 = c0
-        if TERMS >= 2:
+        if NUM_COEFFS >= 2:
             c1 = tl.load(coeffs + 1).to(tl.float32)
-        if TERMS >= 3:
+        if NUM_COEFFS >= 3:
             c2 = tl.load(coeffs + 2).to(tl.float32)
-        if TERMS >= 4:
+        if NUM_COEFFS >= 4:
             c3 = tl.load(coeffs + 3).to(tl.float32)
-        if TERMS >= 5:
+        if NUM_COEFFS >= 5:
             c4 = tl.load(coeffs + 4).to(tl.float32)
         return c0, c1, c2, c3, c4
 
     @triton.jit
-    def _weigh(d0, d1, d2, d3, d4, c0, c1, c2, c3, c4, TERMS: tl.constexpr):
-        """``Σ_k c_k · d_k``, lowest order first."""
+    def _evaluate(d0, d1, d2, d3, d4, c0, c1, c2, c3, c4, NUM_COEFFS: tl.constexpr):
+        """``Σ_k c_k · d_k`` over k < NUM_COEFFS, lowest order first, in the shape of ``d0``."""
         total = d0 * c0
-        if TERMS >= 2:
+        if NUM_COEFFS >= 2:
             total = total + d1 * c1
-        if TERMS >= 3:
+        if NUM_COEFFS >= 3:
             total = total + d2 * c2
-        if TERMS >= 4:
+        if NUM_COEFFS >= 4:
             total = total + d3 * c3
-        if TERMS >= 5:
+        if NUM_COEFFS >= 5:
             total = total + d4 * c4
         return total
 
     @triton.jit
-    def _kept(orders, stride, at, mask, TERMS: tl.constexpr):
-        """The differences at ``at`` as they stand; unused ones as the first."""
+    def _load_differences(orders, stride, at, mask, NUM_COEFFS: tl.constexpr):
+        """Load D_k at ``at`` for k < NUM_COEFFS.
+
+        Five of the shape of ``at``, in fp32; those past NUM_COEFFS are D_0 again, and unused.
+        """
         stride = tl.cast(stride, tl.int64)
         d0 = tl.load(orders + at, mask=mask).to(tl.float32)
         d1 = d0
         d2 = d0
         d3 = d0
         d4 = d0
-        if TERMS >= 2:
+        if NUM_COEFFS >= 2:
             d1 = tl.load(orders + stride + at, mask=mask).to(tl.float32)
-        if TERMS >= 3:
+        if NUM_COEFFS >= 3:
             d2 = tl.load(orders + 2 * stride + at, mask=mask).to(tl.float32)
-        if TERMS >= 4:
+        if NUM_COEFFS >= 4:
             d3 = tl.load(orders + 3 * stride + at, mask=mask).to(tl.float32)
-        if TERMS >= 5:
+        if NUM_COEFFS >= 5:
             d4 = tl.load(orders + 4 * stride + at, mask=mask).to(tl.float32)
         return d0, d1, d2, d3, d4
 
     @triton.jit
     def _update_kernel(
-        orders, stride, numel, inv_gap, TOP: tl.constexpr, READ: tl.constexpr, BLOCK: tl.constexpr
+        orders, stride, numel, inv_gap, TOP: tl.constexpr, NUM_DIFFERENCES: tl.constexpr, BLOCK: tl.constexpr
     ):
+        """Update ``orders[K, numel]`` in place, rows ``stride`` apart."""
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        _cascade(orders, stride, at, at < numel, tl.load(inv_gap).to(tl.float32), TOP, READ)
+        _cascade(orders, stride, at, at < numel, tl.load(inv_gap).to(tl.float32), TOP, NUM_DIFFERENCES)
 
     @triton.jit
-    def _forecast_kernel(orders, stride, numel, coeffs, out, TERMS: tl.constexpr, BLOCK: tl.constexpr):
+    def _forecast_kernel(orders, stride, numel, coeffs, out, NUM_COEFFS: tl.constexpr, BLOCK: tl.constexpr):
+        """Forecast ``orders[K, numel]`` with ``coeffs[NUM_COEFFS]`` into ``out[numel]``."""
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = at < numel
-        c0, c1, c2, c3, c4 = _load_coeffs(coeffs, TERMS)
-        d0, d1, d2, d3, d4 = _kept(orders, stride, at, mask, TERMS)
-        total = _weigh(d0, d1, d2, d3, d4, c0, c1, c2, c3, c4, TERMS)
+        c0, c1, c2, c3, c4 = _load_coeffs(coeffs, NUM_COEFFS)
+        d0, d1, d2, d3, d4 = _load_differences(orders, stride, at, mask, NUM_COEFFS)
+        total = _evaluate(d0, d1, d2, d3, d4, c0, c1, c2, c3, c4, NUM_COEFFS)
         tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
@@ -147,15 +167,16 @@ if _MISSING is None:
         coeffs,
         out,
         TOP: tl.constexpr,
-        READ: tl.constexpr,
+        NUM_DIFFERENCES: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
+        """Update ``orders[K, numel]``; forecast with ``coeffs[NUM_DIFFERENCES + 1]`` into ``out[numel]``."""
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = at < numel
         gap = tl.load(inv_gap).to(tl.float32)
-        c0, c1, c2, c3, c4 = _load_coeffs(coeffs, READ + 1)
-        d0, d1, d2, d3, d4 = _cascade(orders, stride, at, mask, gap, TOP, READ)
-        total = _weigh(d0, d1, d2, d3, d4, c0, c1, c2, c3, c4, READ + 1)
+        c0, c1, c2, c3, c4 = _load_coeffs(coeffs, NUM_DIFFERENCES + 1)
+        d0, d1, d2, d3, d4 = _cascade(orders, stride, at, mask, gap, TOP, NUM_DIFFERENCES)
+        total = _evaluate(d0, d1, d2, d3, d4, c0, c1, c2, c3, c4, NUM_DIFFERENCES + 1)
         tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
@@ -163,8 +184,8 @@ if _MISSING is None:
         base,
         orders,
         stride,
-        term_stride,
-        terms,
+        feature_stride,
+        num_features,
         gates,
         batch,
         rows,
@@ -173,13 +194,19 @@ if _MISSING is None:
         coeffs,
         out,
         TOP: tl.constexpr,
-        TERMS: tl.constexpr,
+        NUM_COEFFS: tl.constexpr,
         UPDATE: tl.constexpr,
         GATED: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         STAGES: tl.constexpr,
     ):
+        """``out = base + Σ_i gates[i] ⊙ Σ_k coeffs[k] · D_{k,i}``, one tile [ROWS, COLUMNS] a program.
+
+        base and out are ``[batch, rows, channels]``; feature i of order k begins at k · stride + i ·
+        feature_stride; gates are ``[num_features, batch, channels]``, if GATED. With UPDATE the differences
+        are updated first.
+        """
         # one axis for all tiles: the others end at 65,535 programs, which a video has more of
         tile = tl.program_id(0).to(tl.int64)
         column_tiles = tl.cdiv(channels, COLUMNS)
@@ -189,29 +216,29 @@ if _MISSING is None:
         column = tile % column_tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]  # [1, C]
         at = (sample * rows + row) * channels + column  # [R, C]
         mask = (row < rows) & (column < channels)
-        # A gate for each number of the tile: a row of them would have to change threads, through shared memory
-        # and past four barriers, once a feature. The rows' equal addresses come out of the L1 cache.
+        # A gate for each element of the tile: a row of them would have to change threads, through shared
+        # memory and past four barriers, once a feature. The rows' equal addresses come out of the L1 cache.
         gate_at = sample * channels + column + tl.zeros([ROWS, 1], tl.int64)  # [R, C]
         total = tl.load(base + at, mask=mask).to(tl.float32)
         # Before the loop: loads are not moved across its stores.
-        c0, c1, c2, c3, c4 = _load_coeffs(coeffs, TERMS)
+        c0, c1, c2, c3, c4 = _load_coeffs(coeffs, NUM_COEFFS)
         gap = c0
         if UPDATE:
             gap = tl.load(inv_gap).to(tl.float32)
         slot = orders
-        for _ in tl.range(terms, num_stages=STAGES):
+        for _ in tl.range(num_features, num_stages=STAGES):
             if GATED:  # before any store, which loads do not overtake
                 gate = tl.load(gates + gate_at, mask=mask)
                 gates += batch * channels
             if UPDATE:
-                d0, d1, d2, d3, d4 = _cascade(slot, stride, at, mask, gap, TOP, TERMS - 1)
+                d0, d1, d2, d3, d4 = _cascade(slot, stride, at, mask, gap, TOP, NUM_COEFFS - 1)
             else:
-                d0, d1, d2, d3, d4 = _kept(slot, stride, at, mask, TERMS)
-            value = _weigh(d0, d1, d2, d3, d4, c0, c1, c2, c3, c4, TERMS)
+                d0, d1, d2, d3, d4 = _load_differences(slot, stride, at, mask, NUM_COEFFS)
+            value = _evaluate(d0, d1, d2, d3, d4, c0, c1, c2, c3, c4, NUM_COEFFS)
             if GATED:
                 value = value * gate.to(tl.float32)
             total = total + value
-            slot += term_stride
+            slot += feature_stride
         tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
 
@@ -252,44 +279,49 @@ def options(tile: Tile, updating: bool = False) -> dict[str, int | bool]:
     """Options a kernel is compiled with. ``updating``: a ``gated_sum`` with an update pending."""
     # Products and sums stay apart, as in the reference; Triton's own default changes between versions.
     chosen: dict[str, int | bool] = {"num_warps": tile.num_warps, "enable_fp_fusion": False}
-    # Left to itself ptxas saves registers for more threads: it waits for some loads of a tile before it issues
-    # the others, and spills. Told how many it may use, it issues all of them first.
+    # Left to itself ptxas saves registers for more threads: it waits for some loads of a tile before it
+    # issues the others, and spills. Told how many it may use, it issues all of them first.
     registers = 128 if updating else 96
     if 32 * tile.num_warps * registers <= _REGISTERS:
         chosen["maxnreg"] = registers
     return chosen
 
 
-def update_(orders: Tensor, inv_gap: Tensor, filled: int) -> None:
+def update_(orders: Tensor, inv_gap: Tensor, num_differences: int) -> None:
+    """Update ``orders[K, ...]`` in place; ``inv_gap`` is one number."""
     numel = orders[0].numel()
     if not numel:
         return
-    tile = tiles.tile("update_", filled + 1, orders.itemsize, 1)
-    constants = {"TOP": orders.shape[0] - 1, "READ": filled, "BLOCK": tile.block}
+    tile = tiles.tile("update_", num_differences + 1, orders.itemsize, 1)
+    constants = {"TOP": orders.shape[0] - 1, "NUM_DIFFERENCES": num_differences, "BLOCK": tile.block}
     grid = (-(-numel // tile.block),)
     with _on(orders):
         _update_kernel[grid](orders, orders.stride(0), numel, inv_gap, **constants, **options(tile))
 
 
 def forecast(orders: Tensor, coeffs: Tensor, out: Tensor) -> None:
+    """Write the forecast of ``orders[K, ...]`` with ``coeffs[num_coeffs]`` into ``out[...]``."""
     numel = out.numel()
     if not numel:
         return
     coeffs = coeffs.contiguous()  # the kernels step through them by one
     tile = tiles.tile("forecast", len(coeffs), orders.itemsize, 1)
-    constants = {"TERMS": len(coeffs), "BLOCK": tile.block}
+    constants = {"NUM_COEFFS": len(coeffs), "BLOCK": tile.block}
     grid = (-(-numel // tile.block),)
     with _on(orders):
         _forecast_kernel[grid](orders, orders.stride(0), numel, coeffs, out, **constants, **options(tile))
 
 
-def update_forecast_(orders: Tensor, inv_gap: Tensor, coeffs: Tensor, filled: int, out: Tensor) -> None:
+def update_forecast_(
+    orders: Tensor, inv_gap: Tensor, coeffs: Tensor, num_differences: int, out: Tensor
+) -> None:
+    """Update ``orders[K, ...]`` in place and write the forecast with ``coeffs[num_differences + 1]``."""
     numel = out.numel()
     if not numel:
         return
     coeffs = coeffs.contiguous()
-    tile = tiles.tile("update_forecast_", filled + 1, orders.itemsize, 1)
-    constants = {"TOP": orders.shape[0] - 1, "READ": filled, "BLOCK": tile.block}
+    tile = tiles.tile("update_forecast_", num_differences + 1, orders.itemsize, 1)
+    constants = {"TOP": orders.shape[0] - 1, "NUM_DIFFERENCES": num_differences, "BLOCK": tile.block}
     grid = (-(-numel // tile.block),)
     with _on(orders):
         _update_forecast_kernel[grid](
@@ -303,9 +335,14 @@ def gated_sum(
     gates: Tensor | None,
     coeffs: Tensor,
     inv_gap: Tensor | None,
-    filled: int,
+    num_differences: int,
     out: Tensor,
 ) -> None:
+    """Write the gated sum of ``orders[K, num_features, slot]`` and ``base[batch, ..., channels]``.
+
+    ``gates`` are ``[num_features, batch, channels]``, or None for ones; with ``inv_gap`` an update is
+    pending.
+    """
     if not base.numel():
         return
     # without gates a row has no meaning: one long row keeps the tiles whole
@@ -319,7 +356,7 @@ def gated_sum(
     grid = (-(-channels // columns) * -(-rows // tile_rows) * batch,)
     constants = {
         "TOP": orders.shape[0] - 1,
-        "TERMS": len(coeffs),
+        "NUM_COEFFS": len(coeffs),
         "UPDATE": updating,
         "GATED": gates is not None,
         "ROWS": tile_rows,

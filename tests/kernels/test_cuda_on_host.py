@@ -201,14 +201,16 @@ def test_gated_sum_gives_the_reference_s_bits(machine, use, kept, base, used, ga
     weights, inv_gap = torch.randn(used, dtype=torch.float64), torch.tensor(0.2)
     more = {"inv_gap": inv_gap, "filled": used - 1} if pending else {}
     for index, (batch, rows, channels, padding, offset) in enumerate(HIDDEN):
-        terms = 1 + index % 3
+        num_features = 1 + index % 3
         slot = batch * rows * channels
         hidden = numbers(1, slot, dtype=base, offset=offset).view(batch, rows, channels)
         gates = None
         if gated:
-            gates = numbers(1, terms * batch * channels, dtype=base).view(terms, batch, channels)
-        flat = numbers(num_orders, terms * (slot + padding), dtype=kept, offset=offset)
-        orders = flat.view(num_orders, terms, slot + padding)
+            gates = numbers(1, num_features * batch * channels, dtype=base).view(
+                num_features, batch, channels
+            )
+        flat = numbers(num_orders, num_features * (slot + padding), dtype=kept, offset=offset)
+        orders = flat.view(num_orders, num_features, slot + padding)
         if pending:
             orders[used - 1 : num_orders - 1] = float("nan")
         expected = copied(orders)

@@ -36,10 +36,12 @@ def calls(backend):
         "update_": lambda: update_(mixed.orders, inv_gap, 2, backend=backend),
         "forecast": lambda: forecast(mixed.orders, coeffs, backend=backend),
         "update_forecast_": lambda: update_forecast_(mixed.orders, inv_gap, coeffs, 2, backend=backend),
-        "gated_sum": lambda: gated_sum(base, alike.terms(), gates, coeffs, backend=backend),
-        "gated_sum, no gates": lambda: gated_sum(base, alike.terms(), None, coeffs, backend=backend),
+        "gated_sum": lambda: gated_sum(base, alike.orders_by_feature(), gates, coeffs, backend=backend),
+        "gated_sum, no gates": lambda: gated_sum(
+            base, alike.orders_by_feature(), None, coeffs, backend=backend
+        ),
         "gated_sum, update": lambda: gated_sum(
-            base, alike.terms(), gates, coeffs, backend=backend, **pending
+            base, alike.orders_by_feature(), gates, coeffs, backend=backend, **pending
         ),
     }
 

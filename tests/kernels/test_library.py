@@ -13,8 +13,8 @@ COEFFS = torch.tensor([1.0, 0.5, -0.125])
 backends = pytest.mark.parametrize("backend", ["reference", "native"])
 
 
-def past(terms: int = 2, shape: tuple[int, ...] = (2, 5, 16)) -> History:
-    history = History([shape] * terms, order=2)
+def past(num_features: int = 2, shape: tuple[int, ...] = (2, 5, 16)) -> History:
+    history = History([shape] * num_features, order=2)
     history.orders.normal_()
     return history
 
@@ -23,13 +23,13 @@ def calls(backend: str) -> dict[str, tuple]:
     """Op → arguments."""
     history, base, gates = past(), torch.randn(2, 5, 16), torch.randn(2, 2, 16)
     row, out = torch.empty_like(history.orders[0]), torch.empty_like(base)
-    orders, terms = history.orders, history.terms()
+    orders, by_feature = history.orders, history.orders_by_feature()
     return {
         "update_": (orders, GAP, 2, backend),
         "forecast": (orders, COEFFS, row, backend),
         "update_forecast_": (orders, GAP, COEFFS, 2, row, backend),
-        "gated_sum": (base, terms, gates, COEFFS, out, backend),
-        "gated_sum_update_": (base, terms, gates, COEFFS, GAP, 2, out, backend),
+        "gated_sum": (base, by_feature, gates, COEFFS, out, backend),
+        "gated_sum_update_": (base, by_feature, gates, COEFFS, GAP, 2, out, backend),
     }
 
 
@@ -64,13 +64,15 @@ def test_schemas_mutate_what_they_say():
                 assert same == (argument.name not in expected), (name, argument.name)
 
 
-def step(orders: torch.Tensor, terms: torch.Tensor, base: torch.Tensor, gates: torch.Tensor, pending: bool):
+def step(
+    orders: torch.Tensor, by_feature: torch.Tensor, base: torch.Tensor, gates: torch.Tensor, pending: bool
+):
     """Every public op once, in a function to compile."""
     update_(orders, GAP, 2)
     row = forecast(orders, COEFFS)
     fused = update_forecast_(orders, GAP, COEFFS, 2)
     more = {"inv_gap": GAP, "filled": 2} if pending else {}
-    return row + fused, gated_sum(base, terms, gates, COEFFS, **more) * 2
+    return row + fused, gated_sum(base, by_feature, gates, COEFFS, **more) * 2
 
 
 @pytest.mark.parametrize("pending", [False, True], ids=["settled", "pending"])
@@ -81,9 +83,9 @@ def test_compiles_whole_and_gives_the_same(mode, pending):
     eager, compiled = past(), past()
     compiled.orders.copy_(eager.orders)
     with mode():
-        expected = step(eager.orders, eager.terms(), base, gates, pending)
+        expected = step(eager.orders, eager.orders_by_feature(), base, gates, pending)
         run = torch.compile(step, backend="aot_eager", fullgraph=True)
-        results = run(compiled.orders, compiled.terms(), base, gates, pending)
+        results = run(compiled.orders, compiled.orders_by_feature(), base, gates, pending)
     for ours, theirs in zip(results, expected, strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(compiled.orders, eager.orders)
@@ -102,8 +104,8 @@ def test_one_call_of_the_dispatcher_for_all_tensors():
             self.ops.append(func)
             return func(*args, **(kwargs or {}))
 
-    for terms in (1, 76):
-        history = past(terms)
+    for num_features in (1, 76):
+        history = past(num_features)
         out = torch.empty_like(history.orders[0])
         with Counter() as counter:
             update_forecast_(history.orders, GAP, COEFFS, 2, out=out)
@@ -114,10 +116,10 @@ def test_one_call_of_the_dispatcher_for_all_tensors():
 
 def test_base_in_the_history_is_refused_while_it_is_updated():
     history = past(1)
-    terms = history.terms()
+    by_feature = history.orders_by_feature()
     base = history.slot(0, 1)
     with pytest.raises(ValueError, match="gated_sum: expected base not to overlap orders"):
-        gated_sum(base, terms, None, COEFFS, inv_gap=GAP, filled=2)
+        gated_sum(base, by_feature, None, COEFFS, inv_gap=GAP, filled=2)
 
 
 def test_public_names():

@@ -112,30 +112,30 @@ def test_cascade_and_forecast(backend, dtype, case):
 @given(
     case=cases,
     shape=st.tuples(st.integers(1, 3), st.integers(0, 5), st.sampled_from([1, 3, 16, 31, 48, 130])),
-    terms=st.integers(1, 5),
+    num_features=st.integers(1, 5),
     gated=st.booleans(),
     padding=st.sampled_from([0, 1, 37]),
 )
-def test_gated_sum(backend, dtype, pending, case, shape, terms, gated, padding):
+def test_gated_sum(backend, dtype, pending, case, shape, num_features, gated, padding):
     skip_float64_in_triton(backend, dtype)
     (num_orders, filled), _, gap, weights, seed = case
     coeffs = weights[: filled + 1]
     batch, length, channels = shape
     numel = batch * length * channels
-    orders = poisoned(num_orders, terms, numel + padding, dtype=dtype)
-    for term in range(terms):
-        orders[:, term, :numel] = history(
-            num_orders, numel, filled if pending else filled + 1, dtype, seed + term
+    orders = poisoned(num_orders, num_features, numel + padding, dtype=dtype)
+    for feature in range(num_features):
+        orders[:, feature, :numel] = history(
+            num_orders, numel, filled if pending else filled + 1, dtype, seed + feature
         )
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(batch, length, channels, generator=generator).to(dtype)
-    gates = torch.randn(terms, batch, channels, generator=generator).to(dtype) if gated else None
+    gates = torch.randn(num_features, batch, channels, generator=generator).to(dtype) if gated else None
 
     exact = base.double()
     peer = base
     expected_orders = []
-    for term in range(terms):
-        slot = orders[:, term, :numel]
+    for feature in range(num_features):
+        slot = orders[:, feature, :numel]
         if pending:
             differences, eager_row = (
                 oracle.update(slot, gap, filled),
@@ -145,7 +145,7 @@ def test_gated_sum(backend, dtype, pending, case, shape, terms, gated, padding):
             differences = slot[: filled + 1].double()
             eager_row = sum(d * w for d, w in zip(slot, coeffs, strict=False))
         expected_orders.append(differences)
-        gate = torch.ones(batch, 1, channels) if gates is None else gates[term][:, None]
+        gate = torch.ones(batch, 1, channels) if gates is None else gates[feature][:, None]
         exact = exact + gate.double() * oracle.forecast(differences, coeffs).view(base.shape)
         peer = peer + gate.to(dtype) * eager_row.view(base.shape)
 
@@ -160,11 +160,11 @@ def test_gated_sum(backend, dtype, pending, case, shape, terms, gated, padding):
         torch.testing.assert_close(orders, before, rtol=0, atol=0, equal_nan=True)
         return
     torch.testing.assert_close(orders[:, :, numel:], before[:, :, numel:], rtol=0, atol=0, equal_nan=True)
-    for term in range(terms):
-        slot = before[:, term, :numel]
+    for feature in range(num_features):
+        slot = before[:, feature, :numel]
         update_(slot.clone(), torch.tensor(1 / gap), filled, backend="reference")
         peer = oracle.eager(slot, gap, coeffs, filled)[0]
-        assert_no_worse(backend, orders[: filled + 1, term, :numel], peer, expected_orders[term], added)
+        assert_no_worse(backend, orders[: filled + 1, feature, :numel], peer, expected_orders[feature], added)
 
 
 @dtypes
@@ -327,8 +327,8 @@ def test_history_layout():
             assert (past.inbox(index) == index * 10 + 2).all()
             assert (past.split(past.orders[1])[index] == index * 10 + 1).all()
     with pytest.raises(ValueError, match="features of one shape"):
-        past.terms()
-    assert History([(3, 5)] * 4, 1).terms().shape == (2, 4, 32)
+        past.orders_by_feature()
+    assert History([(3, 5)] * 4, 1).orders_by_feature().shape == (2, 4, 32)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ WHOLE, GATES = torch.ones(16), torch.ones(1, 2, 4)
         (
             lambda: gated_sum(THREE, ORDERS, None, THREE),
             ValueError,
-            r"gated_sum: expected orders \[K, terms, slot\]",
+            r"gated_sum: expected orders \[K, num_features, slot\]",
         ),
         (
             lambda: gated_sum(torch.ones(1, 3, 4).mT, ORDERS[:, None], None, THREE),
@@ -410,7 +410,7 @@ WHOLE, GATES = torch.ones(16), torch.ones(1, 2, 4)
         (
             lambda: gated_sum(torch.ones(3, 3), ORDERS[:, None], None, THREE),
             ValueError,
-            "slots of at least 9 numbers",
+            "slots of at least 9 elements",
         ),
         (
             lambda: gated_sum(torch.ones(2, 4), ORDERS[:, None], torch.ones(1, 4), THREE),
@@ -420,7 +420,7 @@ WHOLE, GATES = torch.ones(16), torch.ones(1, 2, 4)
         (
             lambda: gated_sum(torch.ones(1, 8), torch.zeros(3, 0, 8), None, THREE),
             ValueError,
-            "terms >= 1",
+            "num_features >= 1",
         ),
         (
             lambda: gated_sum(WHOLE[:8].view(2, 4), ORDERS[:, None], None, THREE, out=WHOLE[2:10].view(2, 4)),
@@ -503,9 +503,9 @@ def test_addresses_past_32_bits(backend):
         expected = update_forecast_(small, torch.tensor(0.5), weights, 2, backend=backend)
         assert torch.equal(out, expected)
         assert torch.equal(orders, small)
-        terms = whole.as_strided((3, 1, numel), (apart, numel, 1))
+        by_feature = whole.as_strided((3, 1, numel), (apart, numel, 1))
         base = torch.ones(1, numel).bfloat16()
-        summed = gated_sum(base, terms, None, weights, backend=backend)
+        summed = gated_sum(base, by_feature, None, weights, backend=backend)
         assert torch.equal(summed, gated_sum(base, small[:, None], None, weights, backend=backend))
 
 

@@ -16,7 +16,7 @@ def test_default_and_override():
     assert tile("update_", 3, 2, 1) == Tile()
 
 
-def test_many_terms_share_a_tile():
+def test_many_features_share_a_tile():
     assert key("gated_sum", 3, 2, 76) == key("gated_sum", 3, 2, 114) != key("gated_sum", 3, 2, 1)
 
 

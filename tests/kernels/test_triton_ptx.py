@@ -1,6 +1,7 @@
 """What Triton makes of the kernels for Ampere, Hopper and Blackwell, read without a GPU.
 
-16-byte loads and stores, no local memory (spills), at most 128 registers, products and sums kept apart.
+16-byte loads and stores, no local memory (spills), at most 128 registers, products and sums kept apart; every
+load of a tile issued before the first is waited for, and no thread waiting for another.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import sass
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -28,28 +30,40 @@ WIDE = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 
 CASES = [
     *(
-        ("_update_kernel", dtype, {"TOP": 4 if read == 4 else 2, "READ": read})
+        ("_update_kernel", dtype, {"TOP": 4 if differences == 4 else 2, "NUM_DIFFERENCES": differences})
         for dtype in WIDE
-        for read in (0, 2, 4)
+        for differences in (0, 2, 4)
     ),
-    *(("_forecast_kernel", dtype, {"TERMS": terms}) for dtype in WIDE for terms in (1, 3, 5)),
+    *(("_forecast_kernel", dtype, {"NUM_COEFFS": num_coeffs}) for dtype in WIDE for num_coeffs in (1, 3, 5)),
     *(
-        ("_update_forecast_kernel", dtype, {"TOP": max(read, 2), "READ": read})
+        ("_update_forecast_kernel", dtype, {"TOP": max(differences, 2), "NUM_DIFFERENCES": differences})
         for dtype in WIDE
-        for read in (0, 2, 4)
+        for differences in (0, 2, 4)
     ),
     *(
-        ("_gated_sum_kernel", dtype, {"TOP": terms - 1, "TERMS": terms, "UPDATE": update, "GATED": gated})
+        (
+            "_gated_sum_kernel",
+            dtype,
+            {"TOP": num_coeffs - 1, "NUM_COEFFS": num_coeffs, "UPDATE": update, "GATED": gated},
+        )
         for dtype in WIDE
-        for terms in (1, 3, 5)
+        for num_coeffs in (1, 3, 5)
         for update in (False, True)
         for gated in (False, True)
     ),
 ]
 
 
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+architectures = pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda a: f"sm_{a}")
+
+
+def case_id(value) -> str:
+    return "-".join(f"{k}{int(x)}" for k, x in value.items()) if isinstance(value, dict) else str(value)
+
+
 def rows_read(constants: dict) -> int:
-    return constants.get("TERMS", constants.get("READ", 0) + 1)
+    return constants.get("NUM_COEFFS", constants.get("NUM_DIFFERENCES", 0) + 1)
 
 
 def default_tile(dtype: str, constants: dict) -> Tile:
@@ -82,7 +96,7 @@ def compiled(
             signature[argument] = "*fp32" if argument in ("inv_gap", "coeffs") else WIDE[dtype]
         else:
             signature[argument] = integers
-        if argument != "terms" and argument != "rows":
+        if argument != "num_features" and argument != "rows":
             attributes[(index,)] = [["tt.divisibility", 16]]
     options = backend.options(tile, updating=constants.get("UPDATE", False))
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -102,9 +116,20 @@ def accesses(ptx: str, operation: str) -> list[int]:
 def resources(cubin: bytes, tmp_path: Path) -> str:
     path = tmp_path / "kernel.cubin"
     path.write_bytes(cubin)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    done = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [TOOLS / "cuobjdump", "--dump-resource-usage", path], capture_output=True, text=True, check=True
+    )
     return done.stdout
+
+
+def assert_fits(kernel, tmp_path: Path) -> None:
+    """At most 128 registers, and none of them spilled."""
+    usage = resources(kernel.asm["cubin"], tmp_path)
+    [registers] = map(int, re.findall(r"REG:(\d+)", usage))
+    [stack] = map(int, re.findall(r"STACK:(\d+)", usage))
+    [local] = map(int, re.findall(r"LOCAL:(\d+)", usage))
+    assert 0 < registers <= 128
+    assert stack == local == 0, usage
 
 
 @pytest.mark.parametrize("name", sorted({name for name, *_ in CASES}))
@@ -119,12 +144,8 @@ def test_row_addresses_are_64_bit(name, integers):
     assert "i32" not in products, products
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda a: f"sm_{a}")
-@pytest.mark.parametrize(
-    ("name", "dtype", "constants"),
-    CASES,
-    ids=lambda v: "-".join(f"{k}{int(x)}" for k, x in v.items()) if isinstance(v, dict) else v,
-)
+@architectures
+@pytest.mark.parametrize(("name", "dtype", "constants"), CASES, ids=case_id)
 def test_wide_accesses_and_no_spills(name, dtype, constants, arch, tmp_path):
     kernel = compiled(name, dtype, constants, arch)
     ptx = kernel.asm["ptx"]
@@ -137,27 +158,42 @@ def test_wide_accesses_and_no_spills(name, dtype, constants, arch, tmp_path):
     narrow = sum(width <= 4 for width in accesses(ptx, "ld"))
     assert narrow <= rows_read(constants) + 1, "a tensor is loaded in narrow pieces"
     assert not re.search(r"\bfma\.rn\.f32\b", ptx), "products and sums are fused"
-    usage = resources(kernel.asm["cubin"], tmp_path)
-    [registers] = map(int, re.findall(r"REG:(\d+)", usage))
-    [stack] = map(int, re.findall(r"STACK:(\d+)", usage))
-    [local] = map(int, re.findall(r"LOCAL:(\d+)", usage))
-    assert 0 < registers <= 128
-    assert stack == local == 0, usage
+    assert_fits(kernel, tmp_path)
+
+
+@architectures
+@pytest.mark.parametrize(("name", "dtype", "constants"), CASES, ids=case_id)
+def test_every_load_of_a_tile_is_issued_before_the_first_is_used(name, dtype, constants, arch):
+    """In machine code: one wait for memory a feature, no thread waiting for another, no shared memory."""
+    cubin = compiled(name, dtype, constants, arch).asm["cubin"]
+    kernel = sass.disassemble(cubin, TOOLS / "nvdisasm")
+    loops = kernel.loading_loops()
+    gated_sum = name == "_gated_sum_kernel"
+    assert len(loops) == gated_sum
+    body = loops[0] if gated_sum else kernel.instructions
+    tile = default_tile(dtype, constants)
+    bytes_a_thread = tile.block * (4 if dtype == "fp32" else 2) // (32 * tile.num_warps)
+    tensors = rows_read(constants) + constants.get("GATED", False)
+    assert sum(i.is_wide_load for i in body) == tensors * bytes_a_thread // 16
+    assert not sass.late_loads(body)
+    assert not [i.opcode for i in body if i.is_barrier or i.is_shared]
+    if gated_sum:  # coefficients and the gap are read before it
+        assert not [i.opcode for i in body if i.is_load and not i.is_wide_load]
 
 
 # Bytes that must be in flight on one multiprocessor for full bandwidth: the vendor's bandwidth ÷ its
 # multiprocessors × 0.7 µs, a generous latency of memory under load. An A100 (80 GB), an H200, a B200.
 NEEDED = {80: 2.0e12 / 108 * 0.7e-6, 90: 4.8e12 / 132 * 0.7e-6, 100: 8.0e12 / 148 * 0.7e-6}
 # what runs in the steady state: an update of one order happens twice a run at most
-STEADY = [c for c in CASES if c[1] != "fp16" and not (c[2].get("UPDATE") and c[2]["TERMS"] == 1)]
+STEADY = [c for c in CASES if c[1] != "fp16" and not (c[2].get("UPDATE") and c[2]["NUM_COEFFS"] == 1)]
 THREADS = 2048  # of one multiprocessor, on all three
 REGISTERS = 65536
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES, ids=lambda a: f"sm_{a}")
-@pytest.mark.parametrize(("name", "dtype", "constants"), STEADY, ids=str)
+@architectures
+@pytest.mark.parametrize(("name", "dtype", "constants"), STEADY, ids=case_id)
 def test_enough_bytes_in_flight(name, dtype, constants, arch, tmp_path):
-    """Little's law for the default tile: all loads of a tile are issued before the first is waited for."""
+    """Little's law for the default tile, all of whose loads are in flight at once (the test above)."""
     kernel = compiled(name, dtype, constants, arch)
     usage = resources(kernel.asm["cubin"], tmp_path)
     registers = -(-int(re.search(r"REG:(\d+)", usage).group(1)) // 8) * 8
@@ -168,13 +204,14 @@ def test_enough_bytes_in_flight(name, dtype, constants, arch, tmp_path):
     assert in_flight >= NEEDED[arch], (in_flight, registers)
 
 
-@pytest.mark.parametrize("arch", [90, 100], ids=lambda a: f"sm_{a}")
+@architectures
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("update", [False, True], ids=["settled", "pending"])
-def test_pipelined_terms(arch, update, tmp_path):
-    """With several stages the loads of coming terms are asynchronous copies, and nothing spills."""
-    constants = {"TOP": 2, "TERMS": 3, "UPDATE": update, "GATED": True}
-    kernel = compiled("_gated_sum_kernel", "bf16", constants, arch, tile=Tile(num_stages=3))
+def test_pipelined_features(update, dtype, stages, arch, tmp_path):
+    """With several stages the loads of coming features are asynchronous copies, and nothing spills."""
+    constants = {"TOP": 2, "NUM_COEFFS": 3, "UPDATE": update, "GATED": True}
+    tile = Tile(num_stages=stages)
+    kernel = compiled("_gated_sum_kernel", dtype, constants, arch, tile=tile)
     assert "cp.async" in kernel.asm["ptx"]
-    usage = resources(kernel.asm["cubin"], tmp_path)
-    assert re.search(r"STACK:0\b", usage), usage
-    assert re.search(r"LOCAL:0\b", usage), usage
+    assert_fits(kernel, tmp_path)

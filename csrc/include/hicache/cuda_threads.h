@@ -1,4 +1,5 @@
 // What one CUDA thread does, given its number and how many there are. Plain C++, so that it can be run anywhere.
+// The legend is in kernels.h.
 #pragma once
 
 #include "hicache/arithmetic.h"
@@ -6,7 +7,7 @@
 
 namespace hicache {
 
-// LANES neighbouring numbers in registers, with the operators the arithmetic is written in.
+// LANES neighbouring elements in registers, in high precision, with the operators the arithmetic is written in.
 template <class A, int LANES>
 struct lanes {
   A at[LANES];
@@ -44,7 +45,7 @@ HICACHE_INLINE lanes<A, LANES> operator*(const lanes<A, LANES>& a, A b) {
   return out;
 }
 
-// The same numbers as they are stored: kept so until they are needed, for a narrow type fills fewer registers.
+// The same as they are stored: kept so until they are needed, for low precision fills fewer registers.
 template <class T, int LANES>
 struct alignas(LANES == 1 ? alignof(T) : 16) pack {
   T at[LANES];
@@ -83,17 +84,17 @@ HICACHE_INLINE pack<T, LANES> load(const T* from) {
 }
 
 template <int LANES, class T>
-HICACHE_INLINE lanes<accumulate_t<T>, LANES> widen(const pack<T, LANES>& from) {
+HICACHE_INLINE lanes<accumulate_t<T>, LANES> promote(const pack<T, LANES>& from) {
   lanes<accumulate_t<T>, LANES> out;
   HICACHE_UNROLL
-  for (int i = 0; i < LANES; ++i) out.at[i] = widen(from.at[i]);
+  for (int i = 0; i < LANES; ++i) out.at[i] = promote(from.at[i]);
   return out;
 }
 
 template <int LANES, class T>
 HICACHE_INLINE void store(T* to, const lanes<accumulate_t<T>, LANES>& value) {
   if constexpr (LANES == 1) {
-    narrow(value.at[0], to[0]);
+    round_to(value.at[0], to[0]);
   } else {
     HICACHE_UNROLL
     for (int i = 0; i < static_cast<int>(LANES * sizeof(T) / sizeof(chunk)); ++i) {
@@ -101,7 +102,7 @@ HICACHE_INLINE void store(T* to, const lanes<accumulate_t<T>, LANES>& value) {
       HICACHE_UNROLL
       for (int word = 0; word < 4; ++word) {
         if constexpr (sizeof(T) == 2) {
-          part.words[word] = narrow_pair<T>(value.at[8 * i + 2 * word], value.at[8 * i + 2 * word + 1]);
+          part.words[word] = round_pair<T>(value.at[8 * i + 2 * word], value.at[8 * i + 2 * word + 1]);
         } else if constexpr (sizeof(T) == 4) {
           part.words[word] = bits_of(value.at[4 * i + word]);
         }
@@ -112,101 +113,102 @@ HICACHE_INLINE void store(T* to, const lanes<accumulate_t<T>, LANES>& value) {
   }
 }
 
-// The feature last, after the READ old differences: every load, before any store goes to the row it sits in.
-template <int LANES, int READ, class T>
-HICACHE_INLINE void load_old(const T* orders, int64_t stride, int top, pack<T, LANES> (&old)[READ + 1]) {
+// The feature last, after the old differences: every load, before any store goes to the row it sits in.
+template <int LANES, int DIFFERENCES, class T>
+HICACHE_INLINE void load_old(const T* orders, int64_t stride, int top, pack<T, LANES> (&old)[DIFFERENCES + 1]) {
   HICACHE_UNROLL
-  for (int k = 0; k < READ; ++k) old[k] = load<LANES>(orders + k * stride);
-  old[READ] = load<LANES>(orders + top * stride);
+  for (int k = 0; k < DIFFERENCES; ++k) old[k] = load<LANES>(orders + k * stride);
+  old[DIFFERENCES] = load<LANES>(orders + top * stride);
 }
 
-template <int LANES, int READ, class T, class A>
-HICACHE_INLINE void store_new(T* orders, int64_t stride, const pack<T, LANES> (&old)[READ + 1], A inv_gap,
-                              lanes<A, LANES> (&d)[READ + 1]) {
+template <int LANES, int DIFFERENCES, class T, class A>
+HICACHE_INLINE void store_new(T* orders, int64_t stride, const pack<T, LANES> (&old)[DIFFERENCES + 1], A inv_gap,
+                              lanes<A, LANES> (&d)[DIFFERENCES + 1]) {
   HICACHE_UNROLL
-  for (int k = 0; k < READ; ++k) d[k] = widen<LANES>(old[k]);
-  cascade<READ>(widen<LANES>(old[READ]), d, inv_gap);
+  for (int k = 0; k < DIFFERENCES; ++k) d[k] = promote<LANES>(old[k]);
+  cascade<DIFFERENCES>(promote<LANES>(old[DIFFERENCES]), d, inv_gap);
   HICACHE_UNROLL
-  for (int k = 0; k <= READ; ++k) store<LANES>(orders + k * stride, d[k]);
+  for (int k = 0; k <= DIFFERENCES; ++k) store<LANES>(orders + k * stride, d[k]);
 }
 
 template <class A, int N>
-struct weights {
+struct coefficients {
   A at[N];
 };
 
 template <class A, int N>
-HICACHE_INLINE weights<A, N> load_weights(const scalars& from) {
-  weights<A, N> out;
+HICACHE_INLINE coefficients<A, N> load_coeffs(const scalars& from) {
+  coefficients<A, N> out;
   HICACHE_UNROLL
   for (int k = 0; k < N; ++k) out.at[k] = scalar<A>(from, k);
   return out;
 }
 
-template <class T, int LANES, int READ, bool FORECAST>
+template <class T, int LANES, int DIFFERENCES, bool FORECAST>
 HICACHE_INLINE void update_thread(const cascade_args& a, int64_t thread, int64_t threads) {
   using A = accumulate_t<T>;
   T* const orders = static_cast<T*>(a.past.orders);
   const A inv_gap = scalar<A>(a.inv_gap, 0);
-  weights<A, READ + 1> coeffs = {};
-  if constexpr (FORECAST) coeffs = load_weights<A, READ + 1>(a.coeffs);
+  coefficients<A, DIFFERENCES + 1> coeffs = {};
+  if constexpr (FORECAST) coeffs = load_coeffs<A, DIFFERENCES + 1>(a.coeffs);
   for (int64_t i = thread * LANES; i < a.numel; i += threads * LANES) {
-    pack<T, LANES> old[READ + 1];
-    lanes<A, LANES> d[READ + 1];
-    load_old<LANES, READ>(orders + i, a.past.order_stride, a.past.top, old);
-    store_new<LANES, READ>(orders + i, a.past.order_stride, old, inv_gap, d);
-    if constexpr (FORECAST) store<LANES>(static_cast<T*>(a.out) + i, evaluate<READ + 1>(d, coeffs.at));
+    pack<T, LANES> old[DIFFERENCES + 1];
+    lanes<A, LANES> d[DIFFERENCES + 1];
+    load_old<LANES, DIFFERENCES>(orders + i, a.past.order_stride, a.past.top, old);
+    store_new<LANES, DIFFERENCES>(orders + i, a.past.order_stride, old, inv_gap, d);
+    if constexpr (FORECAST) store<LANES>(static_cast<T*>(a.out) + i, evaluate<DIFFERENCES + 1>(d, coeffs.at));
   }
 }
 
-template <class T, int LANES, int TERMS>
+template <class T, int LANES, int COEFFS>
 HICACHE_INLINE void forecast_thread(const cascade_args& a, int64_t thread, int64_t threads) {
   using A = accumulate_t<T>;
   const T* const orders = static_cast<const T*>(a.past.orders);
-  const weights<A, TERMS> coeffs = load_weights<A, TERMS>(a.coeffs);
+  const coefficients<A, COEFFS> coeffs = load_coeffs<A, COEFFS>(a.coeffs);
   for (int64_t i = thread * LANES; i < a.numel; i += threads * LANES) {
-    lanes<A, LANES> d[TERMS];
+    lanes<A, LANES> d[COEFFS];
     HICACHE_UNROLL
-    for (int k = 0; k < TERMS; ++k) d[k] = widen<LANES>(load<LANES>(orders + i + k * a.past.order_stride));
-    store<LANES>(static_cast<T*>(a.out) + i, evaluate<TERMS>(d, coeffs.at));
+    for (int k = 0; k < COEFFS; ++k) d[k] = promote<LANES>(load<LANES>(orders + i + k * a.past.order_stride));
+    store<LANES>(static_cast<T*>(a.out) + i, evaluate<COEFFS>(d, coeffs.at));
   }
 }
 
-// One tile of gated_sum: ROWS rows from number `at` on, LANES channels wide; `gate` is that of the first term, or null.
-template <class T, class B, int LANES, int ROWS, int ORDERS, bool UPDATE, class A>
-HICACHE_INLINE void sum_tile(const sum_args& a, A inv_gap, const weights<A, ORDERS>& coeffs, int64_t at,
+// One tile of gated_sum: ROWS rows from element `at` on, by LANES channels; `gate` is that of the first feature, or
+// null.
+template <class T, class B, int LANES, int ROWS, int COEFFS, bool UPDATE, class A>
+HICACHE_INLINE void sum_tile(const sum_args& a, A inv_gap, const coefficients<A, COEFFS>& coeffs, int64_t at,
                              const B* gate) {
-  constexpr int READ = ORDERS - 1;
+  constexpr int DIFFERENCES = COEFFS - 1;
   lanes<A, LANES> sums[ROWS];
   HICACHE_UNROLL
   for (int row = 0; row < ROWS; ++row) {
-    sums[row] = widen<LANES>(load<LANES>(static_cast<const B*>(a.base) + at + row * a.channels));
+    sums[row] = promote<LANES>(load<LANES>(static_cast<const B*>(a.base) + at + row * a.channels));
   }
   T* slot = static_cast<T*>(a.past.orders) + at;
-  for (int64_t term = 0; term < a.terms; ++term) {
+  for (int64_t feature = 0; feature < a.num_features; ++feature) {
     // The whole tile is asked for before any of it is used or stored: memory is far, and it is asked in parallel.
-    pack<T, LANES> old[ROWS][ORDERS];
+    pack<T, LANES> old[ROWS][COEFFS];
     HICACHE_UNROLL
     for (int row = 0; row < ROWS; ++row) {
-      const int top = UPDATE ? a.past.top : READ;
-      load_old<LANES, READ>(slot + row * a.channels, a.past.order_stride, top, old[row]);
+      const int top = UPDATE ? a.past.top : DIFFERENCES;
+      load_old<LANES, DIFFERENCES>(slot + row * a.channels, a.past.order_stride, top, old[row]);
     }
     pack<B, LANES> gates = {};
     if (gate) gates = load<LANES>(gate);
     HICACHE_UNROLL
     for (int row = 0; row < ROWS; ++row) {
-      lanes<A, LANES> d[ORDERS];
+      lanes<A, LANES> d[COEFFS];
       if constexpr (UPDATE) {
-        store_new<LANES, READ>(slot + row * a.channels, a.past.order_stride, old[row], inv_gap, d);
+        store_new<LANES, DIFFERENCES>(slot + row * a.channels, a.past.order_stride, old[row], inv_gap, d);
       } else {
         HICACHE_UNROLL
-        for (int k = 0; k < ORDERS; ++k) d[k] = widen<LANES>(old[row][k]);
+        for (int k = 0; k < COEFFS; ++k) d[k] = promote<LANES>(old[row][k]);
       }
-      lanes<A, LANES> value = evaluate<ORDERS>(d, coeffs.at);
-      if (gate) value = value * widen<LANES>(gates);
+      lanes<A, LANES> value = evaluate<COEFFS>(d, coeffs.at);
+      if (gate) value = value * promote<LANES>(gates);
       sums[row] = sums[row] + value;
     }
-    slot += a.term_stride;
+    slot += a.feature_stride;
     if (gate) gate += a.batch * a.channels;
   }
   HICACHE_UNROLL
@@ -215,12 +217,12 @@ HICACHE_INLINE void sum_tile(const sum_args& a, A inv_gap, const weights<A, ORDE
   }
 }
 
-template <class T, class B, int LANES, int ROWS, int ORDERS, bool UPDATE>
+template <class T, class B, int LANES, int ROWS, int COEFFS, bool UPDATE>
 HICACHE_INLINE void sum_thread(const sum_tiles& s, int64_t thread, int64_t threads) {
   using A = accumulate_t<T>;
   const sum_args& a = s.args;
   const A inv_gap = UPDATE ? scalar<A>(a.inv_gap, 0) : A(0);
-  const weights<A, ORDERS> coeffs = load_weights<A, ORDERS>(a.coeffs);
+  const coefficients<A, COEFFS> coeffs = load_coeffs<A, COEFFS>(a.coeffs);
   for (int64_t tile = thread; tile < s.count; tile += threads) {
     const int64_t channel = tile % s.packs * LANES;
     const int64_t group = tile / s.packs % s.groups;
@@ -230,10 +232,10 @@ HICACHE_INLINE void sum_thread(const sum_tiles& s, int64_t thread, int64_t threa
     const B* const gate =
         a.gates ? static_cast<const B*>(a.gates) + sample * a.channels + channel : nullptr;
     if (row + ROWS <= a.rows && at + (ROWS - 1) * a.channels < s.numel) {
-      sum_tile<T, B, LANES, ROWS, ORDERS, UPDATE>(a, inv_gap, coeffs, at, gate);
+      sum_tile<T, B, LANES, ROWS, COEFFS, UPDATE>(a, inv_gap, coeffs, at, gate);
     } else {
       for (int64_t i = at; i < s.numel && i < at + (a.rows - row) * a.channels; i += a.channels) {
-        sum_tile<T, B, LANES, 1, ORDERS, UPDATE>(a, inv_gap, coeffs, i, gate);
+        sum_tile<T, B, LANES, 1, COEFFS, UPDATE>(a, inv_gap, coeffs, i, gate);
       }
     }
   }

@@ -1,4 +1,24 @@
-// What is asked of a kernel, on the CPU and on CUDA alike: sizes in numbers, and raw addresses on its device.
+// What is asked of a kernel, on the CPU and on CUDA alike: sizes in elements, and raw addresses on its device.
+//
+// The legend of csrc/, for every file. What the ops compute is said in hicache_kernels/backends/reference.py.
+//
+//   K                 orders of a history, order + 1; `orders` is [K, numel], or [K, num_features, slot]
+//   n, numel          elements of a row, or of the base
+//   features          cached tensors of one shape in a history; `slot` elements apart (`feature_stride`)
+//   differences       old differences D_0 ... that exist and enter the cascade: `num_differences`, DIFFERENCES
+//   coefficients      the forecast's factors, one an order that exists: `num_coeffs`, COEFFS
+//   gate              factor on a feature: one a sample and channel
+//   inv_gap           1 / steps since the last full step
+//   base              the hidden state a gated sum begins with, [batch, rows, channels]
+//   top               the row of the inbox, K - 1: where a full step writes a new feature
+//   element           a number in a tensor
+//   lane              a number in a vector: of a SIMD register on the CPU, of a pack on CUDA; LANES of them
+//   pack              16 bytes of lanes, as they are stored: what a CUDA thread loads at once
+//   tile              a CUDA thread's work at a time: ROWS rows by one pack of channels
+//   T, B, A           dtype of the history, of base, gates and out, and of arithmetic
+//   high, low         precision: of arithmetic (float64 for float64, else fp32), and of storage. promote() goes up
+//                     and is exact, round_to() goes down and is the only rounding
+//   wide, any         accesses of 16 bytes; of one element, at any address
 #pragma once
 
 #include <cstdint>
@@ -20,9 +40,9 @@ constexpr dtype dtype_of<fp16> = dtype::f16;
 template <>
 constexpr dtype dtype_of<double> = dtype::f64;
 
-// One history seen as rows of numbers, `order_stride` numbers apart.
+// One history seen as rows of elements, `order_stride` elements apart.
 struct history {
-  void* orders;
+  void* orders;  // [K, ...]
   int64_t order_stride;
   int top;  // the row that received the new feature: K - 1
   dtype type;
@@ -43,22 +63,22 @@ HICACHE_INLINE A scalar(const scalars& from, int index) {
 struct cascade_args {
   history past;
   int64_t numel;
-  int read;         // old differences that exist; for a forecast, coefficients - 1
+  int num_differences;  // for a forecast, num_coeffs - 1
   scalars inv_gap;  // not for a forecast
-  scalars coeffs;   // forecast only: read + 1 of them
+  scalars coeffs;   // forecast only: num_differences + 1 of them
   void* out;        // forecast only
 };
 
 struct sum_args {
   history past;
-  int64_t term_stride;  // numbers between the slots of two terms
-  int64_t terms;
+  int64_t feature_stride;  // elements between the slots of two features
+  int64_t num_features;
   int64_t batch, rows, channels;  // base and out are [batch, rows, channels]
   dtype base_type;
   const void* base;
-  const void* gates;  // [terms, batch, channels] in base_type, or null for gates of one
+  const void* gates;  // [num_features, batch, channels] in base_type, or null for gates of one
   void* out;
-  int orders_used;  // coefficients there are
+  int num_coeffs;
   scalars coeffs;
   bool update;  // an update is pending: do it too
   scalars inv_gap;

@@ -90,7 +90,7 @@ class thread_pool {
   bool stop_ = false;
 };
 
-// Shares [0, count) out in pieces, multiples of `grain`, to as many threads as have `least` numbers each.
+// Shares [0, count) out in pieces, multiples of `grain`, to as many threads as have `least` elements each.
 template <class Body>
 void parallel_for(int64_t count, int64_t grain, int64_t least, int threads, Body body) {
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, count / least));

@@ -82,7 +82,7 @@ inline void store(bf16* to, vector_t<float> value) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
   const __m256i quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
   const __m256i out = _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), quiet, nan);
-  // packing works within 128 bits: the numbers end up in quarters 0 and 2
+  // packing works within 128 bits: the elements end up in quarters 0 and 2
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(out, out), 0b1000);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
 }
@@ -120,11 +120,11 @@ inline void store(fp16* to, vector_t<float> value) {
 #else
 inline vector_t<float> load(const fp16* from) {
   vector_t<float> out;
-  for (int i = 0; i < simd<float>::lanes; ++i) out[i] = widen(from[i]);
+  for (int i = 0; i < simd<float>::lanes; ++i) out[i] = promote(from[i]);
   return out;
 }
 inline void store(fp16* to, vector_t<float> value) {
-  for (int i = 0; i < simd<float>::lanes; ++i) narrow(value[i], to[i]);
+  for (int i = 0; i < simd<float>::lanes; ++i) round_to(value[i], to[i]);
 }
 #endif
 

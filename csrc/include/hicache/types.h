@@ -22,7 +22,7 @@ struct fp16 {
   uint16_t bits;
 };
 
-// What differences and forecasts are computed in: float64 for itself, fp32 for everything narrower.
+// High precision, which differences and forecasts are computed in: float64 for itself, fp32 for all others.
 template <class T>
 struct accumulate {
   using type = float;
@@ -46,15 +46,16 @@ HICACHE_INLINE float float_of(uint32_t bits) {
   return value;
 }
 
-HICACHE_INLINE float widen(float value) { return value; }
-HICACHE_INLINE double widen(double value) { return value; }
-HICACHE_INLINE float widen(bf16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+// Low precision to high, exactly.
+HICACHE_INLINE float promote(float value) { return value; }
+HICACHE_INLINE double promote(double value) { return value; }
+HICACHE_INLINE float promote(bf16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
 
-HICACHE_INLINE float widen(fp16 value) {
+HICACHE_INLINE float promote(fp16 value) {
 #if defined(__CUDA_ARCH__)
-  float wide;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
-  return wide;
+  float promoted;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(promoted) : "h"(value.bits));
+  return promoted;
 #else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
@@ -64,10 +65,11 @@ HICACHE_INLINE float widen(fp16 value) {
 #endif
 }
 
-HICACHE_INLINE void narrow(float value, float& out) { out = value; }
-HICACHE_INLINE void narrow(double value, double& out) { out = value; }
+// High precision to low, rounded once; not at all where `out` has the same.
+HICACHE_INLINE void round_to(float value, float& out) { out = value; }
+HICACHE_INLINE void round_to(double value, double& out) { out = value; }
 
-HICACHE_INLINE void narrow(float value, bf16& out) {  // round to nearest, ties to even
+HICACHE_INLINE void round_to(float value, bf16& out) {  // round to nearest, ties to even
 #if defined(__CUDA_ARCH__)
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
 #else
@@ -80,7 +82,7 @@ HICACHE_INLINE void narrow(float value, bf16& out) {  // round to nearest, ties 
 #endif
 }
 
-HICACHE_INLINE void narrow(float value, fp16& out) {  // round to nearest, ties to even
+HICACHE_INLINE void round_to(float value, fp16& out) {  // round to nearest, ties to even
 #if defined(__CUDA_ARCH__)
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
 #else
@@ -104,10 +106,10 @@ HICACHE_INLINE void narrow(float value, fp16& out) {  // round to nearest, ties 
 
 // Two neighbours in memory as one word, the first in its low half.
 template <class T>
-HICACHE_INLINE uint32_t narrow_pair(float first, float second) {
+HICACHE_INLINE uint32_t round_pair(float first, float second) {
   T low, high;
-  narrow(first, low);
-  narrow(second, high);
+  round_to(first, low);
+  round_to(second, high);
   return low.bits | static_cast<uint32_t>(high.bits) << 16;
 }
 
