@@ -99,9 +99,8 @@ def test_other_resolutions_have_graphs_of_their_own():
         assert handle.stats.graphs["transformer"].captures == 2 * first
 
 
-def test_the_least_recently_used_graph_goes(monkeypatch):
+def test_the_least_recently_used_graph_goes():
     pipe, arguments = pipelines.build("flux")
-    monkeypatch.setattr(hicache.graphs, "LIMIT", 2)
     with apply(pipe) as handle:
         graphs = handle._denoisers[0].graphs
         graphs._limit = 2
