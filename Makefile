@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make bench, each on a machine with only Python, gcc and make.
+# make demo | make test | make test-slow | make lint | make bench, each on a machine with only Python, gcc and make.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,13 +6,17 @@ BIN := $(VENV)/bin
 RESULTS := benchmarks/results
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cmake csrc/include/hicache/*.h)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-slow lint bench clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/hicache generate --out demo.png
 
+# two workers of one thread each; what times code (-m perf) and the slow rest (-m slow) is left out
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not perf'
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

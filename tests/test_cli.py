@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from PIL import Image
 
 from hicache import __version__
 from hicache.cli import main
+from tests.support.scripts import run_python, run_script
 
 
 def test_generate(tmp_path, capsys):
@@ -90,28 +89,14 @@ def test_info(capsys):
 
 
 def test_command_and_module():
-    done = subprocess.run(
-        [sys.executable, "-m", "hicache.cli", "--version"], capture_output=True, text=True, check=True
-    )
+    done = run_python("-m", "hicache.cli", "--version")
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"hicache {__version__}"
 
 
 def test_info_without_the_extension(tmp_path):
     """As on a machine that had no compiler: says why, and everything still works on torch."""
-    script = (
-        "import importlib, sys\n"
-        "class Missing:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'hicache_kernels._native':\n"
-        "            raise ModuleNotFoundError('No module named ' + name)\n"
-        "sys.meta_path.insert(0, Missing())\n"
-        "from hicache.cli import main\n"
-        "assert main(['info']) == 0\n"
-        f"out = {str(tmp_path / 'x.png')!r}\n"
-        "assert main(['generate', 'a red ring on blue', '--steps', '5', '--out', out]) == 0\n"
-        "assert main(['generate', 'a red ring on blue', '--backend', 'native', '--out', out]) == 2\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = run_script("cli_without_extension.py", tmp_path / "x.png")
     assert done.returncode == 0, done.stderr
     assert "native on cpu     not usable: the native extension is not built" in done.stdout
     assert "backend 'native' cannot run: the native extension is not built" in done.stderr

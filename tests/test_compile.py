@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import pytest
@@ -49,17 +49,33 @@ def build(name: str) -> tuple[Any, Callable[[Any], Tensor]]:
     return pipe, lambda pipe: pipelines.draw(pipe, arguments, STEPS)
 
 
-@pytest.mark.parametrize("granularity", ["module", "stack"])
+def _cases(quick: Collection[tuple[str, ...]], every: Iterable[tuple[str, ...]]) -> list[Any]:
+    """Every case in both granularities; all but those that are quick enough by default are slow."""
+    cases = [(*case, granularity) for case in every for granularity in ("module", "stack")]
+    assert set(quick) <= set(cases)
+    return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]
+
+
 @pytest.mark.parametrize(
-    ("name", "order"),
-    [
-        *(("flux", order) for order in ORDERS),
-        ("sd3", "before"),
-        ("wan", "after"),
-        ("dit", "in place"),
-        ("bundled", "before"),
-        ("bundled", "after"),
-    ],
+    ("name", "order", "granularity"),
+    _cases(
+        [
+            ("flux", "before", "module"),
+            ("flux", "before", "stack"),
+            ("sd3", "before", "module"),
+            ("wan", "after", "stack"),
+            ("dit", "in place", "module"),
+            ("bundled", "after", "module"),
+        ],
+        [
+            *(("flux", order) for order in ORDERS),
+            ("sd3", "before"),
+            ("wan", "after"),
+            ("dit", "in place"),
+            ("bundled", "before"),
+            ("bundled", "after"),
+        ],
+    ),
 )
 def test_two_graphs_for_all_steps_and_runs(name, granularity, order):
     pipe, draw = build(name)
@@ -87,8 +103,9 @@ def test_two_graphs_for_all_steps_and_runs(name, granularity, order):
     assert torch.equal(second, expected)
 
 
-@pytest.mark.parametrize("granularity", ["module", "stack"])
-@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize(
+    ("name", "granularity"), _cases([("flux", "stack"), ("wan", "module")], [("flux",), ("wan",)])
+)
 def test_blocks_compiled_one_by_one(name, granularity):
     pipe, draw = build(name)
     with hicache.fast.apply(pipe, CONFIG, granularity=granularity):
@@ -119,7 +136,7 @@ def test_two_contexts_share_the_graphs():
 
 
 def test_uncached_after_removal():
-    pipe, draw = build("flux")
+    pipe, draw = build("sd3")
     plain = draw(pipe)
     counter = CompileCounterWithBackend("aot_eager")
     pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)

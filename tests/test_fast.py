@@ -16,7 +16,7 @@ from hicache import HiCacheConfig, full_steps
 from hicache.adapters import registry
 from hicache.adapters.base import ModuleAdapter, ModuleOutput
 from tests.support import models, pipelines
-from tests.support.comparisons import snapshot
+from tests.support.comparisons import close, snapshot
 from tests.support.models import flux_call
 from tests.support.pipelines import denoisers
 from tests.support.runs import blocks_of
@@ -326,7 +326,7 @@ def test_controlnet_residuals_are_not_added_twice():
     )
 
 
-def test_offload_and_lora_come_and_go():
+def test_offload_comes_and_goes():
     pipe, arguments = pipelines.build("flux")
     plain = pipelines.draw(pipe, arguments)
     with hicache.fast.apply(pipe, HiCacheConfig(interval=1)):
@@ -334,6 +334,41 @@ def test_offload_and_lora_come_and_go():
             onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
         )
         assert torch.equal(pipelines.draw(pipe, arguments), plain)
+    assert torch.equal(pipelines.draw(pipe, arguments), plain)
+
+
+def test_lora_comes_and_goes():
+    """On gates, on features and inside them: put in, scaled and deleted while the cache is there."""
+    peft = pytest.importorskip("peft", reason="LoRA of diffusers models needs peft")
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=["norm1.linear", "proj_out", "to_q"], init_lora_weights=False
+    )
+    pipe, arguments = pipelines.build("flux")
+    plain = pipelines.draw(pipe, arguments)
+    with hicache.fast.apply(pipe, EVERY_THIRD):
+        cached = pipelines.draw(pipe, arguments)
+    twin, _ = pipelines.build("flux")
+    twin.transformer.add_adapter(config)
+    weights = twin.transformer.state_dict()  # drawn at random
+    adapted = pipelines.draw(twin, arguments)
+    assert not torch.allclose(adapted, plain, rtol=1e-2)
+
+    with hicache.fast.apply(pipe, HiCacheConfig(interval=1)):
+        pipe.transformer.add_adapter(config)
+        pipe.transformer.load_state_dict(weights)
+        assert torch.equal(pipelines.draw(pipe, arguments), adapted)
+        pipe.transformer.delete_adapters("default")
+        assert torch.equal(pipelines.draw(pipe, arguments), plain)
+    with hicache.fast.apply(twin, EVERY_THIRD):
+        expected = pipelines.draw(twin, arguments)
+    with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
+        pipelines.draw(pipe, arguments)
+        pipe.transformer.add_adapter(config)
+        pipe.transformer.load_state_dict(weights)
+        assert close(pipelines.draw(pipe, arguments), expected)
+        assert handle.stats.skipped_steps == 6
+        pipe.transformer.delete_adapters("default")
+        assert close(pipelines.draw(pipe, arguments), cached)
     assert torch.equal(pipelines.draw(pipe, arguments), plain)
 
 

@@ -402,7 +402,17 @@ def test_a_cached_model_holds_its_history_and_no_weights():
         assert history <= more < history + weights
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "qwen", "hunyuan", "cogvideox", "dit", "wan", "chroma"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flux",
+        "wan",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("sd3", "qwen", "hunyuan", "cogvideox", "dit", "chroma")
+        ),
+    ],
+)
 def test_weights_that_move_leave_no_memory_behind(name: str):
     """Offloading a cached model frees all of it: nothing holds on to a view of where a weight was."""
     model, run = recorded(name)

@@ -4,30 +4,25 @@ tries."""
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from benchmarks.demo import kernel_rows, pipeline_rows
-from benchmarks.kernels import time_op
-from benchmarks.machine import available_bytes, last_level_cache
-from benchmarks.problems import DTYPES, OPS, Op, Problem, Size, minimum_bytes
 from hicache_kernels import backend_status
+from tests.support.scripts import run_script
+from tests.support.timing import best_of
 
 pytestmark = pytest.mark.perf
 
 
-def best_of(measure: Callable[[], float], wanted: float, tries: int = 3) -> float:
-    best = 0.0
-    for _ in range(tries):
-        best = max(best, measure())
-        if best >= wanted:
-            break
-    return best
+@pytest.fixture(autouse=True)
+def _all_cores() -> Iterator[None]:
+    """Other tests take one."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -45,31 +40,6 @@ def test_native_update_forecast_is_three_times_the_eager_reference():
         return value
 
     assert best_of(ratio, 3.0) >= 3.0
-
-
-def past_the_cache(op: Op, terms: int, order: int, itemsize: int) -> Size:
-    """A size at which the op moves four times the last-level cache, or a sixth of a smaller memory."""
-    wanted = min(4 * last_level_cache(), available_bytes("cpu") // 6)
-    a_row = minimum_bytes(op, Size(terms, 1, 3072), order, itemsize)
-    return Size(terms, wanted // a_row, 3072)
-
-
-def measured(name: str, terms: int, dtype: str) -> tuple[float, float]:
-    """Share of a copy's bandwidth, and how often eager torch's time, with two threads."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
-    op = OPS[name]
-    problem = Problem(past_the_cache(op, terms, 2, DTYPES[dtype].itemsize), 2, DTYPES[dtype], "cpu")
-    native, eager = {"native": problem.call(op, "native")}, {"eager": problem.peers(op)["eager"]}
-
-    def share() -> float:
-        [row] = time_op("", problem, op, native, rounds=9, seconds=3.0)
-        return row.share_of_copy
-
-    def ratio() -> float:
-        row, _ = time_op("", problem, op, native | eager, rounds=3, seconds=3.0)
-        return row.over_eager
-
-    return best_of(share, 0.8), best_of(ratio, 4.0)
 
 
 @pytest.mark.usefixtures("_native")
@@ -90,10 +60,7 @@ def test_native_keeps_up_with_a_copy_and_outruns_eager(name, terms, dtype):
     In a process of its own: the demo tells malloc to keep what is freed, which spares eager torch the page
     faults of its temporaries, and is not how anybody finds it.
     """
-    here = Path(__file__).parent
-    script = f"import test_performance; print(*test_performance.measured({name!r}, {terms}, {dtype!r}))"
-    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    done = run_script("measure_op.py", name, str(terms), dtype)
     assert done.returncode == 0, done.stderr[-2000:]
     share, ratio = map(float, done.stdout.split()[-2:])
     assert share >= 0.8
