@@ -6,13 +6,16 @@ CMakeLists.txt and csrc/cuda.cmake.
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,21 +50,23 @@ def nvcc() -> str | None:
     return os.environ.get("CUDACXX") or shutil.which("nvcc", path=os.pathsep.join(paths))
 
 
-def build(arch: str | None) -> str:
+def build(arch: str | None, timeout: float = float("inf")) -> str:
     """Build and put the extension in place; how it was done.
 
     Args:
         arch: compute capability to compile for, such as ``"90"``; None builds for the CPU alone.
+        timeout: seconds, after which no more is tried.
 
     Raises:
-        BuildError: neither way worked.
+        BuildError: neither way worked in time.
     """
+    deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory(prefix="hicache-build-") as folder:
         build_dir = Path(folder)
         reasons = []
         for name, way in (("CMake", _with_cmake), ("the compilers alone", _by_hand)):
             try:
-                made = way(build_dir, arch)
+                made = way(build_dir, arch, deadline)
             except (BuildError, OSError, ImportError, subprocess.CalledProcessError) as error:
                 output = getattr(error, "stderr", None) or ""
                 reasons.append(f"{name}: {error} {output[-500:]}".strip())
@@ -75,13 +80,29 @@ def build(arch: str | None) -> str:
     raise BuildError("; ".join(reasons))
 
 
-def _run(command: Sequence[str | Path], **environment: str) -> None:
-    subprocess.run(
-        command, check=True, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}
+def _run(command: Sequence[str | Path], deadline: float, **environment: str) -> None:
+    """Run a command; at the deadline, kill it and every process it started."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        start_new_session=True,
     )
+    left = deadline - time.monotonic()
+    try:
+        output, errors = process.communicate(timeout=None if left == float("inf") else max(left, 0.1))
+    except subprocess.TimeoutExpired as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise BuildError(f"out of time: {Path(command[0]).name}") from error
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, [*map(str, command)], output, errors)
 
 
-def _with_cmake(build_dir: Path, arch: str | None) -> Path:
+def _with_cmake(build_dir: Path, arch: str | None, deadline: float) -> Path:
     import pybind11
 
     cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
@@ -92,9 +113,9 @@ def _with_cmake(build_dir: Path, arch: str | None) -> Path:
         [cmake, "-G", "Ninja", "-S", ROOT, "-B", build_dir, f"-DPython_EXECUTABLE={sys.executable}",
          f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",
          f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"],
-        **cuda,
+        deadline, **cuda,
     )  # fmt: skip
-    _run([cmake, "--build", build_dir])
+    _run([cmake, "--build", build_dir], deadline)
     [made] = build_dir.glob("_native*.so")
     return made
 
@@ -137,15 +158,15 @@ def compile_commands(build_dir: Path, arch: str | None) -> dict[str, list[str]]:
     }
 
 
-def _by_hand(build_dir: Path, arch: str | None) -> Path:
+def _by_hand(build_dir: Path, arch: str | None, deadline: float) -> Path:
     commands = compile_commands(build_dir, arch)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_run, commands.values()))
+        list(pool.map(functools.partial(_run, deadline=deadline), commands.values()))
     made = build_dir / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     if arch is None:
         [compiler] = {command[0] for command in commands.values()}
         link = [compiler, "-shared", "-pthread"]
     else:
         link = [str(nvcc()), "-shared", "-cudart", "static", "-Xcompiler", "-pthread"]
-    _run([*link, *commands, "-o", made])
+    _run([*link, *commands, "-o", made], deadline)
     return made

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,9 +43,9 @@ Plan = Iterator[tuple[str, str, str, Body]]
 
 def numbers(device: str, dtypes: Sequence[torch.dtype], orders: Sequence[int], sizes: Sequence[Size]) -> Plan:
     """Every op, order and dtype against float64, on outputs full of NaN."""
-    for dtype in dtypes:
-        for order in orders:
-            for size in sizes:
+    for order in orders:
+        for size in sizes:
+            for dtype in dtypes:
                 problem = Problem(size, order, dtype, device)
                 for op in ops_at(order):
                     for name in usable_backends(device, dtype, order + 1):
@@ -172,11 +173,28 @@ def one_launch(op: Op, device: str, backend: str) -> None:
         raise WrongResult(f"expected one launch, got {launched}")
 
 
-def plan(device: str, few: bool = False) -> Plan:
-    """All checks of a device as (kind, backend, what, body), what matters most first; ``few``: some."""
-    dtypes = [DTYPES[key] for key in ("bf16", "fp32")] if few else list(DTYPES.values())
-    sizes = CHECKED_SIZES[1:3] if few else CHECKED_SIZES
-    yield from numbers(device, dtypes, (2,), sizes)
+def core(device: str, few: bool = False) -> Plan:
+    """What must be right before anything is timed: bf16 and fp32 at order 2; ``few``: at fewer sizes."""
+    dtypes = [DTYPES[key] for key in ("bf16", "fp32")]
+    yield from numbers(device, dtypes, (2,), CHECKED_SIZES[1:3] if few else CHECKED_SIZES)
+    yield from layouts(device, dtypes)
+
+
+def others(device: str) -> Plan:
+    """All other dtypes and orders, rows far apart, and how many kernels an op is."""
+    dtypes = [DTYPES[key] for key in ("fp16", "fp64")]
+    for name in usable_backends(device, torch.bfloat16, 3):
+        yield "rows 2³¹ apart", name, "bf16", functools.partial(far, device, name)
+        for op in OPS.values():
+            if name != "reference":  # which is many operators
+                yield "one launch", name, op.name, functools.partial(one_launch, op, device, name)
+    yield from numbers(device, dtypes, (2,), CHECKED_SIZES)
+    yield from layouts(device, dtypes)
+    yield from numbers(device, list(DTYPES.values()), (1, 3, 0, 4), CHECKED_SIZES)
+
+
+def layouts(device: str, dtypes: Sequence[torch.dtype]) -> Plan:
+    """Rows that do not exist yet, addresses off any alignment, and replays of a graph."""
     for dtype in dtypes:
         for name in usable_backends(device, dtype, 5):
             for kind, check in (("NaN in rows to come", partial), ("unaligned", unaligned)):
@@ -184,32 +202,19 @@ def plan(device: str, few: bool = False) -> Plan:
             if device == "cuda" and name != "reference":
                 for op in ops_at(2):
                     yield "graph", name, f"{op.name} {dtype}", functools.partial(graphed, op, dtype, name)
-    if few:
-        return
-    for name in usable_backends(device, torch.bfloat16, 3):
-        yield "rows 2³¹ apart", name, "bf16", functools.partial(far, device, name)
-        for op in OPS.values():
-            if name != "reference":  # which is many operators
-                yield "one launch", name, op.name, functools.partial(one_launch, op, device, name)
-    yield from numbers(device, dtypes, (1, 3, 0, 4), sizes)
 
 
-def run(device: str, few: bool = False, deadline: float = float("inf")) -> tuple[list[Check], int]:
-    """Run the checks; outcomes, and how many were left out for want of time (``time.monotonic()``)."""
-    done: list[Check] = []
-    left_out = 0
+def run(plan: Plan, deadline: float = float("inf")) -> Iterator[Check]:
+    """Run the checks of a plan, one by one. What is not begun by the deadline stays in the plan."""
     torch.manual_seed(0)
-    for kind, backend, what, body in plan(device, few):
-        if time.monotonic() > deadline:
-            left_out += 1
-            continue
+    while time.monotonic() <= deadline and (planned := next(plan, None)) is not None:
+        kind, backend, what, body = planned
         try:
             body()
         except (WrongResult, RuntimeError, ValueError) as error:
-            done.append(Check(kind, backend, what, f"{type(error).__name__}: {error}"))
+            yield Check(kind, backend, what, f"{type(error).__name__}: {error}")
         else:
-            done.append(Check(kind, backend, what))
-    return done, left_out
+            yield Check(kind, backend, what)
 
 
 def main() -> None:
@@ -219,7 +224,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--few", action="store_true", help="a small subset")
     options = parser.parse_args()
-    checks, _ = run(options.device, options.few)
+    plan = core(options.device, options.few)
+    checks = list(run(plan if options.few else itertools.chain(plan, others(options.device))))
     failed = [check for check in checks if check.reason is not None]
     for check in failed:
         print(f"FAILED {check.kind}, {check.backend}, {check.what}: {check.reason}")

@@ -2,8 +2,9 @@
 
 Builds the native extension where it is missing, checks every op, dtype, order and backend on the card, times
 them beside a copy and beside eager torch, searches for the best Triton tiles, and writes a page about it:
-``summary.md``, ``kernels.csv``, ``tiles.json`` and ``checks.txt``. It needs the repository, torch, triton and
-pybind11, and nvcc for the CUDA C++ backend. Every stage watches the clock and says what it left out.
+``summary.md``, ``kernels.csv``, ``tiles.json`` and ``checks.txt``. What matters most comes first, the files are
+written as it goes, and every stage watches the clock and says what it left out. It needs the repository,
+torch, triton and pybind11, and nvcc for the CUDA C++ backend; it needs no network.
 ``--dry-run`` goes through the same stages on the CPU, at small sizes.
 
 ``--stage pipelines``, run after it, times whole denoising loops of true-size models instead:
@@ -26,9 +27,11 @@ import torch
 from benchmarks import build
 from benchmarks.machine import device_name, driver, slug, versions
 
+_MINUTES = {"kernels": 4.0, "pipelines": 7.5}
 
-def ensure_native(device: str) -> str:
-    """Build the extension unless it can run on the device; what came of it."""
+
+def ensure_native(device: str, timeout: float) -> str:
+    """Build the extension in so many seconds, unless it can run on the device; what came of it."""
     reason = build.status(device)
     if reason is None:
         return "the native extension was there"
@@ -39,7 +42,7 @@ def ensure_native(device: str) -> str:
         if build.nvcc() is None:
             return f"native CUDA left out: {reason}; no nvcc to build it with"
     try:
-        how = build.build(arch)
+        how = build.build(arch, timeout)
     except build.BuildError as error:
         return f"native left out: {reason}; and it could not be built: {error}"
     left = build.status(device)
@@ -98,54 +101,62 @@ def main() -> None:
     parser.add_argument(
         "--stage", choices=("kernels", "pipelines"), default="kernels", help="pipelines needs diffusers"
     )
-    parser.add_argument("--minutes", type=float, default=7.5, help="for everything")
+    parser.add_argument("--minutes", type=float, help=f"for everything; default: {_MINUTES}")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>")
     options = parser.parse_args()
     device = "cpu" if options.dry_run else options.device
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device; --dry-run goes through the stages on the CPU")
     started = time.monotonic()
+    minutes = options.minutes or _MINUTES[options.stage]
 
     def until(share: float) -> float:
         """The moment by which this share of the time is spent."""
-        moment: float = started + 60 * options.minutes * share
+        moment: float = started + 60 * minutes * share
         return moment
 
     begun = time.monotonic()
-    native = ensure_native(device)
-    spent = [("build", time.monotonic() - begun)]
+    native = ensure_native(device, 60 * minutes * 0.3)
+    built = time.monotonic() - begun
     print(native)
     # Only now: the kernels' package imports its extension once.
-    from benchmarks.gpu_report import Report
+    from benchmarks.gpu_report import FIRST, OTHERS, Report
 
     out = options.out or build.ROOT / "benchmarks" / "results" / slug(device_name(device))
     out.mkdir(parents=True, exist_ok=True)
     where = f"{device_name(device)}; driver {driver()}; {versions()}"
     print(where, flush=True)
     if options.stage == "pipelines":
-        if not time_pipelines(device, out, options.minutes - (time.monotonic() - started) / 60):
+        if not time_pipelines(device, out, minutes - (time.monotonic() - started) / 60):
             raise SystemExit(1)
         return
     report = Report(device, where, native, out)
-    stages: dict[str, Callable[[], None]] = {"checks": lambda: report.check(until(0.35))}
-    if device == "cuda":
-        stages["compute-sanitizer"] = lambda: report.sanitized(
-            sanitize(min(75.0, until(0.5) - time.monotonic()))
-        )
-    stages |= {
-        "times, order 2": lambda: report.measure((2,), until(0.7)),
-        "tiles": lambda: report.tune(until(0.88)),
-        "times, other orders": lambda: report.measure((1, 3, 0, 4), until(0.97)),
+    report.spent.append(("build", built))
+    # what matters most first; the build took its part of the first share
+    stages: dict[str, Callable[[], None]] = {
+        "checks": lambda: report.check(until(0.5)),
+        "times": lambda: report.measure(FIRST[device], (2,), until(0.72)),
+        "tiles": lambda: report.tune(until(0.84)),
+        "other checks": lambda: report.check(until(0.88), everything=True),
+        "times, other sizes": lambda: report.measure(OTHERS[device], (2,), until(0.92)),
+        "times, torch.compile": lambda: report.compiled(until(0.93)),
     }
+    if device == "cuda":
+        stages["compute-sanitizer"] = lambda: report.sanitized(sanitize(until(0.96) - time.monotonic()))
+    stages["times, other orders"] = lambda: report.measure(
+        (*FIRST[device], *OTHERS[device]), (1, 3, 0, 4), until(0.96)
+    )
     for name, stage in stages.items():
         begun = time.monotonic()
         try:
             stage()
         except Exception:  # what was found so far is worth more than a clean end
             report.broke_off(name, traceback.format_exc())
-        spent.append((name, time.monotonic() - begun))
-        print(f"== {name}: {spent[-1][1]:.1f} s", flush=True)
-    print(report.write(spent))
+        report.spent.append((name, time.monotonic() - begun))
+        report.write()
+        print(f"== {name}: {report.spent[-1][1]:.1f} s", flush=True)
+    report.write(finished=True)
+    print(report.short())
     if report.failed:
         raise SystemExit(1)
 

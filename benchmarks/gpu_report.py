@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,12 +16,16 @@ from hicache_kernels import backend_status
 from hicache_kernels.backends import triton
 from hicache_kernels.tiles import write_table
 
-_CUDA_SIZES = (
-    "FLUX 1024² module", "FLUX 1024² stack", "Wan-14B 720p stack", "Qwen-Image 1328² module", "1Ki", "demo",
-    "1Mi", "Qwen-Image 1328² stack", "76 small", "16Mi",
-)  # fmt: skip
+# by device: what a model is, timed first; then everything else
+FIRST = {"cuda": ("FLUX 1024² module", "FLUX 1024² stack", "Wan-14B 720p stack"), "cpu": ("demo",)}
+OTHERS = {
+    "cuda": (
+        "Qwen-Image 1328² module", "1Ki", "demo", "1Mi", "Qwen-Image 1328² stack", "76 small", "16Mi",
+    ),
+    "cpu": ("1Ki",),
+}  # fmt: skip
 _COMPILED = ("FLUX 1024² module", "FLUX 1024² stack")
-_DRY_SIZES = ("1Ki", "demo")
+_EVERY = 2.0  # seconds between two writings of the files
 _TUNE_SIZES = {"cuda": {1: Size(1, 16384, 3072), 76: SIZES["FLUX 1024² module"]}}
 _TUNE_SIZES["cpu"] = {1: Size(1, 16, 64), 4: Size(4, 16, 64)}
 
@@ -40,19 +46,29 @@ class Report:
         self.rows: list[kernels.Row] = []
         self.choices: list[tune.Choice] = []
         self.notes: list[str] = []
+        self.spent: list[tuple[str, float]] = []
+        self._plan = checks.core(device)
+        self._written = 0.0
 
     @property
     def failed(self) -> list[checks.Check]:
         """Checks that did not pass."""
         return [check for check in self.checks if check.reason is not None]
 
-    def check(self, deadline: float) -> None:
-        """Correctness, first of all: a backend that fails a check is not timed."""
-        self.checks, left_out = checks.run(self.device, deadline=deadline)
-        if left_out:
-            self.notes.append(f"{left_out} checks left out: out of time")
-        for check in self.failed:
-            print(f"FAILED {check.kind}, {check.backend}, {check.what}: {check.reason}", flush=True)
+    def check(self, deadline: float, everything: bool = False) -> None:
+        """Correctness: what every timing rests on, or ``everything`` that was not checked before.
+
+        A backend that fails a check is not timed.
+        """
+        if everything:
+            self._plan = itertools.chain(self._plan, checks.others(self.device))
+        for check in checks.run(self._plan, deadline):
+            self.checks.append(check)
+            if check.reason is not None:
+                print(f"FAILED {check.kind}, {check.backend}, {check.what}: {check.reason}", flush=True)
+            self.flush()
+        if everything and next(self._plan, None) is not None:
+            self.notes.append(f"checks stopped after {len(self.checks)}: out of time")
 
     def broke_off(self, stage: str, trace: str) -> None:
         """A stage ended in an error: that counts as a failed check, and the other stages go on."""
@@ -67,27 +83,46 @@ class Report:
         if outcome.startswith("FAILED"):
             self.checks.append(checks.Check("compute-sanitizer", "all", "memcheck", outcome))
 
-    def measure(self, orders: tuple[int, ...], deadline: float) -> None:
-        """Time every op at these orders, the sizes that matter most first."""
+    def measure(self, sizes: Sequence[str], orders: tuple[int, ...], deadline: float) -> None:
+        """Time every op at these sizes and orders, bf16 first."""
+        for dtype in ("bf16", "fp32"):
+            for name in sizes:
+                self._measure([name], [dtype], orders, list(OPS), deadline)
+
+    def compiled(self, deadline: float) -> None:
+        """Time ``torch.compile`` too, whose compilations take longer than everything else."""
+        if self.device == "cuda":
+            ops = list(kernels.COMPILED)
+            self._measure(_COMPILED, ["bf16"], (2,), ops, deadline, compiled=_COMPILED)
+
+    def _measure(
+        self,
+        sizes: Sequence[str],
+        dtypes: Sequence[str],
+        orders: Sequence[int],
+        ops: Sequence[str],
+        deadline: float,
+        compiled: Sequence[str] = (),
+    ) -> None:
         wrong = {check.backend for check in self.failed}
-        sizes = _CUDA_SIZES if self.device == "cuda" else _DRY_SIZES
-        for name in sizes:
-            blocks = kernels.measure(
-                self.device,
-                [name],
-                ["bf16", "fp32"],
-                orders,
-                list(OPS),
-                compiled=_COMPILED if self.device == "cuda" else (),
-                seconds=1.0,
-                deadline=deadline,
-                without=wrong,
-                left_out=self.notes,
-            )
-            for block in blocks:
-                self.rows += block
-                for row in block:
-                    print(kernels.line(row), flush=True)
+        blocks = kernels.measure(
+            self.device,
+            sizes,
+            dtypes,
+            orders,
+            ops,
+            compiled=compiled,
+            seconds=1.0,
+            deadline=deadline,
+            without={"native", "triton"} if compiled else wrong,
+            left_out=self.notes,
+        )
+        for block in blocks:
+            rows = [row for row in block if not compiled or row.backend == "compiled"]
+            self.rows += rows
+            for row in rows:
+                print(kernels.line(row), flush=True)
+            self.flush()
 
     def tune(self, deadline: float) -> None:
         """Look for tiles faster than the default ones."""
@@ -98,14 +133,20 @@ class Report:
             self.notes.append("tiles left out: triton failed a check")
             return
         candidates = (*tune.ROW_TILES[:1], *tune.GATED_TILES[:2]) if self.device == "cpu" else None
-        self.choices, left_out = tune.tune(
-            self.device, _TUNE_SIZES[self.device], deadline, candidates=candidates
-        )
-        if left_out:
-            self.notes.append(f"tiles of {left_out} problems left out: out of time")
+        for choice in tune.tune(self.device, _TUNE_SIZES[self.device], deadline, candidates=candidates):
+            self.choices.append(choice)
+            print(f"tile {choice.key}: {choice.tile}, {choice.GBps:.0f} GB/s", flush=True)
+            self.flush()
+        if time.monotonic() > deadline:
+            self.notes.append(f"tiles of all problems but {len(self.choices)} left out: out of time")
 
-    def write(self, spent: list[tuple[str, float]]) -> str:
-        """Write all files; the page, as Markdown."""
+    def flush(self) -> None:
+        """Write all files, unless that was done a moment ago: a run that is killed leaves what it found."""
+        if time.monotonic() - self._written > _EVERY:
+            self.write()
+
+    def write(self, finished: bool = False) -> None:
+        """Write all files."""
         kernels.write_csv(self.out / "kernels.csv", self.rows, self.device)
         write_table(self.out / "tiles.json", {choice.key: choice.tile for choice in self.choices})
         lines = [
@@ -113,12 +154,42 @@ class Report:
             + ("" if check.reason is None else f": {check.reason}")
             for check in self.checks
         ]
-        (self.out / "checks.txt").write_text("\n".join(lines) + "\n")
-        page = self._page(spent)
-        (self.out / "summary.md").write_text(page)
-        return page
+        (self.out / "checks.txt").write_text("\n".join([*lines, ""]))
+        (self.out / "summary.md").write_text(self._page(finished))
+        self._written = time.monotonic()
 
-    def _page(self, spent: list[tuple[str, float]]) -> str:
+    def short(self) -> str:
+        """A few lines for a terminal: checks, the first sizes at order 2, tiles, and what was left out."""
+        lines = [self.where, self.native]
+        lines += [
+            f"FAILED {c.kind}, {c.backend}, {c.what}: {(c.reason or '')[:200]}" for c in self.failed[:10]
+        ]
+        lines += [f"note: {note[:200]}" for note in self.notes[:10]]
+        if len(self.notes) > 10:
+            lines.append(f"note: {len(self.notes) - 10} more notes are in summary.md")
+        lines += [f"tile {c.key}: {c.GBps / c.default_GBps:.2f}x with {c.tile}" for c in self.choices]
+        problems: dict[tuple[str, ...], dict[str, kernels.Row]] = {}
+        for row in self.rows:
+            if row.order == 2 and row.size in FIRST[self.device]:
+                problems.setdefault((row.size, row.dtype, row.op), {})[row.backend] = row
+        names = ("native", "triton", "eager", "foreach", "compiled")
+        lines.append(f"{'order 2: ms (of a copy)':<55}" + "".join(f"{name:>17}" for name in names))
+        for problem, found in problems.items():
+            cells = [
+                f"{found[name].p50_ms:.4f} ({found[name].share_of_copy:.2f})" if name in found else "-"
+                for name in names
+            ]
+            lines.append(f"{' '.join(problem):<55}" + "".join(f"{cell:>17}" for cell in cells))
+        lines.append(
+            f"{len(self.checks) - len(self.failed)} of {len(self.checks)} checks passed; {self._spent}"
+        )
+        return "\n".join(lines)
+
+    @property
+    def _spent(self) -> str:
+        return ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.spent)
+
+    def _page(self, finished: bool) -> str:
         kinds = Counter((check.kind, check.backend, check.reason is None) for check in self.checks)
         parts = [
             "# Kernels on this machine",
@@ -162,10 +233,10 @@ class Report:
                     for c in self.choices
                 ],
             ),
+            "" if finished else "**Not finished**: this is what was found so far.",
             "## Left out, and time spent",
             "\n".join(f"- {note}" for note in self.notes) or "Nothing was left out.",
-            ", ".join(f"{name} {seconds:.0f} s" for name, seconds in spent)
-            + f"; written {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
+            f"{self._spent}; written {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
             + (f"; peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB"
                if self.device == "cuda" else "") + ".",
         ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -38,6 +39,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)", "", name.split(",")[0]).lower()).strip("-")
 
 
+@functools.cache
 def driver() -> str:
     """The NVIDIA driver's version, or ``none``."""
     tool = shutil.which("nvidia-smi")

@@ -40,15 +40,15 @@ def time_together(
         functions: what to time, by name.
         rounds: counted rounds.
         device: ``"cpu"`` or ``"cuda"``.
-        seconds: stop early after this long, but not before three counted rounds; a function one call of which
-            takes longer is counted once.
+        seconds: stop early when counted rounds took this long, but not before three of them; a function one
+            call of which takes longer is counted once.
         before: called before every call, not timed.
     """
     measure = _on_cuda() if device == "cuda" else _on_cpu
     values: dict[str, list[float]] = {name: [] for name in functions}
     slow: set[str] = set()
     shuffle = random.Random(0)
-    started = time.perf_counter()
+    started = 0.0
     for index in range(rounds + 1):
         for name in shuffle.sample(list(functions), len(functions)):
             if name in slow:
@@ -60,6 +60,8 @@ def time_together(
                 values[name].append(elapsed)
                 if elapsed > seconds > 0:
                     slow.add(name)
+        if index == 0:
+            started = time.perf_counter()
         if index >= 3 and time.perf_counter() - started > seconds:
             break
     timings = {}

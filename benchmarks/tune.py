@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +83,7 @@ def choose(
     device: str,
     sizes: Mapping[int, Size],
     candidates: Sequence[Tile] | None = None,
+    deadline: float = float("inf"),
 ) -> Choice:
     """Time every candidate that compiles and gives the right numbers.
 
@@ -91,6 +92,7 @@ def choose(
         terms: 1, or any other number for many.
         sizes: terms → the size to time at.
         candidates: tiles to try beside the default; the ones above when None.
+        deadline: of ``time.monotonic()``, past which no further candidate is compiled.
     """
     key = tile_key(op, order + 1, dtype.itemsize, terms)
     default = tiles.default(order + 1, dtype.itemsize)
@@ -98,8 +100,10 @@ def choose(
         candidates = GATED_TILES if op.gated else ROW_TILES
     small = Problem(Size(min(terms, 3), 37, 96, batch=2), order, dtype, device)
     problem = Problem(sizes[terms], order, dtype, device)
-    calls = {}
+    calls: dict[Tile, Call] = {}
     for tile in dict.fromkeys((default, *candidates)):
+        if calls and time.monotonic() > deadline:
+            break
         try:
             check = with_tile(small.call(op, "triton"), key, tile)
             check_op(small, op, "triton", check, rounding("triton", dtype))
@@ -128,17 +132,13 @@ def tune(
     orders: Sequence[int] = (2, 1),
     dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
     candidates: Sequence[Tile] | None = None,
-) -> tuple[list[Choice], int]:
-    """Choices, and how many were left out for want of time; ``sizes`` has 1 term and one other number."""
+) -> Iterator[Choice]:
+    """The choices that there is time for; ``sizes`` has 1 term and one other number."""
     [many] = set(sizes) - {1}
-    choices: list[Choice] = []
-    left_out = 0
     for order in orders:
         for dtype in dtypes:
             for name, terms in TUNED:
                 if time.monotonic() > deadline:
-                    left_out += 1
-                    continue
+                    return
                 count = 1 if terms == "1" else many
-                choices.append(choose(OPS[name], count, order, dtype, device, sizes, candidates))
-    return choices, left_out
+                yield choose(OPS[name], count, order, dtype, device, sizes, candidates, deadline)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import build
+from benchmarks import build, checks, gpu_report
 from benchmarks.gate import WrongResult, check_op, gate
 from benchmarks.problems import OPS, Problem, Size, flop, minimum_bytes, ops_at, usable_backends
 from benchmarks.timing import time_together
@@ -239,6 +239,9 @@ def test_gpu_command_dry_run(tmp_path):
     page = (tmp_path / "summary.md").read_text()
     passed, total = map(int, re.search(r"Correctness: (\d+) of (\d+) checks passed", page).groups())
     assert passed == total > 100
+    assert "Not finished" not in page
+    [short] = re.findall(r"^\d+ of \d+ checks passed; build", done.stdout, re.MULTILINE)
+    assert short == f"{total} of {total} checks passed; build"
     assert "| demo | update_forecast_ | eager |" in page
     lines = (tmp_path / "checks.txt").read_text().splitlines()
     assert len(lines) == total
@@ -294,6 +297,38 @@ def test_tiles_are_chosen_in_the_interpreter():
         "gated_sum_update_ K=3 bytes=4 terms=many 3 True",
         "forecast K=3 bytes=4 terms=1 3 True",
     ]
+
+
+def test_a_run_that_is_killed_leaves_what_it_found(tmp_path, monkeypatch):
+    """The files are written after every check and every timing, not only at the end."""
+    monkeypatch.setattr(gpu_report, "_EVERY", 0.0)
+    report = gpu_report.Report("cpu", "here", "native", tmp_path)
+    planned = checks.numbers("cpu", [torch.float32], (2,), [Size(1, 2, 8)])
+
+    def killed(plan, deadline):
+        yield from itertools.islice(checks.run(planned, deadline), 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_report.checks, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        report.check(float("inf"))
+    assert len((tmp_path / "checks.txt").read_text().splitlines()) == 3
+    assert "**Not finished**" in (tmp_path / "summary.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} >= {"kernels.csv", "tiles.json"}
+
+
+def test_checks_past_the_deadline_stay_in_the_plan():
+    planned = iter([("kind", "backend", str(index), lambda: None) for index in range(3)])
+    [first] = itertools.islice(checks.run(planned), 1)
+    assert list(checks.run(planned, deadline=0.0)) == []
+    assert [first.what, *(check.what for check in checks.run(planned))] == ["0", "1", "2"]
+
+
+def test_a_build_ends_when_its_time_is_over():
+    started = time.monotonic()
+    with pytest.raises(build.BuildError, match="out of time: sleep"):
+        build._run(["sleep", "60"], started + 0.2)
+    assert time.monotonic() - started < 30
 
 
 def test_building_by_hand_leaves_no_source_out(monkeypatch, tmp_path):
