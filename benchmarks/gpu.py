@@ -2,8 +2,8 @@
 
 Builds the native extension where it is missing, checks every op, dtype, order and backend on the card, times
 them beside a copy and beside eager torch, searches for the best Triton tiles, and writes a page about it:
-``summary.md``, ``kernels.csv``, ``tiles.json`` and ``checks.txt``. What matters most comes first, the files are
-written as it goes, and every stage watches the clock and says what it left out. It needs the repository,
+``summary.md``, ``kernels.csv``, ``tiles.json`` and ``checks.txt``. What matters most comes first, the files
+are written as it goes, and every stage watches the clock and says what it left out. It needs the repository,
 torch, triton and pybind11, and nvcc for the CUDA C++ backend; it needs no network.
 ``--dry-run`` goes through the same stages on the CPU, at small sizes.
 

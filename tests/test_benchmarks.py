@@ -305,8 +305,10 @@ def test_a_run_that_is_killed_leaves_what_it_found(tmp_path, monkeypatch):
     report = gpu_report.Report("cpu", "here", "native", tmp_path)
     planned = checks.numbers("cpu", [torch.float32], (2,), [Size(1, 2, 8)])
 
+    run = checks.run
+
     def killed(plan, deadline):
-        yield from itertools.islice(checks.run(planned, deadline), 3)
+        yield from itertools.islice(run(planned, deadline), 3)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(gpu_report.checks, "run", killed)
