@@ -13,20 +13,10 @@ from torch import Tensor, nn
 
 import hicache.engine
 import hicache.fast
-from benchmarks import capture_safety
-from benchmarks.capture_safety import (
-    CONFIG,
-    FULL,
-    MODELS,
-    SKIPPED,
-    STEPS,
-    TESTS,
-    Survey,
-    builders,
-    page,
-    survey,
-)
-from benchmarks.pretend import DEVICE, PretendGpu, PretendTensor, move, to_gpu
+from benchmarks.capture_safety.emulated_gpu import DEVICE, EmulatedGpu, EmulatedTensor, move, to_gpu
+from benchmarks.capture_safety.models import MODELS, TESTS, CountingScheduler, builders
+from benchmarks.capture_safety.page import page
+from benchmarks.capture_safety.survey import CONFIG, FULL, SKIPPED, STEPS, Survey, survey
 from hicache.offences import AFTER, BEFORE, COPY, INSIDE, SHAPE, SYNC, Offence, Offences, offences
 
 PAGE = TESTS.parent / "docs" / "capture-safety.md"
@@ -200,8 +190,8 @@ HARMLESS: dict[str, Operation] = {
 
 
 def _found(operation: Operation) -> list[Offence]:
-    with PretendGpu():
-        return offences(lambda: operation(PretendTensor(torch.randn(2, 3))))
+    with EmulatedGpu():
+        return offences(lambda: operation(EmulatedTensor(torch.randn(2, 3))))
 
 
 @pytest.mark.parametrize("name", OFFENCES)
@@ -235,8 +225,8 @@ def test_places():
 
     model = Model()
     hooks = [(len(b._forward_pre_hooks), len(b._forward_hooks)) for b in model.blocks]
-    with PretendGpu():
-        found = offences(lambda: model(PretendTensor(torch.ones(2))), model.blocks)
+    with EmulatedGpu():
+        found = offences(lambda: model(EmulatedTensor(torch.ones(2))), model.blocks)
     assert [(o.kind, o.function, o.place) for o in found] == [
         (COPY, "Model.forward", BEFORE),
         (SYNC, "Block.forward", INSIDE),
@@ -253,10 +243,10 @@ def test_a_block_that_raises_is_left():
             raise ZeroDivisionError
 
     block = Block()
-    with PretendGpu(), Offences([block]) as mode:
+    with EmulatedGpu(), Offences([block]) as mode:
         with pytest.raises(ZeroDivisionError):
             block(torch.ones(1))
-        PretendTensor(torch.ones(1)).cpu()
+        EmulatedTensor(torch.ones(1)).cpu()
     assert [offence.place for offence in mode.found] == [AFTER]
 
 
@@ -270,7 +260,7 @@ def test_it_computes_what_the_host_does(name: str):
     build = {**zoo.ZOO, **zoo.PIPED}[name]
 
     def run(prepare: Callable[[Any], Any], model: nn.Module) -> list[Tensor]:
-        scheduler = capture_safety._Steps()
+        scheduler = CountingScheduler()
         said = []
         handle = hicache.fast.apply(model, CONFIG, scheduler=scheduler, granularity="stack")
         with torch.no_grad(), handle:
@@ -285,7 +275,7 @@ def test_it_computes_what_the_host_does(name: str):
 
     model, call = build()
     expected = run(lambda arguments: arguments, model)
-    with PretendGpu():
+    with EmulatedGpu():
         move(model)
         given = run(to_gpu, model)
         assert {output.device for output in given} == {DEVICE}
@@ -295,5 +285,5 @@ def test_it_computes_what_the_host_does(name: str):
 
 
 def test_without_it_its_tensors_are_of_no_use():
-    with pytest.raises(RuntimeError, match="expected PretendGpu to be entered"):
-        PretendTensor(torch.ones(2)) + 1
+    with pytest.raises(RuntimeError, match="expected EmulatedGpu to be entered"):
+        EmulatedTensor(torch.ones(2)) + 1

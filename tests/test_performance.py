@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.common.machine import available_bytes, last_level_cache
 from benchmarks.demo import kernel_rows, pipeline_rows
-from benchmarks.kernels import time_op
-from benchmarks.machine import available_bytes, last_level_cache
-from benchmarks.problems import DTYPES, OPS, Op, Problem, Size, minimum_bytes
+from benchmarks.kernels.measure import time_op
+from benchmarks.kernels.problems import DTYPES, OPS, Op, Problem, Size, minimum_bytes
 from hicache_kernels import backend_status
 
 pytestmark = pytest.mark.perf

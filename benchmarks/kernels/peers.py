@@ -127,8 +127,8 @@ def whole_update_forecast(orders: Tensor, gap: float, weights: Sequence[float], 
 def whole_gated_sum(
     base: Tensor, orders: Tensor, gates: Tensor | None, weights: Sequence[float], gap: float | None
 ) -> Tensor:
-    """``gated_sum`` of ``orders [K, terms, batch, tokens, channels]`` with gates
-    ``[terms, batch, 1, channels]``."""
+    """``gated_sum`` of ``orders [K, features, batch, tokens, channels]`` with gates
+    ``[features, batch, 1, channels]``."""
     differences = list(orders.unbind())
     if gap is not None:
         differences = _cascade(differences, gap)
