@@ -151,7 +151,7 @@ class Bench:
 
     def module_fits(self) -> bool:
         """Say whether the history by module fits beside the activations, a graph's included."""
-        self.free()
+        release(self.device)
         plan = hicache.fast.plan(
             self.transformer,
             self.config,
@@ -160,12 +160,6 @@ class Bench:
             dtype=DTYPES[self.device],
         )
         return plan.history_bytes + 2 * self.activations <= 0.9 * available_bytes(self.device)
-
-    def free(self) -> None:
-        """Release memory that nobody uses."""
-        gc.collect()
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
 
     def reset_peak(self) -> None:
         """Count the bytes allocated at most from here on."""
@@ -194,6 +188,13 @@ def compiled_blocks(transformer: Any) -> Iterator[None]:
     finally:
         for block in blocks:
             block._compiled_call_impl = None  # what compile() set
+
+
+def release(device: str) -> None:
+    """Give a GPU's memory back that nobody uses; a CPU has enough for small models."""
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def median(values: Sequence[float]) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
 import traceback
@@ -15,7 +14,7 @@ from torch import Tensor
 
 import hicache.fast
 from benchmarks.kernels.parity import WrongResult
-from benchmarks.pipelines.bench import DTYPES, PARITY_STEPS, Bench, Variant, compiled_blocks, median
+from benchmarks.pipelines.bench import DTYPES, PARITY_STEPS, Bench, Variant, compiled_blocks, median, release
 from benchmarks.pipelines.models import MODELS
 from benchmarks.pipelines.rows import Row
 from hicache import HiCacheConfig
@@ -182,7 +181,7 @@ def measure_model(bench: Bench, compiled: bool, rounds: int, notes: Notes) -> di
             except Exception as error:  # what else was found is worth more than a clean end
                 notes.fail(f"{name}, {variant}", error)
                 dropped.add(variant)
-            bench.free()
+            release(bench.device)
     return {variant: found for variant, found in taken.items() if variant not in dropped}
 
 
@@ -226,9 +225,7 @@ def measure(
             notes.fail(model.name, error)
         if compiled:
             torch.compiler.reset()  # or the next model's blocks count as other shapes of this one's
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        release(device)
 
 
 def rows_of(bench: Bench, taken: dict[Variant, Measured]) -> list[Row]:
