@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import command
-from benchmarks.common.timing import Call
+from benchmarks.common.timing import Call, capture
 from benchmarks.kernels.parity import WrongResult, assert_no_worse, check_op, rounding
 from benchmarks.kernels.problems import DTYPES, OPS, Op, Problem, Size, ops_at, usable_backends
 from benchmarks.launches import count
@@ -124,14 +124,7 @@ def graphed(op: Op, dtype: torch.dtype, backend: str) -> None:
     """Capture once and replay with other features, weights and gaps: the bits are those of a plain call."""
     problem = Problem(Size(4, 33, 96, batch=2), 2, dtype, "cuda")
     call = problem.call(op, backend)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    graph = capture(call)
     for replay in range(1, 4):
         problem.orders.normal_()
         problem.base.normal_()

@@ -59,6 +59,11 @@ class Op:
     sums: bool = False  # ends in a hidden state, not in a row of forecasts
     gated: bool = False
 
+    @property
+    def form(self) -> str:
+        """The public op's name, without the way it is used."""
+        return self.name.split(",")[0]
+
 
 OPS = {
     op.name: op
@@ -159,32 +164,21 @@ class Problem:
             backend=backend,
         )
 
+    def _arguments(
+        self, op: Op, orders: Tensor, base: Tensor, gates: Tensor, row: Tensor
+    ) -> tuple[object, ...]:
+        """What an eager form of the op takes."""
+        rows = [self.history.split(one) for one in orders]
+        if op.sums:
+            listed = list(gates[:, :, None]) if op.gated else None  # [batch, 1, channels] each
+            return base, rows, listed, self.weights, GAP if op.updates else None
+        gap = (GAP,) if op.updates else ()
+        return rows, *gap, *((self.weights, self.history.split(row)) if op.forecasts else ())
+
     def peers(self, op: Op) -> dict[str, Call]:
         """Return the calls in eager torch and in torch's operators over lists; sums return their result."""
-        rows = [self.history.split(row) for row in self.orders]
-        if op.sums:
-            gates = list(self.gates[:, :, None]) if op.gated else None  # [batch, 1, channels] each
-            gap = GAP if op.updates else None
-            arguments = (self.base, rows, gates, self.weights, gap)
-            return {
-                "eager": functools.partial(peers.eager_gated_sum, *arguments),
-                "foreach": functools.partial(peers.foreach_gated_sum, *arguments),
-            }
-        if not op.forecasts:
-            return {
-                "eager": functools.partial(peers.eager_update, rows, GAP),
-                "foreach": functools.partial(peers.foreach_update, rows, GAP),
-            }
-        out = self.history.split(self.row)
-        if not op.updates:
-            return {
-                "eager": functools.partial(peers.eager_forecast, rows, self.weights, out),
-                "foreach": functools.partial(peers.foreach_forecast, rows, self.weights, out),
-            }
-        return {
-            "eager": functools.partial(peers.eager_update_forecast, rows, GAP, self.weights, out),
-            "foreach": functools.partial(peers.foreach_update_forecast, rows, GAP, self.weights, out),
-        }
+        arguments = self._arguments(op, self.orders, self.base, self.gates, self.row)
+        return {name: functools.partial(forms[op.form], *arguments) for name, forms in peers.FORMS.items()}
 
     def compiled(self, op: Op) -> dict[str, Call]:
         """Return ``torch.compile`` of the eager form over all features at once, for the two fused ops."""
@@ -205,21 +199,12 @@ class Problem:
     def eagerly(self, op: Op, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """Return ``(orders, result)`` after the op in a dtype; the problem is not changed."""
         orders = self.orders.to(dtype, copy=True)
-        rows = [self.history.split(row) for row in orders]
+        row = torch.empty_like(orders[0])
+        arguments = self._arguments(op, orders, self.base.to(dtype), self.gates.to(dtype), row)
+        summed = peers.FORMS["eager"][op.form](*arguments)
         if op.sums:
-            gates = list(self.gates.to(dtype)[:, :, None]) if op.gated else None
-            gap = GAP if op.updates else None
-            hidden = peers.eager_gated_sum(self.base.to(dtype), rows, gates, self.weights, gap)
-            return orders, hidden
-        out = torch.empty_like(orders[0])
-        if not op.forecasts:
-            peers.eager_update(rows, GAP)
-            return orders, None
-        if op.updates:
-            peers.eager_update_forecast(rows, GAP, self.weights, self.history.split(out))
-        else:
-            peers.eager_forecast(rows, self.weights, self.history.split(out))
-        return orders, self.unpadded(out)
+            return orders, summed
+        return orders, self.unpadded(row) if op.forecasts else None
 
     def unpadded(self, rows: Tensor) -> Tensor:
         """Return rows ``[..., numel]`` without the padding between slots, ``[..., features * numel]``."""

@@ -52,10 +52,9 @@ class Choice:
 
 def tile_key(op: Op, orders: int, itemsize: int, features: int) -> str:
     """Return the key by which the Triton backend looks an op up."""
-    name = op.name.split(",")[0]
     if op.sums:
-        return tiles.key("gated_sum_update_" if op.updates else name, orders, itemsize, features)
-    return tiles.key(name, orders, itemsize, 1)
+        return tiles.key("gated_sum_update_" if op.updates else op.form, orders, itemsize, features)
+    return tiles.key(op.form, orders, itemsize, 1)
 
 
 def with_tile(call: Call, key: str, tile: Tile) -> Call:
