@@ -1,4 +1,4 @@
-"""Correctness on the device at hand, beyond the gate: odd addresses, far rows, graphs, launches.
+"""Correctness on the device at hand, beyond parity: odd addresses, far rows, graphs, launches.
 
 ``python -m benchmarks.checks --device cuda`` runs them all; with ``--few`` a small subset, for running under
 compute-sanitizer. Every check is one op on one backend; a failed one is reported and the others go on.
@@ -6,7 +6,6 @@ compute-sanitizer. Every check is one op on one backend; a failed one is reporte
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import tempfile
@@ -17,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.gate import WrongResult, assert_no_worse, check_op, rounding
+from benchmarks.common import command
+from benchmarks.common.timing import Call, capture
+from benchmarks.kernels.parity import WrongResult, assert_no_worse, check_op, rounding
+from benchmarks.kernels.problems import DTYPES, OPS, Op, Problem, Size, ops_at, usable_backends
 from benchmarks.launches import count
-from benchmarks.problems import DTYPES, OPS, Op, Problem, Size, ops_at, usable_backends
-from benchmarks.timing import Call
 from hicache_kernels import gated_sum, update_, update_forecast_
 
 # aligned throughout; less than a vector; rows no power of two divides; more than a tile
@@ -42,14 +42,14 @@ Plan = Iterator[tuple[str, str, str, Body]]
 
 
 def numbers(device: str, dtypes: Sequence[torch.dtype], orders: Sequence[int], sizes: Sequence[Size]) -> Plan:
-    """Every op, order and dtype against float64, on outputs full of NaN."""
+    """Compare every op, order and dtype with float64, on outputs full of NaN."""
     for order in orders:
         for size in sizes:
             for dtype in dtypes:
                 problem = Problem(size, order, dtype, device)
                 for op in ops_at(order):
                     for name in usable_backends(device, dtype, order + 1):
-                        # over a few numbers eager torch, the measure, may be lucky: a rounding an order more
+                        # over a few elements eager torch, the measure, may be lucky: a rounding an order more
                         ulps = rounding(name, dtype) * (1 + order)
                         body = functools.partial(check_op, problem, op, name, problem.call(op, name), ulps)
                         yield "float64", name, f"{op.name} {dtype} O={order} {size}", body
@@ -61,7 +61,7 @@ def _same(what: str, ours: Tensor, expected: Tensor) -> None:
 
 
 def partial(device: str, dtype: torch.dtype, backend: str) -> None:
-    """Rows of differences that do not exist yet are NaN, and nothing reads or writes them."""
+    """Fill rows of differences that do not exist yet with NaN: nothing may read or write them."""
     orders = torch.full((5, 1003), float("nan"), dtype=dtype, device=device)
     orders[[0, 4]] = torch.randn(2, 1003, device=device).to(dtype)
     whole = orders[[0, 4]].clone()
@@ -78,7 +78,7 @@ def partial(device: str, dtype: torch.dtype, backend: str) -> None:
 
 
 def unaligned(device: str, dtype: torch.dtype, backend: str) -> None:
-    """Rows one number off any alignment give the bits of aligned ones."""
+    """Compare rows one element off any alignment with aligned ones: the bits are the same."""
     numel = 2 * 17 * 33
     memory = torch.randn(3 * (numel + 3) + 1, device=device).to(dtype)
     odd = memory[1:].as_strided((3, numel), (numel + 3, 1))
@@ -98,7 +98,7 @@ def unaligned(device: str, dtype: torch.dtype, backend: str) -> None:
 
 
 def far(device: str, backend: str) -> None:
-    """Rows further apart than 2³¹ numbers; on the CPU in a file with holes."""
+    """Use rows further apart than 2³¹ elements; on the CPU in a file with holes."""
     apart, numel = 2**31 + 64, 4099
     size = 2 * apart + numel
     with tempfile.NamedTemporaryFile() as file:
@@ -121,17 +121,10 @@ def far(device: str, backend: str) -> None:
 
 
 def graphed(op: Op, dtype: torch.dtype, backend: str) -> None:
-    """Captured once, replayed with other features, weights and gaps: the bits of a plain call."""
+    """Capture once and replay with other features, weights and gaps: the bits are those of a plain call."""
     problem = Problem(Size(4, 33, 96, batch=2), 2, dtype, "cuda")
     call = problem.call(op, backend)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    graph = capture(call)
     for replay in range(1, 4):
         problem.orders.normal_()
         problem.base.normal_()
@@ -152,7 +145,7 @@ def graphed(op: Op, dtype: torch.dtype, backend: str) -> None:
 
 
 def kernels_launched(call: Call) -> list[str]:
-    """Names of the kernels one call runs on the GPU, as the profiler sees them; copies and fills count."""
+    """Name the kernels that one call runs on the GPU, as the profiler sees them; copies and fills count."""
     from torch.profiler import ProfilerActivity, profile
 
     call()
@@ -165,7 +158,7 @@ def kernels_launched(call: Call) -> list[str]:
 
 
 def one_launch(op: Op, device: str, backend: str) -> None:
-    """Many features, one launch; on the CPU, one operator."""
+    """Count the launches for many features: one; on the CPU, one operator."""
     problem = Problem(Size(76, 3, 64), 2, torch.float32, device)
     call = problem.call(op, backend)
     launched = kernels_launched(call) if device == "cuda" else list(count(call).elements())
@@ -174,14 +167,14 @@ def one_launch(op: Op, device: str, backend: str) -> None:
 
 
 def core(device: str, few: bool = False) -> Plan:
-    """What must be right before anything is timed: bf16 and fp32 at order 2; ``few``: at fewer sizes."""
+    """Plan what must be right before anything is timed: bf16 and fp32 at order 2; ``few``: at fewer sizes."""
     dtypes = [DTYPES[key] for key in ("bf16", "fp32")]
     yield from numbers(device, dtypes, (2,), CHECKED_SIZES[1:3] if few else CHECKED_SIZES)
     yield from layouts(device, dtypes)
 
 
 def others(device: str) -> Plan:
-    """All other dtypes and orders, rows far apart, and how many kernels an op is."""
+    """Plan all other dtypes and orders, rows far apart, and how many kernels an op is."""
     dtypes = [DTYPES[key] for key in ("fp16", "fp64")]
     for name in usable_backends(device, torch.bfloat16, 3):
         yield "rows 2³¹ apart", name, "bf16", functools.partial(far, device, name)
@@ -194,7 +187,7 @@ def others(device: str) -> Plan:
 
 
 def layouts(device: str, dtypes: Sequence[torch.dtype]) -> Plan:
-    """Rows that do not exist yet, addresses off any alignment, and replays of a graph."""
+    """Plan rows that do not exist yet, addresses off any alignment, and replays of a graph."""
     for dtype in dtypes:
         for name in usable_backends(device, dtype, 5):
             for kind, check in (("NaN in rows to come", partial), ("unaligned", unaligned)):
@@ -218,9 +211,7 @@ def run(plan: Plan, deadline: float = float("inf")) -> Iterator[Check]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__, csv=False)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--few", action="store_true", help="a small subset")
     options = parser.parse_args()

@@ -9,17 +9,14 @@ Prints both and writes a CSV with the machine and the versions.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import functools
-import sys
-from pathlib import Path
 
 import torch
 
 import hicache.demo
-from benchmarks.machine import device_name, versions
-from benchmarks.timing import time_together
+from benchmarks.common import command, tables
+from benchmarks.common.machine import device_name, versions
+from benchmarks.common.timing import time_together
 from hicache import HiCacheConfig
 from hicache.cli import PROMPTS
 from hicache.demo.compare import compare
@@ -30,7 +27,7 @@ ORDER = 2
 
 
 def kernel_rows() -> list[tuple[str, float, str]]:
-    """Time ``update_forecast_`` on both backends; raises if they differ in a bit."""
+    """Time ``update_forecast_`` on both backends, after a parity check: they must not differ in a bit."""
     history = History([(NUMEL,)], ORDER, torch.bfloat16)
     history.orders.copy_(torch.randn(history.orders.shape, generator=torch.Generator().manual_seed(0)))
     inv_gap, coeffs = torch.tensor(1 / 7), torch.tensor([1.0, 0.5, -0.125])
@@ -80,22 +77,18 @@ def pipeline_rows(repeats: int) -> list[tuple[str, float, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="runs of each kind; medians count")
-    parser.add_argument("--csv", type=Path, help="also write the rows here")
     options = parser.parse_args()
     rows = kernel_rows() + pipeline_rows(options.repeats)
     for name, value, unit in rows:
         print(f"{name:<40} {value:10.3f} {unit}")
-    if options.csv:
-        where = device_name("cpu")
-        with options.csv.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["measure", "value", "unit", "device", "versions"])
-            writer.writerows([name, f"{value:.4g}", unit, where, versions()] for name, value, unit in rows)
-        print(f"saved {options.csv}", file=sys.stderr)
+    where = (device_name("cpu"), versions())
+    tables.save_csv(
+        options.csv,
+        ["measure", "value", "unit", "device", "versions"],
+        [(name, f"{value:.4g}", unit, *where) for name, value, unit in rows],
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a skipped step launches, counted: ours, eager torch and ``torch._foreach_*``, by number of features.
+"""Counts what a skipped step launches: ours, eager torch and ``torch._foreach_*``, by number of features.
 
 ``python -m benchmarks.launches --csv benchmarks/results/launches.csv``
 
@@ -8,32 +8,22 @@ one kernel on a GPU, views are none. An operator over a list of tensors counts o
 
 from __future__ import annotations
 
-import argparse
-import csv
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.problems import OPS, Problem, Size
-from benchmarks.timing import Call
+from benchmarks.common import command, tables
+from benchmarks.common.timing import Call
+from benchmarks.kernels.problems import OPS, Problem, Size
 
 FEATURES = (1, 2, 4, 8, 16, 32, 76, 120)
 # operators that only make memory, or another view of it
 _FREE = {
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "detach",
-    "alias",
-    "lift_fresh",
-}
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh",
+}  # fmt: skip
 
 
 class OperatorCounter(TorchDispatchMode):
@@ -53,7 +43,7 @@ class OperatorCounter(TorchDispatchMode):
 
 
 def count(call: Call) -> Counter[str]:
-    """Operators that compute in one call."""
+    """Count the operators that compute in one call, by name."""
     counter = OperatorCounter()
     with counter:
         call()
@@ -61,33 +51,24 @@ def count(call: Call) -> Counter[str]:
 
 
 def table(features: Sequence[int] = FEATURES, order: int = 2) -> list[tuple[str, int, str, int]]:
-    """Rows ``(op, features, contestant, operators)`` of the two forms of a skipped step."""
+    """Return rows ``(op, features, contestant, operators)`` of the forms of a skipped step."""
     rows = []
     for name in ("update_forecast_", "gated_sum", "gated_sum, update"):
         op = OPS[name]
-        for terms in features:
-            problem = Problem(Size(terms, 2, 64), order, torch.float32, "cpu")
+        for number in features:
+            problem = Problem(Size(number, 2, 64), order, torch.float32, "cpu")
             calls = {"ours": problem.call(op, "auto"), **problem.peers(op)}
-            rows += [(name, terms, key, count(call).total()) for key, call in calls.items()]
+            rows += [(name, number, key, count(call).total()) for key, call in calls.items()]
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--csv", type=Path, help="also write the rows here")
+    parser = command.parser(__doc__)
     options = parser.parse_args()
     rows = table()
-    for op, terms, contestant, operators in rows:
-        print(f"{op:<20} {terms:>4} features {contestant:<8} {operators:>6} operators")
-    if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["op", "features", "contestant", "operators"])
-            writer.writerows(rows)
-        print(f"saved {options.csv}", file=sys.stderr)
+    for op, features, contestant, operators in rows:
+        print(f"{op:<20} {features:>4} features {contestant:<8} {operators:>6} operators")
+    tables.save_csv(options.csv, ["op", "features", "contestant", "operators"], rows)
 
 
 if __name__ == "__main__":

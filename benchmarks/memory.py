@@ -6,34 +6,16 @@ tests/test_plan.py holds it against what runs allocate. Prints a Markdown table 
 
 from __future__ import annotations
 
-import argparse
-import csv
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 
 import hicache.fast
+from benchmarks.common import command, tables
+from benchmarks.pipelines.models import HD, PICTURE, SD35_LARGE, SD35_MEDIUM
 from hicache import HiCacheConfig
 
-PICTURE = {"height": 1024, "width": 1024}
-HD = {"height": 720, "width": 1280}
-SD35_MEDIUM = {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
-SD35_LARGE = {
-    "num_layers": 38,
-    "num_attention_heads": 38,
-    "caption_projection_dim": 2432,
-    "pos_embed_max_size": 192,
-    "qk_norm": "rms_norm",
-}
 # name → (class, what differs from its defaults, what is drawn)
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "FLUX.1-dev, 1024²": ("FluxTransformer2DModel", {"guidance_embeds": True}, PICTURE),
@@ -45,8 +27,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+HEADER = ("model", "calls", "features", "module bytes", "stack bytes", "auto")
+
+
 def rows(order: int) -> list[tuple[str, int, int, int, int, str]]:
-    """Name, calls a step, terms, bytes by module and by stack, and what ``"auto"`` takes."""
+    """Return a row of :data:`HEADER` for every model: ``"auto"`` is the granularity that it takes."""
     found = []
     for name, (model, changes, drawn) in MODELS.items():
         with torch.device("meta"):
@@ -58,24 +43,17 @@ def rows(order: int) -> list[tuple[str, int, int, int, int, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("--order", type=int, default=2, choices=range(5))
-    parser.add_argument("--csv", type=Path, help="also write the rows here")
     options = parser.parse_args()
     found = rows(options.order)
-    print("| model, bf16 | calls a step | terms | module | stack | `auto` takes |")
-    print("|---|---|---|---|---|---|")
-    for name, calls, terms, module, stack, granularity in found:
-        print(
-            f"| {name} | {calls} | {terms} | {module / 1e9:.2f} GB | {stack / 1e6:.0f} MB | {granularity} |"
-        )
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["model", "calls", "terms", "module bytes", "stack bytes", "auto"])
-            writer.writerows(found)
+    header = ["model, bf16", "calls a step", "features", "module", "stack", "`auto` takes"]
+    cells = [
+        (name, calls, features, f"{module / 1e9:.2f} GB", f"{stack / 1e6:.0f} MB", granularity)
+        for name, calls, features, module, stack, granularity in found
+    ]
+    print(tables.markdown(header, cells))
+    tables.save_csv(options.csv, HEADER, found)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ From the CSV of ``benchmarks.kernels``: bandwidth against size, and the roofline
 
 from __future__ import annotations
 
-import argparse
 import csv
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from benchmarks.common import command
 
 Rows = Sequence[dict[str, str]]
 COLOURS = {
@@ -42,7 +43,7 @@ def _ops(rows: Rows) -> list[str]:
 
 
 def bandwidth(rows: Rows, dtype: str, order: str = "2") -> Figure:
-    """GB/s of the least bytes against those bytes, a panel an op, beside the copy of the same run."""
+    """Draw GB/s of the least bytes against those bytes, a panel an op, beside the copy of the same run."""
     rows = [row for row in rows if row["dtype"] == dtype and row["order"] == order]
     ops = _ops(rows)
     across = min(4, len(ops))
@@ -72,7 +73,7 @@ def bandwidth(rows: Rows, dtype: str, order: str = "2") -> Figure:
 
 
 def roofline(rows: Rows) -> Figure:
-    """Operations a second against operations a byte, at the largest size of every op, order and dtype.
+    """Draw operations a second against operations a byte, at the largest size of every op, order and dtype.
 
     The slope is the bandwidth of a copy; nothing here comes near a processor's arithmetic.
     """
@@ -112,7 +113,7 @@ def roofline(rows: Rows) -> Figure:
 
 
 def launches(rows: Rows) -> Figure:
-    """Operators of a skipped step against the number of features."""
+    """Draw the operators of a skipped step against the number of features."""
     ops = _ops(rows)
     figure, panels = plt.subplots(1, len(ops), figsize=(4 * len(ops), 3.4), squeeze=False, sharey=True)
     for panel, op in zip(panels[0], ops, strict=True):
@@ -129,7 +130,7 @@ def launches(rows: Rows) -> Figure:
 
 
 def figures(rows: Rows, stem: str) -> dict[str, Figure]:
-    """File name → figure, by what the CSV holds.
+    """Draw what the CSV holds; return file name → figure.
 
     Raises:
         ValueError: the rows are of neither benchmark.
@@ -148,9 +149,7 @@ def figures(rows: Rows, stem: str) -> dict[str, Figure]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__, csv=False)
     parser.add_argument("csv", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, help="folder; default: beside the CSV")
     options = parser.parse_args()

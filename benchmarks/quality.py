@@ -7,8 +7,6 @@ Every picture is a function of its seed, so the numbers do not depend on the mac
 
 from __future__ import annotations
 
-import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ from skimage.metrics import peak_signal_noise_ratio
 
 import hicache.demo
 import hicache.fast
-from benchmarks.machine import versions
+from benchmarks.common import command, tables
+from benchmarks.common.machine import versions
 from hicache import HiCacheConfig
 from hicache.cli import PROMPTS
 from hicache.demo.pipeline import ShapesPipeline
@@ -35,6 +34,7 @@ HEADER = ("granularity", "basis", "sigma", "interval", "full steps", "mean PSNR 
 
 
 def draw(pipe: ShapesPipeline) -> np.ndarray[Any, Any]:
+    """Draw the eight prompts from a fixed seed: ``[8, height, width, 3]`` in [0, 1]."""
     generator = torch.Generator().manual_seed(0)
     pictures: np.ndarray[Any, Any] = pipe(
         list(PROMPTS), STEPS, guidance_scale=4.0, generator=generator, output_type="np"
@@ -43,7 +43,7 @@ def draw(pipe: ShapesPipeline) -> np.ndarray[Any, Any]:
 
 
 def measure(pipe: ShapesPipeline, full: np.ndarray[Any, Any], granularity: str, config: HiCacheConfig) -> Row:
-    """One cached run against the full one."""
+    """Compare one cached run with the full one."""
     with hicache.fast.apply(pipe, config, granularity=granularity) as handle:
         cached = draw(pipe)
         stats = handle.stats
@@ -60,7 +60,7 @@ def measure(pipe: ShapesPipeline, full: np.ndarray[Any, Any], granularity: str, 
 
 
 def sweep(intervals: Sequence[int], bases: Sequence[str], sigmas: Sequence[float]) -> list[Row]:
-    """All rows: every granularity and basis over the intervals, then Hermite over σ."""
+    """Measure every granularity and basis over the intervals, then Hermite over σ."""
     pipe = hicache.demo.load()
     pipe.set_progress_bar_config(disable=True)
     full = draw(pipe)
@@ -70,7 +70,7 @@ def sweep(intervals: Sequence[int], bases: Sequence[str], sigmas: Sequence[float
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """PSNR over the interval, a line for every granularity and basis."""
+    """Draw PSNR over the interval, a line for every granularity and basis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -98,22 +98,17 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("--intervals", type=int, nargs="+", default=list(INTERVALS))
     parser.add_argument("--bases", nargs="+", default=list(BASES), choices=BASES)
-    parser.add_argument("--csv", type=Path, help="also write the rows here")
     parser.add_argument("--plot", type=Path, help="also draw them (needs matplotlib)")
     options = parser.parse_args()
     rows = sweep(options.intervals, options.bases, SIGMAS)
     for row in rows:
         print("{:<8} {:<14} σ={:<4} N={:<3} {:>3} full  {:6.2f} dB, worst {:6.2f}".format(*row))
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([*HEADER, "versions"])
-            writer.writerows([*row[:5], f"{row[5]:.2f}", f"{row[6]:.2f}", versions()] for row in rows)
+    software = versions()
+    cells = [(*row[:5], f"{row[5]:.2f}", f"{row[6]:.2f}", software) for row in rows]
+    tables.save_csv(options.csv, [*HEADER, "versions"], cells)
     if options.plot:
         plot(rows, options.plot)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,19 +13,10 @@ from torch import Tensor, nn
 
 import hicache.engine
 import hicache.fast
-from benchmarks.capture_safety import (
-    CONFIG,
-    FULL,
-    MODELS,
-    SKIPPED,
-    STEPS,
-    TESTS,
-    Survey,
-    builders,
-    page,
-    survey,
-)
-from benchmarks.pretend import DEVICE, PretendGpu, PretendTensor, move, to_gpu
+from benchmarks.capture_safety.emulated_gpu import DEVICE, EmulatedGpu, EmulatedTensor, move, to_gpu
+from benchmarks.capture_safety.models import MODELS, builders
+from benchmarks.capture_safety.page import page
+from benchmarks.capture_safety.survey import CONFIG, FULL, SKIPPED, STEPS, Survey, survey
 from hicache.cuda_graphs.capture_safety import (
     AFTER,
     BEFORE,
@@ -39,7 +31,7 @@ from hicache.cuda_graphs.capture_safety import (
 from tests.support import models
 from tests.support.schedulers import CountingScheduler
 
-PAGE = TESTS.parent / "docs" / "capture-safety.md"
+PAGE = Path(__file__).parents[1] / "docs" / "capture-safety.md"
 # by themselves, from the first call on
 CLEAN = (
     "FLUX.1",
@@ -77,7 +69,7 @@ def test_the_page_is_what_the_models_do(surveys: dict[str, Survey]):
     )
 
 
-def test_every_model_is_on_it():
+def test_every_model_of_the_zoo_is_on_it():
     assert set(MODELS.values()) == {*models.BARE, *models.IN_PIPELINES}
 
 
@@ -125,7 +117,7 @@ def test_other_families(surveys: dict[str, Survey]):
 
 
 @pytest.mark.parametrize("place", ["forecast", "record"])
-def test_an_offence_of_the_cache_would_show(monkeypatch: pytest.MonkeyPatch, place: str):
+def test_an_unsafe_op_of_the_cache_would_show(monkeypatch: pytest.MonkeyPatch, place: str):
     if place == "forecast":
         own = hicache.engine.Sum.__call__
 
@@ -135,15 +127,15 @@ def test_an_offence_of_the_cache_would_show(monkeypatch: pytest.MonkeyPatch, pla
 
         monkeypatch.setattr(hicache.engine.Sum, "__call__", offending)
     else:
-        write = hicache.hooks.module_outputs._Tap._write
+        write = hicache.hooks.module_outputs._OutputHook._write
 
         def offending_write(self: Any, part: Any, slot: Tensor, output: Any) -> bool:
             slot.copy_(torch.zeros(slot.shape))
             return write(self, part, slot, output)
 
-        monkeypatch.setattr(hicache.hooks.module_outputs._Tap, "_write", offending_write)
+        monkeypatch.setattr(hicache.hooks.module_outputs._OutputHook, "_write", offending_write)
     full, skipped = survey(builders()["FLUX.1"]).cached["module"]
-    found = [(offence.kind, offence.function, offence.place) for offence in (*full.later, *skipped.later)]
+    found = [(op.kind, op.function, op.place) for op in (*full.later, *skipped.later)]
     if place == "forecast":
         assert found == [(SYNC, "Sum.offending", BEFORE)]
     else:
@@ -210,8 +202,8 @@ HARMLESS: dict[str, Operation] = {
 
 
 def _found(operation: Operation) -> list[UnsafeOp]:
-    with PretendGpu():
-        return unsafe_ops(lambda: operation(PretendTensor(torch.randn(2, 3))))
+    with EmulatedGpu():
+        return unsafe_ops(lambda: operation(EmulatedTensor(torch.randn(2, 3))))
 
 
 @pytest.mark.parametrize("name", OFFENCES)
@@ -245,8 +237,8 @@ def test_places():
 
     model = Model()
     hooks = [(len(b._forward_pre_hooks), len(b._forward_hooks)) for b in model.blocks]
-    with PretendGpu():
-        found = unsafe_ops(lambda: model(PretendTensor(torch.ones(2))), model.blocks)
+    with EmulatedGpu():
+        found = unsafe_ops(lambda: model(EmulatedTensor(torch.ones(2))), model.blocks)
     assert [(o.kind, o.function, o.place) for o in found] == [
         (COPY, "Model.forward", BEFORE),
         (SYNC, "Block.forward", INSIDE),
@@ -263,10 +255,10 @@ def test_a_block_that_raises_is_left():
             raise ZeroDivisionError
 
     block = Block()
-    with PretendGpu(), UnsafeOps([block]) as mode:
+    with EmulatedGpu(), UnsafeOps([block]) as mode:
         with pytest.raises(ZeroDivisionError):
             block(torch.ones(1))
-        PretendTensor(torch.ones(1)).cpu()
+        EmulatedTensor(torch.ones(1)).cpu()
     assert [offence.place for offence in mode.found] == [AFTER]
 
 
@@ -294,7 +286,7 @@ def test_it_computes_what_the_host_does(name: str):
 
     model, call = models.build(name)
     expected = run(lambda arguments: arguments, model)
-    with PretendGpu():
+    with EmulatedGpu():
         move(model)
         given = run(to_gpu, model)
         assert {output.device for output in given} == {DEVICE}
@@ -304,5 +296,5 @@ def test_it_computes_what_the_host_does(name: str):
 
 
 def test_without_it_its_tensors_are_of_no_use():
-    with pytest.raises(RuntimeError, match="expected PretendGpu to be entered"):
-        PretendTensor(torch.ones(2)) + 1
+    with pytest.raises(RuntimeError, match="expected EmulatedGpu to be entered"):
+        EmulatedTensor(torch.ones(2)) + 1

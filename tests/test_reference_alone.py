@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 
 import hicache.fast
 import hicache.reference
 from hicache import HiCacheConfig
+from hicache.hooks.step_clock import SchedulerClock, TimestepClock
 from hicache.reference.steps import SchedulerSteps, TimestepSteps
-from hicache.tracker import SchedulerClock, TimestepClock
+from tests.support import models
 
 # What it is built on, beside torch: none of it counts steps, keeps contexts or sums a history.
 ALLOWED = {
@@ -350,7 +350,7 @@ def test_one_scheduler_can_drive_both(first: int):
 
 def test_both_tell_contexts_apart_alike():
     """Calls of one step and of other forms: as many contexts, with the same steps."""
-    model, call = zoo.ZOO["flux"]()
+    model, call = models.build("flux")
     plain = call(1.0)
     wide = {
         **plain,

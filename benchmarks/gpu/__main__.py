@@ -13,7 +13,6 @@ torch, triton and pybind11, and nvcc for the CUDA C++ backend; it needs no netwo
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 import sys
@@ -21,17 +20,22 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks import build
-from benchmarks.machine import device_name, driver, slug, versions
+from benchmarks.common import command
+from benchmarks.common.machine import device_name, place, slug
+from benchmarks.gpu import build
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.report import Report
 
 _MINUTES = {"kernels": 4.0, "pipelines": 7.5}
 
 
 def ensure_native(device: str, timeout: float) -> str:
-    """Build the extension in so many seconds, unless it can run on the device; what came of it."""
+    """Build the extension within so many seconds unless it can run on the device; say what came of it."""
     reason = build.status(device)
     if reason is None:
         return "the native extension was there"
@@ -50,7 +54,7 @@ def ensure_native(device: str, timeout: float) -> str:
 
 
 def sanitize(timeout: float) -> str:
-    """Some of the checks under compute-sanitizer, where there is one; what it said."""
+    """Run some of the checks under compute-sanitizer, where there is one; return what it said."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if tool is None:
         return "left out: no compute-sanitizer here"
@@ -74,12 +78,12 @@ def sanitize(timeout: float) -> str:
 
 
 def time_pipelines(device: str, out: Path, minutes: float) -> bool:
-    """The second stage; whether nothing failed. On a CPU: a short loop of small models."""
-    from benchmarks import pipelines
-    from benchmarks.denoisers import MODELS
+    """Run the second stage, on a CPU a short loop of small models; return whether nothing failed."""
+    from benchmarks.pipelines.__main__ import run
+    from benchmarks.pipelines.models import MODELS
     from hicache import HiCacheConfig
 
-    notes = pipelines.run(
+    notes = run(
         device,
         list(MODELS[device]),
         HiCacheConfig(),
@@ -92,47 +96,12 @@ def time_pipelines(device: str, out: Path, minutes: float) -> bool:
     return not notes.failed
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--dry-run", action="store_true", help="the same on the CPU, at small sizes")
-    parser.add_argument(
-        "--stage", choices=("kernels", "pipelines"), default="kernels", help="pipelines needs diffusers"
-    )
-    parser.add_argument("--minutes", type=float, help=f"for everything; default: {_MINUTES}")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>")
-    options = parser.parse_args()
-    device = "cpu" if options.dry_run else options.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device; --dry-run goes through the stages on the CPU")
-    started = time.monotonic()
-    minutes = options.minutes or _MINUTES[options.stage]
+def stages_of(report: Report, until: Callable[[float], float]) -> dict[str, Callable[[], None]]:
+    """Name the stages in their order, what matters most first; each ends at its share of the time."""
+    from benchmarks.gpu.report import FIRST, OTHERS
 
-    def until(share: float) -> float:
-        """The moment by which this share of the time is spent."""
-        moment: float = started + 60 * minutes * share
-        return moment
-
-    begun = time.monotonic()
-    native = ensure_native(device, 60 * minutes * 0.3)
-    built = time.monotonic() - begun
-    print(native)
-    # Only now: the kernels' package imports its extension once.
-    from benchmarks.gpu_report import FIRST, OTHERS, Report
-
-    out = options.out or build.ROOT / "benchmarks" / "results" / slug(device_name(device))
-    out.mkdir(parents=True, exist_ok=True)
-    where = f"{device_name(device)}; driver {driver()}; {versions()}"
-    print(where, flush=True)
-    if options.stage == "pipelines":
-        if not time_pipelines(device, out, minutes - (time.monotonic() - started) / 60):
-            raise SystemExit(1)
-        return
-    report = Report(device, where, native, out)
-    report.spent.append(("build", built))
-    # what matters most first; the build took its part of the first share
+    device = report.device
+    # the build took its part of the first share
     stages: dict[str, Callable[[], None]] = {
         "checks": lambda: report.check(until(0.5)),
         "times": lambda: report.measure(FIRST[device], (2,), until(0.72)),
@@ -146,7 +115,45 @@ def main() -> None:
     stages["times, other orders"] = lambda: report.measure(
         (*FIRST[device], *OTHERS[device]), (1, 3, 0, 4), until(0.96)
     )
-    for name, stage in stages.items():
+    return stages
+
+
+def main() -> None:
+    parser = command.parser(__doc__, csv=False)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--dry-run", action="store_true", help="the same on the CPU, at small sizes")
+    parser.add_argument(
+        "--stage", choices=("kernels", "pipelines"), default="kernels", help="pipelines needs diffusers"
+    )
+    parser.add_argument("--minutes", type=float, help=f"for everything; default: {_MINUTES}")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>")
+    options = parser.parse_args()
+    device = "cpu" if options.dry_run else options.device
+    command.require(device, hint="; --dry-run goes through the stages on the CPU")
+    started = time.monotonic()
+    minutes = options.minutes or _MINUTES[options.stage]
+
+    def until(share: float) -> float:
+        """Return the moment by which this share of the time is spent."""
+        return started + 60.0 * minutes * share
+
+    begun = time.monotonic()
+    native = ensure_native(device, 60 * minutes * 0.3)
+    built = time.monotonic() - begun
+    print(native)
+    # Only now: the kernels' package imports its extension once.
+    from benchmarks.gpu.report import Report
+
+    out = options.out or build.ROOT / "benchmarks" / "results" / slug(device_name(device))
+    out.mkdir(parents=True, exist_ok=True)
+    print(*place(device), sep="; ", flush=True)
+    if options.stage == "pipelines":
+        if not time_pipelines(device, out, minutes - (time.monotonic() - started) / 60):
+            raise SystemExit(1)
+        return
+    report = Report(device, native, out)
+    report.spent.append(("build", built))
+    for name, stage in stages_of(report, until).items():
         begun = time.monotonic()
         try:
             stage()

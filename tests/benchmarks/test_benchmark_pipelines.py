@@ -1,4 +1,4 @@
-"""The benchmark of whole loops: its models are of true size, its gate catches errors, its rows add up."""
+"""The benchmark of whole loops: models of true size, parity checks that catch errors, rows that add up."""
 
 from __future__ import annotations
 
@@ -11,11 +11,24 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import hicache.fast
-from benchmarks import gpu, pipelines
-from benchmarks.denoisers import MODELS, build, denoise, random_inputs
-from benchmarks.gate import WrongResult
-from benchmarks.pipeline_rows import Row, page
-from benchmarks.pipelines import Bench, Notes, Taken, Variant, measure, measure_model, measure_variant, prove
+from benchmarks.common.machine import place
+from benchmarks.gpu.__main__ import time_pipelines
+from benchmarks.kernels.parity import WrongResult
+from benchmarks.pipelines import __main__ as command
+from benchmarks.pipelines import bench as loops
+from benchmarks.pipelines import measure as measuring
+from benchmarks.pipelines.bench import Bench, Variant, compiled_blocks
+from benchmarks.pipelines.measure import (
+    Measured,
+    Notes,
+    check_parity,
+    measure,
+    measure_model,
+    measure_variant,
+    rows_of,
+)
+from benchmarks.pipelines.models import MODELS, build, denoise, random_inputs
+from benchmarks.pipelines.rows import Row, page
 from hicache import HiCacheConfig
 from tests.support.graphs import FakeBackend, connect
 
@@ -27,7 +40,7 @@ BILLIONS = {"flux": 11.90, "sd3": 2.24, "qwen": 20.43, "wan-1.3b": 1.42, "wan-14
 TINY = {"height": 64, "width": 64}
 SMALLER = {
     "flux": {"num_layers": 1, "num_single_layers": 1},
-    "sd3": {"num_layers": 2, "dual_attention_layers": (0,)},
+    "sd3": {"num_layers": 2, "dual_attention_layers": (0,), "pos_embed_max_size": 8},
     "qwen": {"num_layers": 2},
     "wan": {"num_layers": 2},
 }
@@ -41,7 +54,7 @@ def tiny(monkeypatch):
         for key, model in MODELS["cpu"].items()
     }
     monkeypatch.setitem(MODELS, "cpu", models)
-    monkeypatch.setitem(pipelines._LEAST, "cpu", 0.0)
+    monkeypatch.setitem(measuring._LEAST, "cpu", 0.0)
 
 
 def bench(key="flux", deadline=float("inf")):
@@ -50,13 +63,15 @@ def bench(key="flux", deadline=float("inf")):
 
 @pytest.mark.parametrize("key", MODELS["cuda"])
 def test_models_of_a_gpu_are_of_true_size(key):
-    """They are built in bf16 and go through a step, without memory."""
+    """They are built in bf16, without memory, and two blocks of each go through a step."""
     model = MODELS["cuda"][key]
     transformer = build(model, "meta", torch.bfloat16)
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     assert round(parameters / 1e9, 2) == BILLIONS[key]
     inputs = random_inputs(model, transformer, "meta", torch.bfloat16)
-    latents = denoise(transformer, inputs, FlowMatchEulerDiscreteScheduler(), 50, stop=1)
+    shallow = {name: value for name, value in SMALLER[key.split("-")[0]].items() if "layers" in name}
+    shallower = build(replace(model, changes={**model.changes, **shallow}), "meta", torch.bfloat16)
+    latents = denoise(shallower, inputs, FlowMatchEulerDiscreteScheduler(), 50, stop=1)
     assert (latents.shape, latents.dtype) == (inputs.latents.shape, torch.bfloat16)
     # the tokens that plan() expects, and the calls
     [plan] = hicache.fast.plan(transformer, CONFIG, **model.drawn).denoisers.values()
@@ -93,30 +108,30 @@ def test_history_is_the_planned_one(granularity):
 
 
 @pytest.mark.parametrize("granularity", ["stack", "module"])
-def test_gate_compares_bits(granularity):
+def test_parity_checks_compare_bits(granularity):
     one = bench()
-    prove(one, granularity)
+    check_parity(one, granularity)
     one.reference = one.reference.nextafter(one.reference + 1)
     with pytest.raises(WrongResult, match=f"{granularity}, interval=1: its latents differ"):
-        prove(one, granularity)
+        check_parity(one, granularity)
 
 
-def test_gate_refuses_what_is_not_finite():
+def test_parity_checks_refuse_what_is_not_finite():
     one = bench()
     one.inputs.latents[0, 0, 0] = float("nan")
     one.reference = one.run(2)
     with pytest.raises(WrongResult, match="not finite"):
-        prove(one, "stack")
+        check_parity(one, "stack")
 
 
 @pytest.mark.parametrize("stop", [STEPS, None])
 def test_loops_must_equal_those_before(stop):
     one, variant, known = bench(), Variant("stack"), {}
-    measure_variant(one, variant, Taken(), known, whole=True)
+    measure_variant(one, variant, Measured(), known, whole=True)
     assert list(known) == [(variant, STEPS), (variant, None)]
     known[variant, stop] = known[variant, stop] + 1
     with pytest.raises(WrongResult, match="latents differ"):
-        measure_variant(one, variant, Taken(), known, whole=True)
+        measure_variant(one, variant, Measured(), known, whole=True)
 
 
 @pytest.mark.parametrize("granularity", ["stack", "module"])
@@ -129,18 +144,18 @@ def test_graphs_must_equal_the_same_steps_run_eagerly(granularity, monkeypatch):
         return connect(apply(self, variant))
 
     monkeypatch.setattr(Bench, "apply", apply_faked)
-    one, variant, taken, known = bench(), Variant(granularity, graphs=True), Taken(), {}
+    one, variant, taken, known = bench(), Variant(granularity, graphs=True), Measured(), {}
     assert measure_variant(one, variant, taken, known, whole=True) is None
     assert taken.seconds
     assert taken.skipped_ms is not None
     known[variant, one.first_steps(variant, whole=True)] += 1
     with pytest.raises(WrongResult, match="latents differ"):
-        measure_variant(one, variant, Taken(), known, whole=True)
+        measure_variant(one, variant, Measured(), known, whole=True)
 
 
 def test_graphs_that_cannot_be_had_are_not_timed():
     with pytest.warns(RuntimeWarning, match="runs without CUDA graphs"):
-        reason = measure_variant(bench(), Variant("stack", graphs=True), Taken(), {}, whole=True)
+        reason = measure_variant(bench(), Variant("stack", graphs=True), Measured(), {}, whole=True)
     assert reason == "the transformer is on cpu"
 
 
@@ -150,7 +165,7 @@ def test_a_loop_that_skips_other_steps_is_refused(monkeypatch):
         self.transformer, replace(CONFIG, interval=2), scheduler=self.scheduler, granularity="stack"
     ))  # fmt: skip
     with pytest.raises(WrongResult, match="expected 3 full steps, got 4"):
-        measure_variant(one, Variant("stack"), Taken(), {}, whole=True)
+        measure_variant(one, Variant("stack"), Measured(), {}, whole=True)
 
 
 def test_what_fails_is_said_and_not_timed(monkeypatch, capsys):
@@ -158,7 +173,7 @@ def test_what_fails_is_said_and_not_timed(monkeypatch, capsys):
         if granularity == "module":
             raise WrongResult("wrong")
 
-    monkeypatch.setattr(pipelines, "prove", refuse)
+    monkeypatch.setattr(measuring, "check_parity", refuse)
     notes = Notes()
     found = measure_model(bench(), False, 1, notes)
     assert list(found) == [Variant(None), Variant("stack")]
@@ -177,7 +192,7 @@ def test_a_model_that_breaks_leaves_the_others(monkeypatch):
 
 
 def test_a_history_that_does_not_fit_is_left_out(monkeypatch):
-    monkeypatch.setattr(pipelines, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(loops, "available_bytes", lambda device: 1000)
     notes = Notes()
     assert Variant("module") not in measure_model(bench(), False, 1, notes)
     assert notes.left_out == ["FLUX.1, small, module: left out: its history does not fit in memory"]
@@ -186,7 +201,7 @@ def test_a_history_that_does_not_fit_is_left_out(monkeypatch):
 def test_without_time_for_loops_steps_are_timed_alone():
     one = bench()
     one._deadline = time.monotonic() + 60
-    one.full_seconds = 4.0  # as if: 2 steps a gate and 4 a variant fit, those of a whole loop do not
+    one.full_seconds = 4.0  # as if: 2 steps a parity check and 4 a variant fit, those of a whole loop do not
     notes = Notes()
     taken = measure_model(one, False, 2, notes)
     assert notes.left_out == ["FLUX.1, small, whole loops: left out: out of time; steps are timed alone"]
@@ -197,7 +212,7 @@ def test_without_time_for_loops_steps_are_timed_alone():
         assert found.cache_ms is None
         assert found.full_ms > 0
         assert found.skipped_ms > 0
-    [*rows] = pipelines._rows(one, taken)
+    [*rows] = rows_of(one, taken)
     assert [row.seconds for row in rows] == [row.share_of_bound for row in rows] == [None] * 3
 
 
@@ -211,7 +226,7 @@ def test_out_of_time():
 
 def test_results_are_written(tmp_path, capsys):
     table, summary = tmp_path / "pipelines.csv", tmp_path / "pipelines.md"
-    notes = pipelines.run("cpu", ["flux"], CONFIG, STEPS, 1.0, rounds=1, csv=table, markdown=summary)
+    notes = command.run("cpu", ["flux"], CONFIG, STEPS, 1.0, rounds=1, csv=table, markdown=summary)
     assert notes.failed == []
     rows = list(csv.DictReader(table.open()))
     assert list(rows[0]) == [*(field.name for field in fields(Row)), "device", "driver", "versions"]
@@ -225,13 +240,13 @@ def test_results_are_written(tmp_path, capsys):
 
 
 def test_page_without_rows():
-    assert "- nothing fits" in page([], ["nothing fits"], "cpu")
+    assert "- nothing fits" in page([], ["nothing fits"], place("cpu"))
 
 
 def test_blocks_are_compiled_for_as_long_as_asked():
     one = bench()
     blocks = [one.transformer.transformer_blocks[0], one.transformer.single_transformer_blocks[0]]
-    with pipelines._compiled(one.transformer):
+    with compiled_blocks(one.transformer):
         assert all(block._compiled_call_impl is not None for block in blocks)
     assert all(block._compiled_call_impl is None for block in blocks)
 
@@ -239,7 +254,7 @@ def test_blocks_are_compiled_for_as_long_as_asked():
 def test_stage_of_the_gpu_command(tmp_path, monkeypatch):
     """Its dry run, without the build."""
     monkeypatch.setitem(MODELS, "cpu", {"flux": MODELS["cpu"]["flux"]})
-    assert gpu.time_pipelines("cpu", tmp_path, 1.0)
+    assert time_pipelines("cpu", tmp_path, 1.0)
     assert {path.name for path in tmp_path.iterdir()} == {"pipelines.csv", "pipelines.md"}
     page = (tmp_path / "pipelines.md").read_text()
     assert "12 steps, N=7, O=2, w=3" in page
@@ -249,7 +264,7 @@ def test_stage_of_the_gpu_command(tmp_path, monkeypatch):
 def test_command_names_what_it_does_not_know(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["pipelines", "--device", "cpu", "--models", "flax"])
     with pytest.raises(SystemExit):
-        pipelines.main()
+        command.main()
     assert "--models: unknown on cpu: flax; known: flux, sd3, qwen, wan" in capsys.readouterr().err
 
 
@@ -264,7 +279,7 @@ def test_command_fails_where_a_check_does(monkeypatch, capsys):
     arguments = ["--device", "cpu", "--models", "flux", "--steps", "5", "--rounds", "1"]
     monkeypatch.setattr("sys.argv", ["pipelines", *arguments])
     with pytest.raises(SystemExit) as ended:
-        pipelines.main()
+        command.main()
     assert ended.value.code == 1
     out, err = capsys.readouterr()
     assert "FLUX.1, small, stack, interval=1: FAILED: WrongResult" in err

@@ -1,4 +1,4 @@
-"""What ``python -m benchmarks.gpu`` collects, and the page it writes."""
+"""Collects what ``python -m benchmarks.gpu`` finds, and writes it as it goes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import checks, kernels, tune
-from benchmarks.problems import OPS, SIZES, Size
+from benchmarks import checks
+from benchmarks.common.machine import place
+from benchmarks.common.tables import bullets, markdown, write_rows
+from benchmarks.kernels import measure, tiles
+from benchmarks.kernels.problems import OPS, SIZES, Size
 from hicache_kernels import backend_status
 from hicache_kernels.backends import triton
 from hicache_kernels.tiles import write_table
@@ -25,7 +28,7 @@ OTHERS = {
     "cpu": ("1Ki",),
 }  # fmt: skip
 _COMPILED = ("FLUX 1024² module", "FLUX 1024² stack")
-_EVERY = 2.0  # seconds between two writings of the files
+_EVERY = 2.0  # seconds between two writings of all files
 _TUNE_SIZES = {"cuda": {1: Size(1, 16384, 3072), 76: SIZES["FLUX 1024² module"]}}
 _TUNE_SIZES["cpu"] = {1: Size(1, 16, 64), 4: Size(4, 16, 64)}
 
@@ -35,16 +38,16 @@ class Report:
 
     Args:
         device: ``"cuda"``, or ``"cpu"`` for a dry run at small sizes.
-        where: device, driver and versions, in words.
         native: what came of building the native extension.
         out: folder for the results.
     """
 
-    def __init__(self, device: str, where: str, native: str, out: Path) -> None:
-        self.device, self.where, self.native, self.out = device, where, native, out
+    def __init__(self, device: str, native: str, out: Path) -> None:
+        self.device, self.native, self.out = device, native, out
+        self.place = place(device)
         self.checks: list[checks.Check] = []
-        self.rows: list[kernels.Row] = []
-        self.choices: list[tune.Choice] = []
+        self.rows: list[measure.Row] = []
+        self.choices: list[tiles.Choice] = []
         self.notes: list[str] = []
         self.spent: list[tuple[str, float]] = []
         self._plan = checks.core(device)
@@ -92,7 +95,7 @@ class Report:
     def compiled(self, deadline: float) -> None:
         """Time ``torch.compile`` too, whose compilations take longer than everything else."""
         if self.device == "cuda":
-            ops = list(kernels.COMPILED)
+            ops = list(measure.COMPILED)
             self._measure(_COMPILED, ["bf16"], (2,), ops, deadline, compiled=_COMPILED)
 
     def _measure(
@@ -105,7 +108,7 @@ class Report:
         compiled: Sequence[str] = (),
     ) -> None:
         wrong = {check.backend for check in self.failed}
-        blocks = kernels.measure(
+        blocks = measure.measure(
             self.device,
             sizes,
             dtypes,
@@ -121,7 +124,7 @@ class Report:
             rows = [row for row in block if not compiled or row.backend == "compiled"]
             self.rows += rows
             for row in rows:
-                print(kernels.line(row), flush=True)
+                print(measure.line(row), flush=True)
             self.flush()
 
     def tune(self, deadline: float) -> None:
@@ -132,8 +135,8 @@ class Report:
         if any(check.backend == "triton" for check in self.failed):
             self.notes.append("tiles left out: triton failed a check")
             return
-        candidates = (*tune.ROW_TILES[:1], *tune.GATED_TILES[:2]) if self.device == "cpu" else None
-        for choice in tune.tune(self.device, _TUNE_SIZES[self.device], deadline, candidates=candidates):
+        candidates = (*tiles.ROW_TILES[:1], *tiles.GATED_TILES[:2]) if self.device == "cpu" else None
+        for choice in tiles.tune(self.device, _TUNE_SIZES[self.device], deadline, candidates=candidates):
             self.choices.append(choice)
             print(f"tile {choice.key}: {choice.tile}, {choice.GBps:.0f} GB/s", flush=True)
             self.flush()
@@ -147,7 +150,7 @@ class Report:
 
     def write(self, finished: bool = False) -> None:
         """Write all files."""
-        kernels.write_csv(self.out / "kernels.csv", self.rows, self.device)
+        write_rows(self.out / "kernels.csv", measure.Row, self.rows, self.place)
         write_table(self.out / "tiles.json", {choice.key: choice.tile for choice in self.choices})
         lines = [
             f"{'ok' if check.reason is None else 'FAILED'}: {check.kind}, {check.backend}, {check.what}"
@@ -160,7 +163,7 @@ class Report:
 
     def short(self) -> str:
         """A few lines for a terminal: checks, the first sizes at order 2, tiles, and what was left out."""
-        lines = [self.where, self.native]
+        lines = ["; ".join(self.place), self.native]
         lines += [
             f"FAILED {c.kind}, {c.backend}, {c.what}: {(c.reason or '')[:200]}" for c in self.failed[:10]
         ]
@@ -168,7 +171,7 @@ class Report:
         if len(self.notes) > 10:
             lines.append(f"note: {len(self.notes) - 10} more notes are in summary.md")
         lines += [f"tile {c.key}: {c.GBps / c.default_GBps:.2f}x with {c.tile}" for c in self.choices]
-        problems: dict[tuple[str, ...], dict[str, kernels.Row]] = {}
+        problems: dict[tuple[str, ...], dict[str, measure.Row]] = {}
         for row in self.rows:
             if row.order == 2 and row.size in FIRST[self.device]:
                 problems.setdefault((row.size, row.dtype, row.op), {})[row.backend] = row
@@ -193,26 +196,26 @@ class Report:
         kinds = Counter((check.kind, check.backend, check.reason is None) for check in self.checks)
         parts = [
             "# Kernels on this machine",
-            f"{self.where}. {self.native}.",
+            f"{'; '.join(self.place)}. {self.native}.",
             "Backends: "
             + "; ".join(f"{name}: {why or 'runs'}" for name, why in backend_status(self.device).items())
             + (" (Triton's interpreter)" if triton.interpreted() else ""),
             f"## Correctness: {len(self.checks) - len(self.failed)} of {len(self.checks)} checks passed",
-            _table(
+            markdown(
                 ["check", "backend", "passed", "failed"],
                 [
                     [kind, backend, str(kinds[kind, backend, True]), str(kinds[kind, backend, False])]
                     for kind, backend in sorted({(kind, backend) for kind, backend, _ in kinds})
                 ],
             ),
-            "\n".join(
-                f"- FAILED {check.kind}, {check.backend}, {check.what}: {check.reason}"
-                for check in self.failed[:20]
+            bullets(
+                (f"FAILED {c.kind}, {c.backend}, {c.what}: {c.reason}" for c in self.failed[:20]),
+                "None failed." if self.checks else "None was made.",
             ),
             "## Order 2, bf16",
             "Median of a call (on CUDA after flushing the L2 cache); GB/s of the least bytes; share of the "
             "bandwidth of a copy of as many bytes in the same run.",
-            _table(
+            markdown(
                 ["size", "op", "backend", "ms", "GB/s", "of copy", "over eager", "in a graph"],
                 [
                     [
@@ -226,7 +229,7 @@ class Report:
                 ],
             ),
             "## Tiles",
-            _table(
+            markdown(
                 ["key", "measured with", "best", "GB/s", "default GB/s", "tried"],
                 [
                     [c.key, c.op, str(c.tile), f"{c.GBps:.0f}", f"{c.default_GBps:.0f}", str(c.tried)]
@@ -235,16 +238,9 @@ class Report:
             ),
             "" if finished else "**Not finished**: this is what was found so far.",
             "## Left out, and time spent",
-            "\n".join(f"- {note}" for note in self.notes) or "Nothing was left out.",
+            bullets(self.notes, "Nothing was left out."),
             f"{self._spent}; written {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}"
             + (f"; peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB"
                if self.device == "cuda" else "") + ".",
         ]  # fmt: skip
         return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    if not rows:
-        return "None."
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

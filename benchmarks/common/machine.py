@@ -50,10 +50,10 @@ def driver() -> str:
     return done.stdout.strip() if done.returncode == 0 else "none"
 
 
-def versions() -> str:
-    """Versions of what was measured and what it ran on."""
+def versions(*more: str) -> str:
+    """Versions of hicache, of what it ran on, and of more packages that were measured."""
     found = []
-    for name in ("hicache", "torch", "triton"):
+    for name in ("hicache", "torch", "triton", *more):
         try:
             found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
@@ -61,6 +61,11 @@ def versions() -> str:
     if torch.version.cuda:
         found.append(f"CUDA {torch.version.cuda}")
     return ", ".join([*found, f"python {platform.python_version()}"])
+
+
+def place(device: str, *more: str) -> tuple[str, str, str]:
+    """Device, driver and versions: what every row of a CSV says about its origin."""
+    return device_name(device), driver(), versions(*more)
 
 
 def last_level_cache() -> int:

@@ -1,7 +1,7 @@
-"""The correctness gate: nothing is timed before every contestant agrees with float64.
+"""Parity checks: nothing is timed before every contestant agrees with float64.
 
-The rule for a kernel is the project's (docs/algorithm.md, "Precision"): at most twice the error of eager
-torch in the same dtype, in maximum and in relative RMS, plus a rounding of the largest number.
+The rule for a kernel is the project's: at most twice the error of eager torch in the same dtype, in maximum
+and in relative RMS, plus a rounding of the largest number.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.problems import Op, Problem, Size, ops_at, usable_backends
-from benchmarks.timing import Call
+from benchmarks.common.timing import Call
+from benchmarks.kernels.problems import Op, Problem, Size, ops_at, usable_backends
 from hicache_kernels.backends import triton
 
 # slots with padding and without; rows that no vector divides
-GATE_SIZES = (Size(3, 16, 48, batch=2), Size(2, 5, 31), Size(1, 7, 129))
+PARITY_SIZES = (Size(3, 16, 48, batch=2), Size(2, 5, 31), Size(1, 7, 129))
 
 
 class WrongResult(AssertionError):
@@ -25,7 +25,7 @@ class WrongResult(AssertionError):
 
 
 def assert_no_worse(what: str, ours: Tensor, eager: Tensor, exact: Tensor, ulps: float = 1.0) -> float:
-    """Check the rule; the error it finds, relative to the largest number.
+    """Check the rule; return the largest error, relative to the largest number.
 
     Raises:
         WrongResult: the rule is broken, or a number is not finite.
@@ -44,7 +44,7 @@ def assert_no_worse(what: str, ours: Tensor, eager: Tensor, exact: Tensor, ulps:
 
 
 def check_op(problem: Problem, op: Op, name: str, call: Call, ulps: float = 1.0) -> float:
-    """Run one contestant once on poisoned outputs and check what it wrote; the largest relative error.
+    """Run one contestant once on poisoned outputs and check what it wrote; return the largest relative error.
 
     The problem's history is as before afterwards.
 
@@ -59,10 +59,10 @@ def check_op(problem: Problem, op: Op, name: str, call: Call, ulps: float = 1.0)
     returned = call()
     what = f"{op.name}, {name}, {problem.dtype}, order {problem.order}, {problem.size}, {problem.device}"
     try:
-        ours, eager_slots, exact_slots = map(problem.features, (problem.orders, eager_orders, exact_orders))
+        ours, eager_slots, exact_slots = map(problem.unpadded, (problem.orders, eager_orders, exact_orders))
         worst = assert_no_worse(f"{what}, history", ours, eager_slots, exact_slots, ulps)
         if exact is not None and eager is not None:
-            result = returned if op.sums else problem.features(problem.row)
+            result = returned if op.sums else problem.unpadded(problem.row)
             assert isinstance(result, Tensor)
             worst = max(worst, assert_no_worse(what, result, eager, exact, ulps))
         if not op.updates and not torch.equal(problem.orders, start):
@@ -73,18 +73,18 @@ def check_op(problem: Problem, op: Op, name: str, call: Call, ulps: float = 1.0)
 
 
 def rounding(name: str, dtype: torch.dtype) -> float:
-    """Roundings allowed on top of the rule: Triton's interpreter truncates bf16 where a GPU rounds."""
+    """Return the roundings that the rule allows: Triton's interpreter truncates bf16, a GPU rounds it."""
     return 2.0 if name == "triton" and triton.interpreted() and dtype == torch.bfloat16 else 1.0
 
 
-def gate(
+def check_parity(
     device: str,
     dtypes: Iterable[torch.dtype] = (torch.bfloat16, torch.float32),
     orders: Iterable[int] = range(5),
-    sizes: Sequence[Size] = GATE_SIZES,
+    sizes: Sequence[Size] = PARITY_SIZES,
     compiled: bool = False,
 ) -> int:
-    """Check every op, order, dtype and contestant; the number of checks made.
+    """Check every op, order, dtype and contestant; return the number of checks made.
 
     Raises:
         WrongResult: one of them fails.

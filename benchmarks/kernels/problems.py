@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks import peers
-from benchmarks.timing import Call
+from benchmarks.common.timing import Call
+from benchmarks.kernels import peers
 from hicache_kernels import BACKENDS, History, forecast, gated_sum, update_, update_forecast_
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64}
@@ -20,16 +20,16 @@ WEIGHTS = (1.0, 0.5, -0.125, 0.3, 0.1)
 
 @dataclass(frozen=True)
 class Size:
-    """Features of one history: ``terms`` tensors ``[batch, tokens, channels]``."""
+    """The features of one history: so many tensors ``[batch, tokens, channels]``."""
 
-    terms: int
+    features: int
     tokens: int
     channels: int
     batch: int = 1
 
     @property
-    def feature(self) -> int:
-        """Numbers of one feature."""
+    def numel(self) -> int:
+        """Elements of one feature."""
         return self.batch * self.tokens * self.channels
 
 
@@ -59,6 +59,11 @@ class Op:
     sums: bool = False  # ends in a hidden state, not in a row of forecasts
     gated: bool = False
 
+    @property
+    def form(self) -> str:
+        """The public op's name, without the way it is used."""
+        return self.name.split(",")[0]
+
 
 OPS = {
     op.name: op
@@ -75,31 +80,31 @@ OPS = {
 
 
 def ops_at(order: int) -> list[Op]:
-    """The ops that make sense: at order 0 a feature is its own history and nothing is updated."""
+    """Return the ops that make sense: at order 0 a feature is its own history and nothing is updated."""
     return [op for op in OPS.values() if order > 0 or not op.updates]
 
 
 def minimum_bytes(op: Op, size: Size, order: int, itemsize: int) -> int:
-    """Bytes if each input is read once and each output written once (hicache_kernels/README.md).
+    """Count bytes if each input is read once and each output written once (hicache_kernels/README.md).
 
     Coefficients and the gap, a few numbers, are not counted.
     """
-    rows = (order + 1) * size.terms * size.feature * itemsize
+    rows = (order + 1) * size.features * size.numel * itemsize
     moved = 2 * rows if op.updates else rows
     if op.sums:
-        moved += 2 * size.feature * itemsize  # base, hidden state
-        moved += size.terms * size.batch * size.channels * itemsize if op.gated else 0
+        moved += 2 * size.numel * itemsize  # base, hidden state
+        moved += size.features * size.batch * size.channels * itemsize if op.gated else 0
     elif op.forecasts:
-        moved += size.terms * size.feature * itemsize
+        moved += size.features * size.numel * itemsize
     return moved
 
 
 def flop(op: Op, size: Size, order: int) -> int:
-    """Additions, subtractions and multiplications of one call."""
+    """Count the additions, subtractions and multiplications of one call."""
     each = 2 * order if op.updates else 0
     each += 2 * order + 1 if op.forecasts else 0
     each += 1 + op.gated if op.sums else 0
-    return each * size.terms * size.feature
+    return each * size.features * size.numel
 
 
 class Problem:
@@ -111,20 +116,20 @@ class Problem:
     def __init__(self, size: Size, order: int, dtype: torch.dtype, device: str) -> None:
         self.size, self.order, self.dtype, self.device = size, order, dtype, device
         shape = (size.batch, size.tokens, size.channels)
-        self.history = History([shape] * size.terms, order, dtype, device)
+        self.history = History([shape] * size.features, order, dtype, device)
         self.orders = self.history.orders
         _fill(self.orders)
         self.base = torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
-        self.gates = torch.randn(size.terms, size.batch, size.channels, device=device).to(dtype)
+        self.gates = torch.randn(size.features, size.batch, size.channels, device=device).to(dtype)
         self.out = torch.full_like(self.base, float("nan"))
         self.row = torch.full_like(self.orders[0], float("nan"))
         self.weights = WEIGHTS[: order + 1]
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.coeffs = torch.tensor(self.weights, dtype=wide, device=device)
-        self.inv_gap = torch.tensor(1 / GAP, dtype=wide, device=device)
+        high = torch.float64 if dtype == torch.float64 else torch.float32
+        self.coeffs = torch.tensor(self.weights, dtype=high, device=device)
+        self.inv_gap = torch.tensor(1 / GAP, dtype=high, device=device)
 
     def record(self) -> None:
-        """A full step: a new feature in the inbox, the last one with its sign turned.
+        """Write a new feature into the inbox, as a full step does: the last one with its sign turned.
 
         Without one between them, updates divide the highest difference by the gap again and again until it is
         subnormal, which a processor is many times slower at.
@@ -132,7 +137,7 @@ class Problem:
         torch.neg(self.orders[0], out=self.orders[-1])
 
     def call(self, op: Op, backend: str) -> Call:
-        """One of our backends."""
+        """Return the call of an op on one of our backends."""
         if op.sums:
             return functools.partial(
                 gated_sum,
@@ -159,83 +164,63 @@ class Problem:
             backend=backend,
         )
 
-    def peers(self, op: Op) -> dict[str, Call]:
-        """Eager torch and torch's operators over lists. A sum's result is returned, as a reader writes it."""
-        rows = [self.history.split(row) for row in self.orders]
+    def _arguments(
+        self, op: Op, orders: Tensor, base: Tensor, gates: Tensor, row: Tensor
+    ) -> tuple[object, ...]:
+        """What an eager form of the op takes."""
+        rows = [self.history.split(one) for one in orders]
         if op.sums:
-            gates = list(self.gates[:, :, None]) if op.gated else None  # [batch, 1, channels] each
-            gap = GAP if op.updates else None
-            arguments = (self.base, rows, gates, self.weights, gap)
-            return {
-                "eager": functools.partial(peers.eager_gated_sum, *arguments),
-                "foreach": functools.partial(peers.foreach_gated_sum, *arguments),
-            }
-        if not op.forecasts:
-            return {
-                "eager": functools.partial(peers.eager_update, rows, GAP),
-                "foreach": functools.partial(peers.foreach_update, rows, GAP),
-            }
-        out = self.history.split(self.row)
-        if not op.updates:
-            return {
-                "eager": functools.partial(peers.eager_forecast, rows, self.weights, out),
-                "foreach": functools.partial(peers.foreach_forecast, rows, self.weights, out),
-            }
-        return {
-            "eager": functools.partial(peers.eager_update_forecast, rows, GAP, self.weights, out),
-            "foreach": functools.partial(peers.foreach_update_forecast, rows, GAP, self.weights, out),
-        }
+            listed = list(gates[:, :, None]) if op.gated else None  # [batch, 1, channels] each
+            return base, rows, listed, self.weights, GAP if op.updates else None
+        gap = (GAP,) if op.updates else ()
+        return rows, *gap, *((self.weights, self.history.split(row)) if op.forecasts else ())
+
+    def peers(self, op: Op) -> dict[str, Call]:
+        """Return the calls in eager torch and in torch's operators over lists; sums return their result."""
+        arguments = self._arguments(op, self.orders, self.base, self.gates, self.row)
+        return {name: functools.partial(forms[op.form], *arguments) for name, forms in peers.FORMS.items()}
 
     def compiled(self, op: Op) -> dict[str, Call]:
-        """``torch.compile`` of the eager form over all features at once; for the two fused ops."""
+        """Return ``torch.compile`` of the eager form over all features at once, for the two fused ops."""
         torch._dynamo.reset()  # one problem's graphs must not count against the next one's recompilations
         if op.sums:
             summed: Callable[..., object] = torch.compile(peers.whole_gated_sum, dynamic=False)
             size = self.size
-            terms = self.history.orders_by_feature()[:, :, : size.feature]
-            terms = terms.unflatten(-1, (size.batch, size.tokens, size.channels))
+            features = self.history.orders_by_feature()[:, :, : size.numel]
+            features = features.unflatten(-1, (size.batch, size.tokens, size.channels))
             gates = self.gates[:, :, None] if op.gated else None
             gap = GAP if op.updates else None
-            return {"compiled": functools.partial(summed, self.base, terms, gates, self.weights, gap)}
+            return {"compiled": functools.partial(summed, self.base, features, gates, self.weights, gap)}
         if op.updates and op.forecasts:
             fused: Callable[..., object] = torch.compile(peers.whole_update_forecast, dynamic=False)
             return {"compiled": functools.partial(fused, self.orders, GAP, self.weights, self.row)}
         return {}
 
     def eagerly(self, op: Op, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """``(orders, result)`` after the op in some dtype; nothing of the problem is changed."""
+        """Return ``(orders, result)`` after the op in a dtype; the problem is not changed."""
         orders = self.orders.to(dtype, copy=True)
-        rows = [self.history.split(row) for row in orders]
+        row = torch.empty_like(orders[0])
+        arguments = self._arguments(op, orders, self.base.to(dtype), self.gates.to(dtype), row)
+        summed = peers.FORMS["eager"][op.form](*arguments)
         if op.sums:
-            gates = list(self.gates.to(dtype)[:, :, None]) if op.gated else None
-            gap = GAP if op.updates else None
-            hidden = peers.eager_gated_sum(self.base.to(dtype), rows, gates, self.weights, gap)
-            return orders, hidden
-        out = torch.empty_like(orders[0])
-        if not op.forecasts:
-            peers.eager_update(rows, GAP)
-            return orders, None
-        if op.updates:
-            peers.eager_update_forecast(rows, GAP, self.weights, self.history.split(out))
-        else:
-            peers.eager_forecast(rows, self.weights, self.history.split(out))
-        return orders, self.features(out)
+            return orders, summed
+        return orders, self.unpadded(row) if op.forecasts else None
 
-    def features(self, rows: Tensor) -> Tensor:
-        """Rows ``[..., numel]`` without the padding between slots, ``[..., terms * feature]``."""
-        slots: Tensor = rows.view(*rows.shape[:-1], self.size.terms, -1)
-        return slots[..., : self.size.feature].flatten(-2)
+    def unpadded(self, rows: Tensor) -> Tensor:
+        """Return rows ``[..., numel]`` without the padding between slots, ``[..., features * numel]``."""
+        slots: Tensor = rows.view(*rows.shape[:-1], self.size.features, -1)
+        return slots[..., : self.size.numel].flatten(-2)
 
 
 def _fill(tensor: Tensor) -> None:
-    """Normal numbers; drawing every one of some thousand million would take longer than the benchmark."""
+    """Fill with normal numbers: a block, repeated, as drawing thousands of millions takes too long."""
     block = torch.randn(min(tensor.numel(), 1_000_003), device=tensor.device)  # a prime: rows differ
     for chunk in tensor.view(-1).split(block.numel()):
         chunk.copy_(block[: chunk.numel()])
 
 
 def copy_call(num_bytes: int, dtype: torch.dtype, device: str) -> Call:
-    """A plain copy that moves ``num_bytes``: half are read, half are written."""
+    """Return a plain copy that moves ``num_bytes``: half are read, half are written."""
     count = max(1, num_bytes // 2 // dtype.itemsize)
     source = torch.ones(count, dtype=dtype, device=device)
     target = torch.zeros_like(source)  # touched: the first write of fresh memory is not what is measured
@@ -243,15 +228,15 @@ def copy_call(num_bytes: int, dtype: torch.dtype, device: str) -> Call:
 
 
 def peak_bytes(op: Op, size: Size, order: int, itemsize: int, contestant: str) -> int:
-    """About what timing a contestant beside a copy takes: its tensors, its temporaries and the copy's."""
-    row = size.terms * size.feature * itemsize
-    kept = (order + 2) * row + 4 * size.feature * itemsize + minimum_bytes(op, size, order, itemsize)
-    temporary = {"eager": row // size.terms, "foreach": row, "compiled": row}.get(contestant, 0)
+    """Estimate the bytes that timing a contestant takes: its tensors, its temporaries and the copy's."""
+    row = size.features * size.numel * itemsize
+    kept = (order + 2) * row + 4 * size.numel * itemsize + minimum_bytes(op, size, order, itemsize)
+    temporary = {"eager": row // size.features, "foreach": row, "compiled": row}.get(contestant, 0)
     return kept + (order + 3) * temporary
 
 
 def usable_backends(device: str, dtype: torch.dtype, num_orders: int) -> Sequence[str]:
-    """Our backends that can take such a history here."""
+    """Name our backends that can take such a history here."""
     where = torch.device(device)
     return [
         name

@@ -10,8 +10,23 @@ import diffusers
 import torch
 from torch import Tensor
 
-from benchmarks.memory import HD, PICTURE, SD35_MEDIUM
-
+PICTURE = {"height": 1024, "width": 1024}
+HD = {"height": 720, "width": 1280}
+SD35_MEDIUM = {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+SD35_LARGE = {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "pos_embed_max_size": 192,
+    "qk_norm": "rms_norm",
+}
 _GUIDANCE = 4.0
 
 
@@ -35,7 +50,7 @@ class Model:
 
     @property
     def size(self) -> str:
-        """What is drawn, in words."""
+        """Say what is drawn: ``1280x720x81``."""
         frames = self.drawn.get("num_frames")
         return f"{self.drawn['width']}x{self.drawn['height']}" + (f"x{frames}" if frames else "")
 
@@ -125,7 +140,7 @@ MODELS: dict[str, dict[str, Model]] = {
 
 
 def build(model: Model, device: str, dtype: torch.dtype) -> Any:
-    """The transformer with random weights, made where it will run: no copy of it anywhere else.
+    """Make the transformer with random weights where it will run: no copy of it anywhere else.
 
     The layers' own initialisation shrinks what goes through them, so that activations stay finite whatever
     the depth. Weights that ``from_pretrained`` leaves in fp32 are in fp32.
@@ -138,15 +153,15 @@ def build(model: Model, device: str, dtype: torch.dtype) -> Any:
             transformer = getattr(diffusers, model.kind)(**model.changes)
     finally:
         torch.set_default_dtype(usual)
-    wide = set(transformer._keep_in_fp32_modules or ())
+    in_fp32 = set(transformer._keep_in_fp32_modules or ())
     for name, parameter in transformer.named_parameters():
-        if wide.intersection(name.split(".")):
+        if in_fp32.intersection(name.split(".")):
             parameter.data = parameter.data.float()
     return transformer.eval().requires_grad_(False)
 
 
 def random_inputs(model: Model, transformer: Any, device: str, dtype: torch.dtype) -> Inputs:
-    """Noise and random embeddings, of the shapes and dtypes that the model's pipeline gives it."""
+    """Draw noise and embeddings of the shapes and dtypes that the model's pipeline gives it."""
     torch.manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -211,7 +226,6 @@ _INPUTS: dict[str, Callable[[Model, Any, Draw], Inputs]] = {
 }
 
 
-@torch.no_grad()
 def denoise(
     transformer: Any,
     inputs: Inputs,
@@ -220,7 +234,7 @@ def denoise(
     stop: int | None = None,
     mark: Callable[[], None] | None = None,
 ) -> Tensor:
-    """The loop of a pipeline, without its text encoders and its autoencoder.
+    """Run the loop of a pipeline, without its text encoders and its autoencoder.
 
     Args:
         transformer: the model, or one that is cached.

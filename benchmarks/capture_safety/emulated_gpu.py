@@ -1,4 +1,4 @@
-"""A GPU that is not there: tensors that say they are on ``cuda:0``, while the host has their numbers.
+"""An emulated GPU: tensors that say they are on ``cuda:0``, while the host has their numbers.
 
 Fake tensors have no numbers, so code that reads one from the device stops there. These go on, and every copy
 between the two memories is an operation that can be seen. What Python asks of a tensor is answered for CUDA;
@@ -24,8 +24,8 @@ DEVICE: Final = torch.device("cuda", 0)
 _META: Final = torch.device("meta")
 
 
-class PretendTensor(Tensor):
-    """A tensor on the GPU that is not there.
+class EmulatedTensor(Tensor):
+    """A tensor on the emulated GPU.
 
     Args:
         host: has its numbers.
@@ -34,8 +34,8 @@ class PretendTensor(Tensor):
     host: Tensor
 
     @staticmethod
-    def __new__(cls, host: Tensor) -> PretendTensor:
-        made: PretendTensor = Tensor._make_wrapper_subclass(
+    def __new__(cls, host: Tensor) -> EmulatedTensor:
+        made: EmulatedTensor = Tensor._make_wrapper_subclass(
             cls,
             host.shape,
             strides=host.stride(),
@@ -52,7 +52,7 @@ class PretendTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        raise RuntimeError(f"{func}: expected PretendGpu to be entered")
+        raise RuntimeError(f"{func}: expected EmulatedGpu to be entered")
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -91,10 +91,10 @@ class PretendTensor(Tensor):
         return torch.tensor(index, device=DEVICE) if isinstance(index, list) else index
 
 
-class PretendGpu(TorchDispatchMode):
+class EmulatedGpu(TorchDispatchMode):
     """While it is entered, the device "cuda" is the host."""
 
-    def __enter__(self) -> PretendGpu:
+    def __enter__(self) -> EmulatedGpu:
         with ExitStack() as stack:
             if not torch.cuda.is_available():
                 stack.enter_context(mock.patch("torch.cuda._lazy_init"))
@@ -115,10 +115,10 @@ class PretendGpu(TorchDispatchMode):
         self._undo.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known: dict[int, PretendTensor] = {}  # by the id of their host's: what works in place returns itself
+        known: dict[int, EmulatedTensor] = {}  # by the id of their host's: what works in place returns itself
 
         def unwrap(leaf: Any) -> Any:
-            if not isinstance(leaf, PretendTensor):
+            if not isinstance(leaf, EmulatedTensor):
                 if isinstance(leaf, Tensor) and leaf.is_meta:
                     raise NotImplementedError(f"{func}: a tensor was made without its numbers")
                 return leaf
@@ -138,14 +138,14 @@ class PretendGpu(TorchDispatchMode):
         def wrap(leaf: Any) -> Any:
             if id(leaf) in known:
                 return known[id(leaf)]
-            return PretendTensor(leaf) if there and isinstance(leaf, Tensor) else leaf
+            return EmulatedTensor(leaf) if there and isinstance(leaf, Tensor) else leaf
 
         return pytree.tree_map(wrap, output)
 
 
 def to_gpu(value: Any) -> Any:
-    """Tensors on the host, however nested, as ones on the GPU."""
-    return pytree.tree_map(lambda leaf: PretendTensor(leaf) if isinstance(leaf, Tensor) else leaf, value)
+    """Turn tensors on the host, however nested, into ones on the GPU."""
+    return pytree.tree_map(lambda leaf: EmulatedTensor(leaf) if isinstance(leaf, Tensor) else leaf, value)
 
 
 def move(model: nn.Module) -> None:
@@ -153,7 +153,7 @@ def move(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(PretendTensor(parameter.data), requires_grad=False)
+                module._parameters[name] = nn.Parameter(EmulatedTensor(parameter.data), requires_grad=False)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = PretendTensor(buffer)
+                module._buffers[name] = EmulatedTensor(buffer)

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 _ISAS = {"baseline": [], "avx2": ["-mavx2", "-mf16c"], "avx512": ["-mavx512f", "-mavx512bw"]}
-_WIDE = {"avx512": ["-mprefer-vector-width=512"]}
+_VECTORS = {"avx512": ["-mprefer-vector-width=512"]}
 
 
 class BuildError(RuntimeError):
@@ -30,7 +30,7 @@ class BuildError(RuntimeError):
 
 
 def status(device: str) -> str | None:
-    """Why the native backend cannot run on a device, asked in a fresh process; None when it can."""
+    """Ask in a fresh process why the native backend cannot run on a device; None when it can."""
     script = (
         "import torch; from hicache_kernels.backends import native; "
         f"print(native.unavailable(torch.device({device!r})) or '')"
@@ -44,14 +44,14 @@ def status(device: str) -> str | None:
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler, where CMake looks for it too."""
+    """Find the CUDA compiler where CMake looks for it too."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     paths = [f"{home}/bin" for home in homes if home] + [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     return os.environ.get("CUDACXX") or shutil.which("nvcc", path=os.pathsep.join(paths))
 
 
 def build(arch: str | None, timeout: float = float("inf")) -> str:
-    """Build and put the extension in place; how it was done.
+    """Build the extension and put it in place; return how it was done.
 
     Args:
         arch: compute capability to compile for, such as ``"90"``; None builds for the CPU alone.
@@ -121,7 +121,7 @@ def _with_cmake(build_dir: Path, arch: str | None, deadline: float) -> Path:
 
 
 def compile_commands(build_dir: Path, arch: str | None) -> dict[str, list[str]]:
-    """Object file → the command that makes it."""
+    """Return object file → the command that makes it."""
     import pybind11
 
     csrc = ROOT / "csrc"
@@ -140,7 +140,7 @@ def compile_commands(build_dir: Path, arch: str | None) -> dict[str, list[str]]:
         "cpu.o": [*host, "-c", str(csrc / "cpu.cpp")],
     }
     for isa in _ISAS if x86 else ("baseline",):
-        flags = [*_ISAS[isa], *_WIDE.get(isa, []), "-ffp-contract=off", "-Wno-psabi"]
+        flags = [*_ISAS[isa], *_VECTORS.get(isa, []), "-ffp-contract=off", "-Wno-psabi"]
         names = [f"-DHICACHE_ISA={isa}", f'-DHICACHE_ISA_NAME="{isa}"']
         commands[f"kernels_{isa}.o"] = [*host, *flags, *names, "-c", str(csrc / "cpu_kernels.cpp")]
     if arch is not None:

@@ -1,29 +1,19 @@
-"""Every op against eager torch, at the sizes of real models: ``python -m benchmarks.kernels --device cpu``.
-
-Correctness comes first: every contestant's result is compared with float64 before anything is timed
-(benchmarks/gate.py). Then all are timed in turn, beside a plain copy that moves as many bytes, and reported
-as GB/s of the least bytes the op must move (each input once, each output once; hicache_kernels/README.md)
-and as a share of that copy's bandwidth. Order 2, the paper's, goes first: ``--minutes`` cuts off the rest.
-"""
+"""Times every op of every contestant, beside a plain copy that moves as many bytes."""
 
 from __future__ import annotations
 
-import argparse
-import csv
 import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import astuple, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
-from benchmarks.gate import gate
-from benchmarks.machine import available_bytes, device_name, driver, versions
-from benchmarks.problems import (
+from benchmarks.common.machine import available_bytes
+from benchmarks.common.timing import Call, time_in_graph, time_together
+from benchmarks.kernels.problems import (
     DTYPES,
-    OPS,
     SIZES,
     Op,
     Problem,
@@ -34,11 +24,10 @@ from benchmarks.problems import (
     peak_bytes,
     usable_backends,
 )
-from benchmarks.timing import Call, time_in_graph, time_together
 
-_ORDERS = (2, 1, 3, 0, 4)
+ORDERS = (2, 1, 3, 0, 4)
 COMPILED = ("update_forecast_", "gated_sum", "gated_sum, no gates")
-_LARGE = 2**25  # numbers of all features
+_LARGE = 2**25  # elements of all features
 _GRAPHED = 64 * 2**20  # bytes; above, a launch costs nothing to speak of
 
 
@@ -47,7 +36,7 @@ class Row:
     """One line of the CSV: a contestant on an op. Times are of one call."""
 
     size: str
-    terms: int
+    features: int
     dtype: str
     order: int
     op: str
@@ -68,7 +57,7 @@ class Row:
 def contestants(
     problem: Problem, op: Op, compiled: bool, room: int, without: Set[str] = frozenset()
 ) -> dict[str, Call]:
-    """Our backends that run here (the reference, which is the specification, left out) and torch's forms."""
+    """The calls to time: our backends that run here, but the specification, and torch's forms that fit."""
     itemsize = problem.dtype.itemsize
     names = usable_backends(problem.device, problem.dtype, problem.order + 1)
     calls = {name: problem.call(op, name) for name in names if name not in {"reference", *without}}
@@ -83,7 +72,7 @@ def contestants(
 def time_op(
     name: str, problem: Problem, op: Op, calls: dict[str, Call], rounds: int, seconds: float
 ) -> list[Row]:
-    """Rows of one op on one problem, all contestants and the copy timed in one run."""
+    """Time one op on one problem, all contestants and the copy in one run; a row a contestant."""
     size, order, device = problem.size, problem.order, problem.device
     moved = minimum_bytes(op, size, order, problem.dtype.itemsize)
     timings = time_together(
@@ -103,7 +92,7 @@ def time_op(
         rows.append(
             Row(
                 name,
-                size.terms,
+                size.features,
                 dtype,
                 order,
                 op.name,
@@ -138,7 +127,7 @@ def measure(
     without: Set[str] = frozenset(),
     left_out: list[str] | None = None,
 ) -> Iterator[list[Row]]:
-    """Rows of every op on every problem that fits in memory and in time.
+    """Yield the rows of every op on every problem that fits in memory and in time.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
@@ -183,79 +172,17 @@ def measure(
 
 
 def _rank(chosen: tuple[int, str, str]) -> tuple[bool, int, bool]:
-    """What to time first: order 2, sizes that take moments before the others; other orders of those last."""
+    """Sort order 2 and small sizes first, large sizes at other orders last."""
     order, name, _ = chosen
-    large = SIZES[name].terms * SIZES[name].feature > _LARGE
-    return large and order != 2, _ORDERS.index(order), large
+    large = SIZES[name].features * SIZES[name].numel > _LARGE
+    return large and order != 2, ORDERS.index(order), large
 
 
 def line(row: Row) -> str:
-    """A row for a person."""
+    """Format a row for a terminal."""
     over = "" if row.over_eager is None else f"{row.over_eager:7.2f}x eager"
     graph = "" if row.graph_us is None else f" {row.graph_us:9.2f} us in a graph"
     return (
         f"{row.size:<24} {row.dtype} O={row.order} {row.op:<28} {row.backend:<9} {row.p50_ms:10.4f} ms "
         f"{row.GBps:8.1f} GB/s {row.share_of_copy:6.2f} of copy {over}{graph}"
     )
-
-
-def write_csv(path: Path, rows: Sequence[Row], device: str) -> None:
-    """The rows, and on every one the device, its driver and the versions."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    where = (device_name(device), driver(), versions())
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*(field.name for field in fields(Row)), "device", "driver", "versions"])
-        for row in rows:
-            values = [f"{value:.5g}" if isinstance(value, float) else value for value in astuple(row)]
-            writer.writerow([*values, *where])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["bf16", "fp32"])
-    parser.add_argument("--orders", nargs="+", type=int, choices=range(5), default=list(_ORDERS))
-    parser.add_argument("--ops", nargs="+", choices=list(OPS), default=list(OPS))
-    parser.add_argument(
-        "--compiled",
-        nargs="*",
-        choices=list(SIZES),
-        help="also time torch.compile, at order 2, at these sizes; at all of them if none is named",
-    )
-    parser.add_argument("--rounds", type=int, default=15, help="of each op, at most")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each op, about")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="for everything, about")
-    parser.add_argument("--csv", type=Path, help="also write the rows here")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: no CUDA device")
-    deadline = time.monotonic() + 60 * options.minutes
-    compiled = list(SIZES) if options.compiled == [] else options.compiled or []
-    checks = gate(options.device, [DTYPES[key] for key in options.dtypes], compiled=bool(compiled))
-    print(f"gate: {checks} checks passed on {device_name(options.device)}; {versions()}")
-    rows: list[Row] = []
-    for block in measure(
-        options.device,
-        options.sizes,
-        options.dtypes,
-        options.orders,
-        options.ops,
-        compiled=compiled,
-        rounds=options.rounds,
-        seconds=options.seconds,
-        deadline=deadline,
-    ):
-        for row in block:
-            print(line(row), flush=True)
-        rows += block
-    if options.csv:
-        write_csv(options.csv, rows, options.device)
-        print(f"saved {options.csv}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Interleaved timing of a few functions."""
+"""Times a few functions in turn."""
 
 from __future__ import annotations
 
@@ -74,17 +74,23 @@ def time_together(
     return timings
 
 
-def time_in_graph(function: Call, repeats: int = 32, rounds: int = 9) -> float:
-    """Median seconds a call inside one CUDA graph of ``repeats`` calls, caches warm: no Python in between."""
+def capture(function: Call, repeats: int = 1) -> torch.cuda.CUDAGraph:
+    """Capture calls into one CUDA graph, after a call outside of it: kernels must be compiled before."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # kernels must be compiled before a capture
+    with torch.cuda.stream(stream):
         function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(repeats):
             function()
+    return graph
+
+
+def time_in_graph(function: Call, repeats: int = 32, rounds: int = 9) -> float:
+    """Return median seconds a call inside one CUDA graph, caches warm: no Python in between."""
+    graph = capture(function, repeats)
     taken = []
     for index in range(rounds + 1):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

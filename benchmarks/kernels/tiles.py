@@ -1,4 +1,4 @@
-"""Which tile the Triton kernels are fastest with on the card at hand: a table for ``HICACHE_TILES``."""
+"""Finds the tile the Triton kernels are fastest with on this card: a table for ``HICACHE_TILES``."""
 
 from __future__ import annotations
 
@@ -9,27 +9,20 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.gate import check_op, rounding
-from benchmarks.problems import OPS, Op, Problem, Size, minimum_bytes
-from benchmarks.timing import Call, time_together
+from benchmarks.common.timing import Call, time_together
+from benchmarks.kernels.parity import check_op, rounding
+from benchmarks.kernels.problems import OPS, Op, Problem, Size, minimum_bytes
 from hicache_kernels import tiles
 from hicache_kernels.tiles import Tile
 
-# one long row of numbers: numbers a program, warps
+# one long row: elements a program, warps
 ROW_TILES = tuple(
     Tile(block=block, num_warps=warps)
     for block, warps in (
-        (512, 4),
-        (1024, 4),
-        (1024, 8),
-        (2048, 4),
-        (2048, 8),
-        (4096, 4),
-        (4096, 8),
-        (8192, 8),
+        (512, 4), (1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (8192, 8),
     )
-)
-# rows by channels, and loads of how many terms are in flight
+)  # fmt: skip
+# rows by channels, and loads of how many features are in flight
 GATED_TILES = tuple(
     Tile(rows=rows, columns=columns, num_warps=warps, num_stages=stages)
     for rows, columns, warps, stages in (
@@ -57,16 +50,15 @@ class Choice:
     tried: int
 
 
-def tile_key(op: Op, orders: int, itemsize: int, terms: int) -> str:
-    """The key the Triton backend looks an op up by."""
-    name = op.name.split(",")[0]
+def tile_key(op: Op, orders: int, itemsize: int, features: int) -> str:
+    """Return the key by which the Triton backend looks an op up."""
     if op.sums:
-        return tiles.key("gated_sum_update_" if op.updates else name, orders, itemsize, terms)
-    return tiles.key(name, orders, itemsize, 1)
+        return tiles.key("gated_sum_update_" if op.updates else op.form, orders, itemsize, features)
+    return tiles.key(op.form, orders, itemsize, 1)
 
 
 def with_tile(call: Call, key: str, tile: Tile) -> Call:
-    """The call, with this tile."""
+    """Return the call with this tile."""
 
     def tiled() -> object:
         with tiles.override({key: tile}):
@@ -77,7 +69,7 @@ def with_tile(call: Call, key: str, tile: Tile) -> Call:
 
 def choose(
     op: Op,
-    terms: int,
+    features: int,
     order: int,
     dtype: torch.dtype,
     device: str,
@@ -85,21 +77,21 @@ def choose(
     candidates: Sequence[Tile] | None = None,
     deadline: float = float("inf"),
 ) -> Choice:
-    """Time every candidate that compiles and gives the right numbers.
+    """Time every candidate that compiles and passes its parity check; choose the fastest.
 
     Args:
         op, order, dtype: the problem.
-        terms: 1, or any other number for many.
-        sizes: terms → the size to time at.
+        features: 1, or any other number for many.
+        sizes: features → the size to time at.
         candidates: tiles to try beside the default; the ones above when None.
         deadline: of ``time.monotonic()``, past which no further candidate is compiled.
     """
-    key = tile_key(op, order + 1, dtype.itemsize, terms)
+    key = tile_key(op, order + 1, dtype.itemsize, features)
     default = tiles.default(order + 1, dtype.itemsize)
     if candidates is None:
         candidates = GATED_TILES if op.gated else ROW_TILES
-    small = Problem(Size(min(terms, 3), 37, 96, batch=2), order, dtype, device)
-    problem = Problem(sizes[terms], order, dtype, device)
+    small = Problem(Size(min(features, 3), 37, 96, batch=2), order, dtype, device)
+    problem = Problem(sizes[features], order, dtype, device)
     calls: dict[Tile, Call] = {}
     for tile in dict.fromkeys((default, *candidates)):
         if calls and time.monotonic() > deadline:
@@ -117,7 +109,7 @@ def choose(
     before = problem.record if op.updates else None
     functions = {name: calls[tile] for name, tile in named.items()}
     timings = time_together(functions, rounds=9, device=device, before=before)
-    moved = minimum_bytes(op, sizes[terms], order, dtype.itemsize) / 1e9
+    moved = minimum_bytes(op, sizes[features], order, dtype.itemsize) / 1e9
     best = min(timings, key=lambda name: timings[name].p50)
     usual = timings[str(default)].p50
     if usual < GAIN * timings[best].p50:
@@ -133,12 +125,12 @@ def tune(
     dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float32),
     candidates: Sequence[Tile] | None = None,
 ) -> Iterator[Choice]:
-    """The choices that there is time for; ``sizes`` has 1 term and one other number."""
+    """Yield the choices that there is time for; ``sizes`` is for 1 feature and for one other number."""
     [many] = set(sizes) - {1}
     for order in orders:
         for dtype in dtypes:
-            for name, terms in TUNED:
+            for name, features in TUNED:
                 if time.monotonic() > deadline:
                     return
-                count = 1 if terms == "1" else many
+                count = 1 if features == "1" else many
                 yield choose(OPS[name], count, order, dtype, device, sizes, candidates, deadline)

@@ -10,7 +10,8 @@ Arguments: ``orders[k][i]`` is the k-th difference of feature i; ``gap`` the ste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,13 @@ def _cascade(orders: Sequence[Tensor], gap: float) -> list[Tensor]:
     return new
 
 
+def _update(orders: Sequence[Tensor], gap: float) -> list[Tensor]:
+    new = _cascade(orders, gap)
+    for kept, difference in zip(orders, new, strict=True):
+        kept.copy_(difference)
+    return new
+
+
 def _weigh(differences: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     total = differences[0] * weights[0]
     for difference, weight in zip(differences[1:], weights[1:], strict=True):
@@ -35,8 +43,7 @@ def _weigh(differences: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def eager_update(orders: Rows, gap: float) -> None:
     """``update_``."""
     for column in zip(*orders, strict=True):
-        for kept, difference in zip(column, _cascade(column, gap), strict=True):
-            kept.copy_(difference)
+        _update(column, gap)
 
 
 def eager_forecast(orders: Rows, weights: Sequence[float], out: Sequence[Tensor]) -> None:
@@ -48,10 +55,7 @@ def eager_forecast(orders: Rows, weights: Sequence[float], out: Sequence[Tensor]
 def eager_update_forecast(orders: Rows, gap: float, weights: Sequence[float], out: Sequence[Tensor]) -> None:
     """``update_forecast_``."""
     for column, result in zip(zip(*orders, strict=True), out, strict=True):
-        new = _cascade(column, gap)
-        for kept, difference in zip(column, new, strict=True):
-            kept.copy_(difference)
-        result.copy_(_weigh(new, weights))
+        result.copy_(_weigh(_update(column, gap), weights))
 
 
 def eager_gated_sum(
@@ -60,18 +64,16 @@ def eager_gated_sum(
     """``gated_sum``; with a gap, the pending update too."""
     hidden = base
     for index, column in enumerate(zip(*orders, strict=True)):
-        differences: Sequence[Tensor] = column
-        if gap is not None:
-            differences = _cascade(column, gap)
-            for kept, difference in zip(column, differences, strict=True):
-                kept.copy_(difference)
-        value = _weigh(differences, weights)
+        value = _weigh(column if gap is None else _update(column, gap), weights)
         hidden = hidden + (value if gates is None else gates[index] * value)
     return hidden
 
 
 def _foreach_cascade(orders: Rows, gap: float) -> list[list[Tensor]]:
-    new = [list(torch._foreach_clone(list(orders[-1])))]
+    # torch 2.11 has no _foreach_clone
+    inbox = [torch.empty_like(feature) for feature in orders[-1]]
+    torch._foreach_copy_(inbox, list(orders[-1]))
+    new = [inbox]
     for k in range(len(orders) - 1):
         difference = list(torch._foreach_sub(new[k], list(orders[k])))
         torch._foreach_div_(difference, gap)
@@ -119,6 +121,16 @@ def foreach_gated_sum(
     return hidden
 
 
+_OPS = ("update_", "forecast", "update_forecast_", "gated_sum")
+_EAGER = (eager_update, eager_forecast, eager_update_forecast, eager_gated_sum)
+_FOREACH = (foreach_update, foreach_forecast, foreach_update_forecast, foreach_gated_sum)
+# contestant → op → its form
+FORMS: dict[str, dict[str, Callable[..., Any]]] = {
+    "eager": dict(zip(_OPS, _EAGER, strict=True)),
+    "foreach": dict(zip(_OPS, _FOREACH, strict=True)),
+}
+
+
 def whole_update_forecast(orders: Tensor, gap: float, weights: Sequence[float], out: Tensor) -> None:
     """``update_forecast_`` of ``orders [K, numel]`` into ``out [numel]``."""
     eager_update_forecast([[row] for row in orders.unbind()], gap, weights, [out])
@@ -127,12 +139,8 @@ def whole_update_forecast(orders: Tensor, gap: float, weights: Sequence[float], 
 def whole_gated_sum(
     base: Tensor, orders: Tensor, gates: Tensor | None, weights: Sequence[float], gap: float | None
 ) -> Tensor:
-    """``gated_sum`` of ``orders [K, terms, batch, tokens, channels]`` with gates
-    ``[terms, batch, 1, channels]``."""
-    differences = list(orders.unbind())
-    if gap is not None:
-        differences = _cascade(differences, gap)
-        for kept, difference in zip(orders.unbind(), differences, strict=True):
-            kept.copy_(difference)
-    value = _weigh(differences, weights)
+    """``gated_sum`` of ``orders [K, features, batch, tokens, channels]`` with gates
+    ``[features, batch, 1, channels]``."""
+    differences = orders.unbind()
+    value = _weigh(differences if gap is None else _update(differences, gap), weights)
     return base + (value if gates is None else value * gates).sum(0)

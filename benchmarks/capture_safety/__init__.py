@@ -1,0 +1,1 @@
+"""What of a call a CUDA graph cannot capture."""

@@ -1,0 +1,1 @@
+"""What the commands share: timing, the machine, tables and arguments."""

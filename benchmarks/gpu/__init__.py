@@ -1,0 +1,1 @@
+"""The one command for a machine with a GPU."""
