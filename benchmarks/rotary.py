@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hicache.demo
 import hicache.fast
 from hicache import HiCacheConfig, full_steps
-from hicache.adapters import rotary
+from hicache.hooks import rotary
 
 STEPS = 12  # of a run that is timed: 3 full, 9 skipped
 CONFIG = HiCacheConfig(interval=STEPS)

@@ -7,9 +7,8 @@ clear message when one of them moves.
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Final
 
@@ -67,10 +66,14 @@ def mix_in(module: nn.Module, mixin: type, key: str, value: Any) -> Callable[[],
     return undo
 
 
-@functools.lru_cache(maxsize=256)
-def _mixed(cls: Hashable, mixin: Hashable) -> Any:
-    # one class for all objects alike: torch.compile tells blocks and lists apart by theirs
-    return type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+# one class for all objects alike: torch.compile tells blocks and lists apart by theirs
+_MIXED: Final[dict[tuple[type, type], type]] = {}
+
+
+def _mixed(cls: type, mixin: type) -> type:
+    if (cls, mixin) not in _MIXED:
+        _MIXED[cls, mixin] = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+    return _MIXED[cls, mixin]
 
 
 # torch 2.11 – 2.13
@@ -152,7 +155,7 @@ def end_pool_allocation(device: torch.device | None, pool: Any) -> None:
 
 
 def write_count(tensor: Tensor) -> int | None:
-    """How often a tensor was written to (``Tensor._version``); None in inference mode, which does not count."""
+    """How often a tensor was written to (``Tensor._version``); None in inference mode."""
     return None if tensor.is_inference() else int(tensor._version)
 
 
@@ -160,7 +163,7 @@ def write_count(tensor: Tensor) -> int | None:
 
 
 def block_metadata(block: nn.Module) -> Any:
-    """diffusers' record of what a class of blocks takes and returns (``TransformerBlockRegistry``), or None."""
+    """diffusers' record of what a block takes and returns (``TransformerBlockRegistry``), or None."""
     try:
         from diffusers.hooks._helpers import TransformerBlockRegistry
     except ImportError:

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from hicache import compat
 from hicache.config import HiCacheConfig
 from hicache_kernels import backend_status
 
@@ -37,15 +38,15 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
         ValueError: there is none; the message names the parts there are.
     """
     if isinstance(pipe, nn.Module):
-        return {"transformer": unwrap(pipe)}
+        return {"transformer": compat.original_module(pipe)}
     components = getattr(pipe, "components", None)
     if not isinstance(components, Mapping):
         components = {name: getattr(pipe, name, None) for name in _COMPONENTS}
     modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
     found: dict[str, nn.Module] = {}
     for name, part in modules.items():
-        if "transformer" in name and unwrap(part) not in found.values():
-            found[name] = unwrap(part)
+        if "transformer" in name and compat.original_module(part) not in found.values():
+            found[name] = compat.original_module(part)
     if not found:
         present = ", ".join(f"{name} ({type(part).__name__})" for name, part in modules.items())
         raise ValueError(
@@ -53,14 +54,6 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
             f"got {present or 'no modules'}"
         )
     return found
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The original of a module that ``torch.compile`` has wrapped, any other module itself: hooks belong on
-    it."""
-    original = getattr(module, "_orig_mod", module)
-    assert isinstance(original, nn.Module)
-    return original
 
 
 def find_scheduler(pipe: Any, scheduler: Any) -> Callable[[], Any] | None:

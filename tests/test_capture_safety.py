@@ -139,7 +139,7 @@ def test_an_unsafe_op_of_the_cache_would_show(monkeypatch: pytest.MonkeyPatch, p
     if place == "forecast":
         assert found == [(SYNC, "Sum.offending", BEFORE)]
     else:
-        assert found == [(COPY, "_Tap.offending_write", INSIDE)]
+        assert found == [(COPY, "_OutputHook.offending_write", INSIDE)]
 
 
 # What is found in single operations.

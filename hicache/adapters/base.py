@@ -43,7 +43,7 @@ class ModuleOutput:
     view: Callable[[Tensor], Tensor] | None = None
 
     def read(self, output: Any, shape: torch.Size) -> Tensor | None:
-        """The part of a module's output that is recorded, of the hidden state's shape; None where there is none.
+        """The part of a module's output that is recorded; None where there is none.
 
         Args:
             output: what the module returned.
@@ -104,7 +104,7 @@ class ModuleAdapter:
         return last + 1
 
     def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
-        """The gates of this step: ``[num_features, batch, channels]``, contiguous, of base's dtype and device."""
+        """The gates of this step: ``[num_features, batch, channels]``, contiguous, like ``base``."""
         raise NotImplementedError
 
     def gate_inputs(
@@ -115,7 +115,7 @@ class ModuleAdapter:
         steps: int,
         like: Tensor,
     ) -> Mapping[str, Any]:
-        """What :meth:`gates` reads, for several steps at once; asked for where :attr:`gate_arguments` are listed.
+        """What :meth:`gates` reads, for several steps at once; for adapters with :attr:`gate_arguments`.
 
         Args:
             block_kwargs: the first block's arguments now.

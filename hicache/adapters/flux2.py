@@ -55,9 +55,7 @@ class Flux2(ModuleAdapter):
         if not self.collapse:
             attention_and_mlp = gates[:2].repeat(len(self._doubles), 1, 1)
             gates = torch.cat([attention_and_mlp, gates[2:].repeat(len(self._singles), 1, 1)])
-        return gates[
-            : self.num_features(block_kwargs)
-        ].contiguous()  # a model without singles has no gates for them
+        return gates[: self.num_features(block_kwargs)].contiguous()
 
     def refusal(self, block_kwargs: Mapping[str, Any]) -> str | None:
         if block_kwargs["temb_mod_img"].numel() // (6 * self.module.inner_dim) not in (

@@ -100,7 +100,7 @@ class Gates:
         self._buffers: dict[tuple[Any, ...], tuple[Tensor, list[Tensor]]] = {}
 
     def of(self, activated: Tensor | Sequence[Tensor], channels: int) -> Tensor:
-        """``[num_features, batch, channels]`` for activated embeddings ``[batch, width]``: one, or one a layer.
+        """``[num_features, batch, channels]`` for activated ``[batch, width]``: one, or one a layer.
 
         The memory is used again by the next call.
         """

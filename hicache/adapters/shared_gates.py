@@ -19,8 +19,8 @@ from hicache.adapters.base import Features, ModuleAdapter, ModuleOutput
 class TableAdapter(ModuleAdapter):
     """Blocks with a ``scale_shift_table``: shift, scale, gate of the attention, then of the MLP.
 
-    Three features: everything with a constant gate, the attentions, the MLPs. A subclass names its modules and
-    says where the shared vectors ``[batch, 6, channels]`` are.
+    Three features: everything with a constant gate, the attentions, the MLPs. A subclass names its modules
+    and says where the shared vectors ``[batch, 6, channels]`` are.
 
     Args:
         module: the transformer.

@@ -1,4 +1,4 @@
-"""What of a transformer is part of every graph of it: where its weights are, and how LoRA and processors are set."""
+"""What of a transformer is part of its graphs: where its weights are, how LoRA and processors are set."""
 
 from __future__ import annotations
 

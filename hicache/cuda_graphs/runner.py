@@ -186,7 +186,7 @@ class GraphRunner:
         return self._replay(graph, leaves)
 
     def _warm(self, key: Any, run: Callable[[], Any]) -> Any:
-        """The first call of a form, and whether it may be captured: a capture that fails is best not begun."""
+        """The first call of a form, and whether it may be captured: best not to begin what will fail."""
         if len(self._warmed) > 8 * self._limit:
             self._warmed.clear()
         self._warmed.add(key)

@@ -1,4 +1,4 @@
-"""What a transformer's blocks take and return: where the hidden state is among a block's arguments and results."""
+"""Where the hidden state is among the arguments and results of a transformer's blocks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class BlockInterface:
         )
         image = getattr(metadata, "return_hidden_states_index", None)
         self._image_index: int | None = _IMAGE_INDEX.get(self._block) if image is None else image
-        # One entry an element a block returns: "image", the argument passed through, or None; () for a tensor.
+        # One entry an element returned: "image", the argument passed through, or None; () for a tensor.
         self._layout: tuple[str | None, ...] | None = None
 
     @property

@@ -52,7 +52,7 @@ def find_lists(module: nn.Module) -> list[nn.ModuleList]:
 
 
 def find_heads(module: nn.Module) -> list[nn.Module]:
-    """The modules that take the hidden state after the blocks, one of which runs; empty where none is known."""
+    """The modules that take the hidden state after the blocks, one of which runs; empty: none is known."""
     children = dict(module.named_children())
     head = next((children[name] for name in HEADS if name in children), None)
     if isinstance(head, nn.ModuleDict):
@@ -97,7 +97,7 @@ class _SkippableList(nn.ModuleList):
 
 
 class BlockListHook:
-    """What a list of blocks gives when it is iterated over: its blocks, wrapped ones, or what stands in for them.
+    """What a list of blocks gives to who iterates over it: its blocks, wrapped ones, or a stand-in.
 
     Args:
         transformer: the hooked transformer.

@@ -24,8 +24,8 @@ class _Part:
         self.feature = feature
         self.factor = factor
         self.sole = sole  # it alone makes up the feature: copied into the slot, not added up
-        # Bound before the call, not looked up in the plan by index: to torch.compile an index makes each block
-        # another block. None: the call has no such feature.
+        # Bound before the call, not looked up in the plan by index: with an index each block is another block
+        # to torch.compile. None: the call has no such feature.
         self.slot: Tensor | None = None
         self.seen = False  # whether the call that is learned from had it
 
@@ -136,7 +136,7 @@ class ModuleOutputs:
         return tuple(feature for feature in range(num_features) if feature not in seen)
 
     def finish(self, slots: Sequence[Tensor], missing: Sequence[int]) -> None:
-        """The call has ended: round the partial sums into their slots, and zero the features it does not have."""
+        """The call has ended: round partial sums into their slots, and zero the features it does not have."""
         for feature, total in self._call.result.partial_sums.items():
             slots[feature].copy_(total)
         for feature in missing:

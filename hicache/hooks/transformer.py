@@ -102,7 +102,7 @@ class HookedTransformer:
     # What a full step goes through.
 
     def enter(self, hidden: Tensor, block_kwargs: Mapping[str, Any]) -> None:
-        """The hidden state enters the first block that runs: skip-layer guidance may leave out the very first."""
+        """The hidden state enters the first block that runs; skip-layer guidance may leave out the first."""
         call = self.call
         call.result.entered = True
         lesson = call.lesson

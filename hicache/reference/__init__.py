@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from hicache import compat
 from hicache.config import HiCacheConfig
 from hicache.handle import BaseHandle
 from hicache.pipeline import check_config, check_one_cache, find_denoisers, find_scheduler
@@ -93,6 +94,6 @@ def apply(pipe: Any, config: HiCacheConfig | None = None, *, scheduler: Any = No
 
 def _check_module(held: Any, module: nn.Module) -> None:
     name = type(module).__name__
-    if held is not module or any(part._compiled_call_impl is not None for part in module.modules()):
+    if held is not module or compat.is_compiled(module):
         raise ValueError(f"hicache.reference: expected {name} to run eagerly, got it compiled")
     cached_parts(module)  # refuses models it does not know

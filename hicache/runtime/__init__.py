@@ -1,1 +1,1 @@
-"""One call of a denoiser: which step it is, what is done with it, and what is kept of it for the next ones."""
+"""One call of a denoiser: which step it is, what is done with it, what is kept for the next ones."""

@@ -249,7 +249,8 @@ class Denoiser:
         lesson = call.lesson
         if lesson is not None and not call.result.entered:
             raise RuntimeError(
-                f"hicache: {name} runs without iterating over its blocks, so they cannot be skipped; {UNCACHED}"
+                f"hicache: {name} runs without iterating over its blocks, so they cannot be skipped; "
+                f"{UNCACHED}"
             )
         if not (call.result.entered and call.result.head_reached):
             raise RuntimeError(

@@ -122,7 +122,7 @@ class GatePrefetch:
         )
 
     def gates(self, adapter: ModuleAdapter, step: int, model_kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The gates of a skipped step, ``[num_features, batch, channels]``; None when they were not fetched."""
+        """The gates of a skipped step, ``[num_features, batch, channels]``; None: they were not fetched."""
         fetched = self._fetched
         timestep = model_kwargs.get("timestep")
         if fetched is None or not 0 <= step - fetched.first < len(fetched.gates):

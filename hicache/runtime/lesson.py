@@ -1,4 +1,4 @@
-"""What is learned from the first full step of a form of call: shapes, features, and whether their sum is right."""
+"""What is learned from the first full step of a form of call: shapes, features, and their sum."""
 
 from __future__ import annotations
 
