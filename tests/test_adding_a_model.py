@@ -132,14 +132,14 @@ def wrong(page: dict[str, Any], kind: str) -> type[Any]:
         def outputs(self) -> list[ModuleOutput]:
             found = list(super().outputs())
             if kind == "element":  # the attention's tuple itself
-                return [ModuleOutput(feature.module, feature.terms) for feature in found]
+                return [ModuleOutput(output.module, output.features) for output in found]
             if kind == "order":
                 return [
-                    ModuleOutput(f.module, ((t ^ 1, None),), f.element) for f in found for t, _ in f.terms
+                    ModuleOutput(o.module, ((f ^ 1, None),), o.element) for o in found for f, _ in o.features
                 ]
             return found[:-1] if kind == "missing" else found
 
-        def terms(self, call: Any) -> int:
+        def num_features(self, block_kwargs: Any) -> int:
             return 6
 
     return Wrong
