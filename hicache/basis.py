@@ -27,7 +27,7 @@ class Basis(Protocol):
         """``num_coeffs`` coefficients, lowest order first.
 
         Args:
-            gaps: steps between the full steps behind the differences, newest first, ``num_coeffs - 1`` of them.
+            gaps: steps between the full steps behind the differences, newest first: ``num_coeffs - 1``.
             distance: steps since the last full step, > 0.
             num_coeffs: number of differences that exist, >= 1.
             sigma: contraction σ of the dual scaling.

@@ -14,30 +14,10 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils import _pytree, _python_dispatch
 
-__all__ = [
-    "OUTPUT_HOOK",
-    "TorchDispatchMode",
-    "add_output_hook",
-    "attention_backend",
-    "block_metadata",
-    "children_of_list",
-    "end_pool_allocation",
-    "hook_keys",
-    "inside_compiled_call",
-    "is_compiled",
-    "is_hooked",
-    "is_offloaded",
-    "mix_in",
-    "original_module",
-    "processor_attention_backend",
-    "pytree",
-    "remove_output_hook",
-    "weight_parts",
-    "write_count",
-]
+pytree: Final = _pytree
+TorchDispatchMode = _python_dispatch.TorchDispatchMode
 
 # Under this key a module has the hook that records its output. The same on every module: with the key that
 # register_forward_hook() counts up, each block would be another block to torch.compile.

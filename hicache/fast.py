@@ -9,9 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Final
-
-import torch
+from typing import Any
 
 from hicache.adapters import registry
 from hicache.config import HiCacheConfig
@@ -21,17 +19,18 @@ from hicache.handle import BaseHandle
 from hicache.hooks.step_clock import SchedulerClock, TimestepClock
 from hicache.hooks.transformer import HookedTransformer
 from hicache.pipeline import (
+    GRANULARITIES,
+    MEMORY_BUDGET,
     check_backend,
     check_budget,
     check_choice,
     check_config,
     check_one_cache,
     check_speedup,
-    check_whole,
     find_denoisers,
     find_scheduler,
 )
-from hicache.plan import DenoiserPlan, Plan, make_plan
+from hicache.plan import DenoiserPlan, Plan, plan
 from hicache.runtime.budget import Policy
 from hicache.runtime.denoiser import Denoiser
 from hicache.runtime.session import Session
@@ -39,11 +38,6 @@ from hicache.stats import ContextStats, Stats
 from hicache_kernels import BACKENDS
 
 __all__ = ["ContextStats", "DenoiserPlan", "Handle", "Plan", "Stats", "apply", "plan"]
-
-GRANULARITIES: Final = ("auto", "module", "stack")
-# Of one denoiser's histories. Holds FLUX.1's modules at 1024² and order 2 (5.7 GB), not a video model's.
-# Fixed, and not a share of the card's memory: the same call draws the same picture on every card.
-MEMORY_BUDGET: Final = 8_000_000_000
 
 
 class Handle(BaseHandle[Denoiser]):
@@ -155,71 +149,3 @@ def apply(
     handle = Handle(session, denoisers)
     handle.install()
     return handle
-
-
-def plan(
-    pipe: Any,
-    config: HiCacheConfig | None = None,
-    *,
-    height: int,
-    width: int,
-    num_frames: int = 1,
-    batch: int = 1,
-    guided: bool = True,
-    calls: int | None = None,
-    more_tokens: int = 0,
-    granularity: str = "auto",
-    memory_budget: int = MEMORY_BUDGET,
-    dtype: torch.dtype | None = None,
-) -> Plan:
-    """How much memory caching a pipeline takes and what it launches, without running anything.
-
-    The transformer may be on the meta device.
-
-    Args:
-        pipe: as for :func:`apply`; of a model whose modules are known.
-        config: as for :func:`apply`.
-        height: of the picture, in pixels.
-        width: of the picture, in pixels.
-        num_frames: of the video; 1 for pictures.
-        batch: pictures drawn at once.
-        guided: with classifier-free guidance, as the family's pipeline does it: two calls a step, or one of
-            twice the batch. Nothing for models with distilled guidance.
-        calls: of the transformer in a step, where it is not as many: 2 for FLUX.1 with true guidance.
-        more_tokens: image tokens besides the picture's own: those of pictures given to an editing model.
-        granularity: as for :func:`apply`.
-        memory_budget: as for :func:`apply`.
-        dtype: of the features; the transformer's own when None.
-
-    Returns:
-        Plan: by transformer, the granularity that would be chosen and the bytes of both; ``print()`` it.
-
-    Raises:
-        TypeError, ValueError: bad arguments, or a model whose modules are not known.
-    """
-    config = check_config(config)
-    check_choice("granularity", granularity, GRANULARITIES)
-    check_budget(memory_budget)
-    for name, value, least in (
-        ("height", height, 1),
-        ("width", width, 1),
-        ("num_frames", num_frames, 1),
-        ("batch", batch, 1),
-        ("calls", 1 if calls is None else calls, 1),
-        ("more_tokens", more_tokens, 0),
-    ):
-        check_whole(name, value, least)
-    size = num_frames, height, width
-    return make_plan(
-        pipe,
-        find_denoisers(pipe),
-        config,
-        granularity,
-        memory_budget,
-        size,
-        batch,
-        guided,
-        calls,
-        more_tokens,
-        dtype,
-    )

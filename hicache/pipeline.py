@@ -17,6 +17,10 @@ from hicache import compat
 from hicache.config import HiCacheConfig
 from hicache_kernels import backend_status
 
+GRANULARITIES: Final = ("auto", "module", "stack")
+# Of one denoiser's histories. Holds FLUX.1's modules at 1024² and order 2 (5.7 GB), not a video model's.
+# Fixed, and not a share of the card's memory: the same call draws the same picture on every card.
+MEMORY_BUDGET: Final = 8_000_000_000
 # Who caches -> under which name a cached transformer has the handle.
 HANDLE_ATTRIBUTES: Final = {
     "hicache.fast": "_hicache_handle",

@@ -7,12 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from hicache.adapters import registry
 from hicache.adapters.base import ModuleAdapter
 from hicache.config import HiCacheConfig
 from hicache.engine import Engine
+from hicache.pipeline import (
+    GRANULARITIES,
+    MEMORY_BUDGET,
+    check_budget,
+    check_choice,
+    check_config,
+    check_whole,
+    find_denoisers,
+)
 
 
 @dataclass(frozen=True)
@@ -63,22 +71,60 @@ class Plan:
         )
 
 
-def make_plan(
+def plan(
     pipe: Any,
-    modules: Mapping[str, nn.Module],
-    config: HiCacheConfig,
-    granularity: str,
-    memory_budget: int,
-    size: tuple[int, int, int],
-    batch: int,
-    guided: bool,
-    calls: int | None,
-    more_tokens: int,
-    dtype: torch.dtype | None,
+    config: HiCacheConfig | None = None,
+    *,
+    height: int,
+    width: int,
+    num_frames: int = 1,
+    batch: int = 1,
+    guided: bool = True,
+    calls: int | None = None,
+    more_tokens: int = 0,
+    granularity: str = "auto",
+    memory_budget: int = MEMORY_BUDGET,
+    dtype: torch.dtype | None = None,
 ) -> Plan:
-    """See :func:`hicache.fast.plan`, which checks the arguments."""
+    """How much memory caching a pipeline takes and what it launches, without running anything.
+
+    The transformer may be on the meta device.
+
+    Args:
+        pipe: as for :func:`hicache.fast.apply`; of a model whose modules are known.
+        config: as for :func:`hicache.fast.apply`.
+        height: of the picture, in pixels.
+        width: of the picture, in pixels.
+        num_frames: of the video; 1 for pictures.
+        batch: pictures drawn at once.
+        guided: with classifier-free guidance, as the family's pipeline does it: two calls a step, or one of
+            twice the batch. Nothing for models with distilled guidance.
+        calls: of the transformer in a step, where it is not as many: 2 for FLUX.1 with true guidance.
+        more_tokens: image tokens besides the picture's own: those of pictures given to an editing model.
+        granularity: as for :func:`hicache.fast.apply`.
+        memory_budget: as for :func:`hicache.fast.apply`.
+        dtype: of the features; the transformer's own when None.
+
+    Returns:
+        Plan: by transformer, the granularity that would be chosen and the bytes of both; ``print()`` it.
+
+    Raises:
+        TypeError, ValueError: bad arguments, or a model whose modules are not known.
+    """
+    config = check_config(config)
+    check_choice("granularity", granularity, GRANULARITIES)
+    check_budget(memory_budget)
+    for name, value, least in (
+        ("height", height, 1),
+        ("width", width, 1),
+        ("num_frames", num_frames, 1),
+        ("batch", batch, 1),
+        ("calls", 1 if calls is None else calls, 1),
+        ("more_tokens", more_tokens, 0),
+    ):
+        check_whole(name, value, least)
     plans = {}
-    for name, module in modules.items():
+    for name, module in find_denoisers(pipe).items():
         adapter = registry.find(module)
         if adapter is None:
             raise ValueError(
@@ -87,7 +133,7 @@ def make_plan(
             )
         contexts, samples = adapter.guidance if guided else (1, 1)
         contexts = calls or contexts
-        tokens = adapter.tokens(_latent_shape(pipe, adapter, size)) + more_tokens
+        tokens = adapter.tokens(_latent_shape(pipe, adapter, (num_frames, height, width))) + more_tokens
         hidden = (batch * samples, tokens, adapter.channels)
         engine = Engine(config)
         kept = dtype or next(module.parameters()).dtype

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hicache.adapters.base import ModuleAdapter
-from hicache.engine import Sum
+from hicache.engine import Engine, Sum
 from hicache.hooks.module_outputs import ModuleOutputs
 from hicache.runtime.context import CallForm, Context
 from hicache.runtime.gate_prefetch import can_prefetch
@@ -25,23 +25,25 @@ class Unfit(Exception):
     """What a full step recorded cannot stand for the blocks; the message says why."""
 
 
-class Recorder(Protocol):
-    """Makes the plans of calls, and takes in what they recorded."""
+class Recorder:
+    """Makes the plans of calls, and takes in what they recorded; subclasses say what is a feature."""
 
-    @property
-    def name(self) -> str:
-        """What the user calls it: ``"stack"``, ``"module"``."""
+    #: What the user calls it.
+    name: str
 
-    def plan_full(self, engine: Any, form: CallForm) -> FullStep:
+    def plan_full(self, engine: Engine, form: CallForm) -> FullStep:
         """A full step begins: where to record."""
+        raise NotImplementedError
 
     def plan_skipped(
         self, context: Context, step: int, total: Sum, model_kwargs: Mapping[str, Any]
     ) -> SkippedStep:
         """A skipped step begins: the sum to make."""
+        return SkippedStep(total)
 
     def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor | None:
         """The gates of this step, ``[num_features, batch, channels]``; None for gates of one."""
+        return None
 
     def learn(self, hidden: Tensor, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> None:
         """A call that is learned from has come to its first block: keep what :meth:`verify` needs."""
@@ -64,58 +66,21 @@ class Recorder(Protocol):
     def end(self) -> None:
         """A call has ended, or never came to its end: let go of its tensors."""
 
-    def forget(self) -> None:
-        """Parts of the model have been put in others' places."""
 
-    def remove(self) -> None:
-        """Leave the model as it was."""
-
-
-class StackRecorder:
+class StackRecorder(Recorder):
     """One feature with a gate of one: what all blocks together add to the hidden state."""
 
     name = "stack"
 
-    def plan_full(self, engine: Any, form: CallForm) -> FullStep:
+    def plan_full(self, engine: Engine, form: CallForm) -> FullStep:
         [slot] = engine.open([form.shape], form.dtype, form.device)
         # A copy of what enters: blocks may work in place. The inbox has room for it unless it would round.
         exact = torch.promote_types(slot.dtype, form.dtype) == slot.dtype
         base = slot if exact else torch.empty(form.shape, dtype=form.dtype, device=form.device)
         return FullStep((slot,), base)
 
-    def plan_skipped(
-        self, context: Context, step: int, total: Sum, model_kwargs: Mapping[str, Any]
-    ) -> SkippedStep:
-        return SkippedStep(total)
 
-    def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor | None:
-        return None
-
-    def learn(self, hidden: Tensor, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> None:
-        pass
-
-    def verify(self, hidden: Tensor, form: CallForm) -> None:
-        pass
-
-    def finish(self, form: CallForm) -> None:
-        pass
-
-    def prefetch(
-        self, context: Context, steps: range, timesteps: Any, model_kwargs: Mapping[str, Any]
-    ) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
-
-    def forget(self) -> None:
-        pass
-
-    def remove(self) -> None:
-        pass
-
-
-class ModuleRecorder:
+class ModuleRecorder(Recorder):
     """The paper's: a family's features, each with the gate of the current timestep.
 
     Args:
@@ -138,7 +103,7 @@ class ModuleRecorder:
         self._verified: set[int] = set()
         self._can_prefetch = True  # whether gates of coming steps come out as those of the step itself
 
-    def plan_full(self, engine: Any, form: CallForm) -> FullStep:
+    def plan_full(self, engine: Engine, form: CallForm) -> FullStep:
         outputs = self._watch()
         self._slots = tuple(engine.open([form.shape] * form.num_features, form.dtype, form.device))
         outputs.bind(self._slots)
