@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hicache_kernels import History, backend_status, forecast, gated_sum, update_, update_forecast_
+from hicache_kernels.tiles import Tile
 
 ROOT = Path(__file__).parents[2]
 USABLE = [name for name, reason in backend_status("cpu").items() if reason is None]
@@ -217,6 +218,23 @@ def test_history_of_another_dtype_than_the_base(kept, base):
     assert outputs[0][0].dtype == base
     assert torch.equal(outputs[0][0], outputs[1][0])
     assert torch.equal(outputs[0][1], outputs[1][1])
+
+
+@backends
+@pytest.mark.parametrize("pending", [False, True], ids=["settled", "pending"])
+def test_gated_sum_over_many_tiles(backend, pending):
+    """Several samples, of more rows and of more channels than a tile of Triton's."""
+    batch, rows, channels = 3, 9, 600
+    assert rows > 2 * Tile().rows
+    assert channels > 2 * Tile().columns
+    base, gates = torch.randn(batch, rows, channels), torch.randn(2, batch, channels)
+    orders = torch.randn(3, 2, base.numel() + 5)
+    expected_orders = orders.clone()
+    more = {"inv_gap": torch.tensor(0.2), "filled": 2} if pending else {}
+    weights = torch.tensor([1.0, 0.5, -0.125])
+    expected = gated_sum(base, expected_orders, gates, weights, backend="reference", **more)
+    assert torch.equal(gated_sum(base, orders, gates, weights, backend=backend, **more), expected)
+    assert torch.equal(orders, expected_orders)
 
 
 @backends
