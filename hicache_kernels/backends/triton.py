@@ -209,8 +209,8 @@ if _MISSING is None:
         """
         # one axis for all tiles: the others end at 65,535 programs, which a video has more of
         tile = tl.program_id(0).to(tl.int64)
-        column_tiles = tl.cdiv(channels, COLUMNS)
-        row_tiles = tl.cdiv(rows, ROWS)
+        column_tiles = tl.cdiv(tl.cast(channels, tl.int64), COLUMNS)
+        row_tiles = tl.cdiv(tl.cast(rows, tl.int64), ROWS)
         sample = tile // column_tiles // row_tiles
         row = tile // column_tiles % row_tiles * ROWS + tl.arange(0, ROWS)[:, None]  # [R, 1]
         column = tile % column_tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]  # [1, C]

@@ -5,45 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import textwrap
+from pathlib import Path
 
 import pytest
 import torch
+from op_calls import ALIKE, FEATURES, calls
 
 from benchmarks.launches import OperatorCounter, count
 from hicache import Engine, HiCacheConfig
-from hicache_kernels import History, backend_status, forecast, gated_sum, update_, update_forecast_
+from hicache_kernels import backend_status
 from hicache_kernels.backends import native
-
-FEATURES = 76
-MIXED = [(1, 3 + index % 5, 16 + 7 * (index % 3)) for index in range(FEATURES)]
-ALIKE = [(2, 5, 48)] * FEATURES
 
 needs_native = pytest.mark.skipif(
     backend_status("cpu")["native"] is not None, reason=str(backend_status("cpu")["native"])
 )
-
-
-def calls(backend):
-    """Every op on a history of many features, by name."""
-    mixed, alike = (History(shapes, 2) for shapes in (MIXED, ALIKE))
-    mixed.orders.normal_()
-    alike.orders.normal_()
-    inv_gap, coeffs = torch.tensor(0.2), torch.tensor([1.0, 0.5, -0.125])
-    base, gates = torch.randn(2, 5, 48), torch.randn(FEATURES, 2, 48)
-    pending = {"inv_gap": inv_gap, "filled": 2}
-    return {
-        "update_": lambda: update_(mixed.orders, inv_gap, 2, backend=backend),
-        "forecast": lambda: forecast(mixed.orders, coeffs, backend=backend),
-        "update_forecast_": lambda: update_forecast_(mixed.orders, inv_gap, coeffs, 2, backend=backend),
-        "gated_sum": lambda: gated_sum(base, alike.orders_by_feature(), gates, coeffs, backend=backend),
-        "gated_sum, no gates": lambda: gated_sum(
-            base, alike.orders_by_feature(), None, coeffs, backend=backend
-        ),
-        "gated_sum, update": lambda: gated_sum(
-            base, alike.orders_by_feature(), gates, coeffs, backend=backend, **pending
-        ),
-    }
 
 
 @needs_native
@@ -58,33 +33,10 @@ def test_native_is_called_once_for_all_features(name):
 def test_triton_launches_once_for_all_features():
     """In Triton's interpreter, in a process of its own: every launch of every kernel is counted."""
     pytest.importorskip("triton", reason="triton is not installed")
-    script = """
-        from unittest import mock
-        import sys
-        sys.path.insert(0, "tests/kernels")
-        import test_launches
-        from triton.runtime.interpreter import GridExecutor, InterpretedFunction
-        from hicache_kernels.backends import triton as backend
-
-        assert backend.interpreted()
-        kernels = [value for name, value in vars(backend).items() if name.endswith("_kernel")]
-        assert len(kernels) == 4 and all(isinstance(kernel, InterpretedFunction) for kernel in kernels)
-        launched = []
-        run = GridExecutor.__call__
-
-        def counted(self, *args, **kwargs):
-            launched.append(self.fn.__name__)
-            return run(self, *args, **kwargs)
-
-        with mock.patch.object(GridExecutor, "__call__", counted):
-            for name, call in test_launches.calls("triton").items():
-                launched.clear()
-                call()
-                print(name, len(launched), sep=": ")
-    """
+    script = Path(__file__).parent / "scripts" / "triton_launches.py"
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": "."},
+        [sys.executable, str(script)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         check=False,
