@@ -99,12 +99,12 @@ def test_whole_runs_equal_the_reference(name: str):
     assert torch.equal(trace(pipe, arguments), uncached)
 
 
-def _cases() -> Iterator[Any]:
+def _cases() -> list[Any]:
     """Every pipeline with every configuration; by default one of each, and those most apart of a family."""
-    for name in pipelines.BY_MODULE:
-        for label in CONFIGS:
-            quick = label == "hermite" or (name in FAMILIES and label in ("hermite-late", "taylor"))
-            yield pytest.param(name, label, marks=() if quick else pytest.mark.slow)
+    cases = [(name, label) for name in pipelines.BY_MODULE for label in CONFIGS]
+    more = [(name, label) for name in FAMILIES for label in ("hermite-late", "taylor")]
+    quick = [case for case in cases if case[1] == "hermite" or case in more]
+    return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]
 
 
 @pytest.mark.parametrize(("name", "label"), _cases())
@@ -463,8 +463,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], Change]] = {
 def test_variants_of_a_family_equal_the_reference(name: str):
     start, changed, more = VARIANTS[name]
     original, run = recorded(start)
-    torch.manual_seed(0)
-    model = pipelines.randomize(type(original).from_config({**original.config, **changed}).eval()).double()
+    model = pipelines.randomize(models.reconfigured(original, **changed)).double()
     run = cast(
         [[(args, {**kwargs, **more(kwargs)}) for args, kwargs in calls] for calls in run], torch.float64
     )
@@ -632,7 +631,7 @@ def _zero_cond_t() -> tuple[nn.Module, Run]:
 
 def _token_replace() -> tuple[nn.Module, Run]:
     original, call = models.build("hunyuan_video")
-    model = type(original).from_config(original.config, image_condition_type="token_replace").eval()
+    model = models.reconfigured(original, image_condition_type="token_replace")
     return pipelines.randomize(model), [[((), call(t))] for t in torch.linspace(1, 0.1, 12)]
 
 

@@ -51,8 +51,7 @@ def test_true_guidance_and_batches():
 def test_frames_are_padded_to_whole_patches(num_frames):
     """CogVideoX 1.5 takes its latent frames in pairs: its pipeline adds one to an odd number."""
     pipe, arguments = pipelines.build_randomized("cogvideox")
-    config = {**pipe.transformer.config, "patch_size_t": 2, "patch_bias": False}
-    pipe.register_modules(transformer=diffusers.CogVideoXTransformer3DModel.from_config(config).eval())
+    pipe.register_modules(transformer=models.reconfigured(pipe.transformer, patch_size_t=2, patch_bias=False))
     arguments["num_frames"] = num_frames
     plan = hicache.fast.plan(pipe, height=32, width=32, num_frames=num_frames)
     with hicache.fast.apply(pipe) as handle:

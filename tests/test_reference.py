@@ -128,9 +128,7 @@ def flux_ip_adapter() -> Case:
 def hunyuan_video_i2v() -> Case:
     """Blocks of other classes, that treat the first frame's tokens apart."""
     original, calls = bare("hunyuan_video")
-    torch.manual_seed(0)
-    model = type(original).from_config(original.config, image_condition_type="token_replace")
-    return model.eval(), calls
+    return models.reconfigured(original, image_condition_type="token_replace"), calls
 
 
 def build(name: str) -> Case:

@@ -431,6 +431,14 @@ def transformer(name: str, **changes: Any) -> Any:
     return getattr(diffusers, model.kind)(**{**model.config, **changes}).eval()
 
 
+def reconfigured(model: Any, **changes: Any) -> Any:
+    """Another model of the same class with some of the configuration changed, as a fresh seed draws it."""
+    # from_config drops changes of what was a default
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    torch.manual_seed(0)
+    return type(model)(**{**config, **changes}).eval()
+
+
 def build(name: str, **changes: Any) -> Built:
     """A model from a fixed seed, and what gives the arguments of its call."""
     model = MODELS[name]
