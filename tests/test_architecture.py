@@ -42,8 +42,24 @@ LAYERS = [
 ENGINE = "hicache.engine"
 USED_BY_OTHERS = {"hicache.cli": {"BACKENDS", "backend_status", "backends.native"}}
 USED_BY_ANY = {"BACKENDS", "backend_status"}
+# All that the oracle may import of hicache, besides itself: little, for it judges the rest.
+ORACLE = "hicache.reference"
+USED_BY_THE_ORACLE = {
+    "hicache.basis",
+    "hicache.config",
+    "hicache.denoiser",
+    "hicache.fast",
+    "hicache.models.generic",
+    "hicache.schedule",
+    "hicache.stats",
+    "hicache.tracker",
+}
+# Modules that import private names of another.
+PRIVATE = {("hicache.reference", "hicache.fast"), ("hicache.reference.denoiser", "hicache.denoiser")}
 # Packages the kernels do not know.
 UNKNOWN_TO_KERNELS = {"hicache", "diffusers", "transformers", "accelerate"}
+# What is built from other than Python.
+BUILT = {"hicache_kernels._native"}
 # Two modules of one layer that do not import each other, for a mutation.
 NEIGHBOURS = ("hicache.adapters.wan", "hicache.adapters.ltx")
 
@@ -144,6 +160,31 @@ def backends_stand_alone(root: Path) -> list[str]:
     ]
 
 
+def the_oracle_stands_apart(root: Path) -> list[str]:
+    """hicache.reference imports nothing of what it judges."""
+    files = modules(root)
+    return [
+        f"{module} imports {name}"
+        for module, path in files.items()
+        if module == ORACLE or module.startswith(f"{ORACLE}.")
+        for name in sorted(imported_modules(files, path) - USED_BY_THE_ORACLE)
+        if name != ORACLE and not name.startswith(f"{ORACLE}.")
+    ]
+
+
+def private_names_stay_private(root: Path) -> list[str]:
+    """No module imports a name of another that begins with an underscore."""
+    files = modules(root)
+    return [
+        f"{module} imports {other}.{name}"
+        for module, path in files.items()
+        for other, name in imports(path)
+        if other in files and name.startswith("_") and not name.startswith("__")
+        if f"{other}.{name}" not in files
+        if (module, other) not in PRIVATE and f"{other}.{name}" not in BUILT
+    ]
+
+
 def only_the_engine_calls_kernels(root: Path) -> list[str]:
     """Other modules of hicache take nothing of hicache_kernels but what is listed, however they reach it."""
     wrong = []
@@ -204,6 +245,8 @@ GUARDS = (
     no_circles,
     kernels_know_only_torch,
     backends_stand_alone,
+    the_oracle_stands_apart,
+    private_names_stay_private,
     only_the_engine_calls_kernels,
     no_test_imports_another,
 )
@@ -277,6 +320,16 @@ MUTATIONS = {
         backends_stand_alone,
         {"hicache_kernels.backends.native": "from hicache_kernels.backends import reference"},
         "hicache_kernels.backends.native imports hicache_kernels.backends.reference",
+    ),
+    "an oracle on what it judges": Mutation(
+        the_oracle_stands_apart,
+        {"hicache.reference.history": "def late():\n    from hicache.engine import Engine"},
+        "hicache.reference.history imports hicache.engine",
+    ),
+    "a private name": Mutation(
+        private_names_stay_private,
+        {"hicache.fast": "from hicache.config import _whole"},
+        "hicache.fast imports hicache.config._whole",
     ),
     "an op imported": Mutation(
         only_the_engine_calls_kernels,
