@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree, _python_dispatch
+from torch.utils import _python_dispatch, _pytree
 
 pytree: Final = _pytree
 TorchDispatchMode = _python_dispatch.TorchDispatchMode

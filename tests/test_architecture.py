@@ -42,20 +42,10 @@ LAYERS = [
 ENGINE = "hicache.engine"
 USED_BY_OTHERS = {"hicache.cli": {"BACKENDS", "backend_status", "backends.native"}}
 USED_BY_ANY = {"BACKENDS", "backend_status"}
-# All that the oracle may import of hicache, besides itself: little, for it judges the rest.
-ORACLE = "hicache.reference"
-USED_BY_THE_ORACLE = {
-    "hicache.basis",
-    "hicache.config",
-    "hicache.denoiser",
-    "hicache.fast",
-    "hicache.models.generic",
-    "hicache.schedule",
-    "hicache.stats",
-    "hicache.tracker",
-}
-# Modules that import private names of another.
-PRIVATE = {("hicache.reference", "hicache.fast"), ("hicache.reference.denoiser", "hicache.denoiser")}
+# The one module that may touch private parts of torch, diffusers and accelerate.
+COMPAT = "hicache.compat"
+# of Python's documentation, of an operator's name, of what diffusers tells writers of pipelines to use
+NOT_PRIVATE = {"_getframe", "_to_copy", "_execution_device"}
 # Packages the kernels do not know.
 UNKNOWN_TO_KERNELS = {"hicache", "diffusers", "transformers", "accelerate"}
 # What is built from other than Python.
@@ -160,18 +150,6 @@ def backends_stand_alone(root: Path) -> list[str]:
     ]
 
 
-def the_oracle_stands_apart(root: Path) -> list[str]:
-    """hicache.reference imports nothing of what it judges."""
-    files = modules(root)
-    return [
-        f"{module} imports {name}"
-        for module, path in files.items()
-        if module == ORACLE or module.startswith(f"{ORACLE}.")
-        for name in sorted(imported_modules(files, path) - USED_BY_THE_ORACLE)
-        if name != ORACLE and not name.startswith(f"{ORACLE}.")
-    ]
-
-
 def private_names_stay_private(root: Path) -> list[str]:
     """No module imports a name of another that begins with an underscore."""
     files = modules(root)
@@ -181,8 +159,54 @@ def private_names_stay_private(root: Path) -> list[str]:
         for other, name in imports(path)
         if other in files and name.startswith("_") and not name.startswith("__")
         if f"{other}.{name}" not in files
-        if (module, other) not in PRIVATE and f"{other}.{name}" not in BUILT
+        if f"{other}.{name}" not in BUILT
     ]
+
+
+def private_parts_of_others_stand_in_compat(root: Path) -> list[str]:
+    """Names with an underscore that no file of ours defines are used in one module, by name or by string."""
+    files = modules(root)
+    own = {name for path in files.values() for name in _private_names_defined(path)}
+    return [
+        f"{module} touches {name}"
+        for module, path in files.items()
+        if module != COMPAT
+        for name in sorted(_private_names_used(path) - own - NOT_PRIVATE)
+    ]
+
+
+def _private(name: object) -> bool:
+    return (
+        isinstance(name, str) and name.isidentifier() and name[:1] == "_" and name[:2] != "__" and name != "_"
+    )
+
+
+def _private_names_defined(path: Path) -> Iterator[str]:
+    """Attributes that a file stores to, its functions and classes, and keys of an object's ``__dict__``."""
+    for node in _nodes(path.read_text()):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Store):
+            yield node.attr if isinstance(node, ast.Attribute) else node.id
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "_hicache" in node.value:
+            yield node.value
+
+
+def _private_names_used(path: Path) -> set[str]:
+    found: set[object] = set()
+    for node in _nodes(path.read_text()):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Constant):
+            found.add(node.value)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] not in (
+            "hicache",
+            "hicache_kernels",
+        ):
+            found |= {*(alias.name for alias in node.names), *(node.module or "").split(".")}
+        elif isinstance(node, ast.Import):
+            found |= {part for alias in node.names for part in alias.name.split(".")}
+    return {str(name) for name in found if _private(name)}
 
 
 def only_the_engine_calls_kernels(root: Path) -> list[str]:
@@ -245,8 +269,8 @@ GUARDS = (
     no_circles,
     kernels_know_only_torch,
     backends_stand_alone,
-    the_oracle_stands_apart,
     private_names_stay_private,
+    private_parts_of_others_stand_in_compat,
     only_the_engine_calls_kernels,
     no_test_imports_another,
 )
@@ -321,15 +345,25 @@ MUTATIONS = {
         {"hicache_kernels.backends.native": "from hicache_kernels.backends import reference"},
         "hicache_kernels.backends.native imports hicache_kernels.backends.reference",
     ),
-    "an oracle on what it judges": Mutation(
-        the_oracle_stands_apart,
-        {"hicache.reference.history": "def late():\n    from hicache.engine import Engine"},
-        "hicache.reference.history imports hicache.engine",
-    ),
     "a private name": Mutation(
         private_names_stay_private,
         {"hicache.fast": "from hicache.config import _whole"},
         "hicache.fast imports hicache.config._whole",
+    ),
+    "a private part of torch": Mutation(
+        private_parts_of_others_stand_in_compat,
+        {"hicache.fast": "def late(module):\n    return module._forward_hooks"},
+        "hicache.fast touches _forward_hooks",
+    ),
+    "a private part of diffusers, by string": Mutation(
+        private_parts_of_others_stand_in_compat,
+        {"hicache.stats": 'def late(module):\n    return getattr(module, "_diffusers_hook", None)'},
+        "hicache.stats touches _diffusers_hook",
+    ),
+    "a private module of torch": Mutation(
+        private_parts_of_others_stand_in_compat,
+        {"hicache.engine": "from torch.utils import _pytree"},
+        "hicache.engine touches _pytree",
     ),
     "an op imported": Mutation(
         only_the_engine_calls_kernels,

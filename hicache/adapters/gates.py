@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hicache import compat
+
 
 class GateRows:
     """The gates one modulation layer gives.
@@ -40,7 +42,8 @@ class GateRows:
         """Write the gates ``[count, batch, channels]`` of activated embeddings ``[batch, width]``."""
         layer: Any = getattr(self._owner, self._name)
         if not _plain(layer, activated) or out.dtype != activated.dtype:
-            given = layer(activated if _hooked(layer) else activated.to(layer_device(layer, activated)))
+            moved = activated if compat.is_hooked(layer) else activated.to(layer_device(layer, activated))
+            given = layer(moved)
             given = given.unflatten(-1, (self._parts, -1))[:, self._rows]  # [B, count, channels]
             out.copy_(given.transpose(0, 1))
             return
@@ -66,10 +69,6 @@ def layer_device(layer: nn.Module, like: Tensor) -> torch.device:
     return like.device if parameter is None or parameter.is_meta else parameter.device
 
 
-def _hooked(layer: nn.Module) -> bool:
-    return bool("forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks)
-
-
 def _plain(layer: nn.Module, like: Tensor) -> bool:
     return (
         type(layer) is nn.Linear
@@ -77,7 +76,7 @@ def _plain(layer: nn.Module, like: Tensor) -> bool:
         and not layer.weight.is_meta
         and layer.weight.device == like.device
         and layer.weight.dtype == like.dtype
-        and not _hooked(layer)
+        and not compat.is_hooked(layer)
     )
 
 

@@ -1,0 +1,206 @@
+"""Private names of torch, diffusers and accelerate that hicache reads are where it looks for them.
+
+One test a name: when a release moves one, the test names it and the function of hicache/compat.py to mend.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hicache import compat
+
+
+class Doubled(nn.Linear):
+    """Mixed into a layer by the tests."""
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        return super().forward(given) * self.__dict__["_hicache_factor"]
+
+
+@pytest.fixture
+def layer() -> nn.Linear:
+    return nn.Linear(3, 3)
+
+
+def moved(name: str, function: str) -> str:
+    return f"{name} is not what it was: hicache.compat.{function} reads it"
+
+
+def test_a_mixed_in_class_is_undone_exactly(layer: nn.Linear):
+    given, before = torch.randn(2, 3), dict(vars(layer))
+    expected = layer(given)
+    undo = compat.mix_in(layer, Doubled, "_hicache_factor", 2)
+    other = nn.Linear(3, 3)
+    undo_other = compat.mix_in(other, Doubled, "_hicache_factor", 3)
+    assert torch.equal(layer(given), expected * 2)
+    assert type(layer) is type(other), "torch.compile tells blocks apart by their class"
+    undo()
+    undo_other()
+    assert type(layer) is nn.Linear
+    assert dict(vars(layer)) == before
+
+
+def test_children_of_a_list(layer: nn.Linear):
+    assert compat.children_of_list(nn.ModuleList([layer])) == [layer], moved(
+        "Module._modules", "children_of_list"
+    )
+
+
+def test_output_hooks(layer: nn.Linear):
+    seen: list[torch.Tensor] = []
+    others = layer.register_forward_hook(lambda module, args, output: None)
+    compat.add_output_hook(layer, lambda module, args, output: seen.append(output))
+    output = layer(torch.randn(1, 3))
+    assert seen, moved("Module._forward_hooks", "add_output_hook")
+    assert seen[0] is output
+    assert compat.hook_keys(layer) == ([others.id], []), moved("Module._forward_hooks", "hook_keys")
+    compat.remove_output_hook(layer)
+    others.remove()
+    assert not compat.is_hooked(layer)
+    before = layer.register_forward_pre_hook(lambda module, args: None)
+    assert compat.is_hooked(layer), moved("Module._forward_pre_hooks", "is_hooked")
+    assert compat.hook_keys(layer) == ([], [before.id])
+
+
+def test_compiled_modules(layer: nn.Linear):
+    assert compat.original_module(torch.compile(layer)) is layer, moved(
+        "OptimizedModule._orig_mod", "original_module"
+    )
+    assert compat.original_module(layer) is layer
+    assert not compat.is_compiled(layer)
+    outer = nn.Sequential(layer)
+    layer.compile(backend="eager")
+    assert compat.is_compiled(outer), moved("Module._compiled_call_impl", "is_compiled")
+
+
+def test_inside_a_compiled_call(layer: nn.Linear):
+    seen: list[bool] = []
+    hook = torch.compiler.disable(lambda module, args: seen.append(compat.inside_compiled_call()))
+    layer.register_forward_pre_hook(hook)
+    layer(torch.randn(1, 3))
+    torch.compile(layer, backend="eager")(torch.randn(1, 3))
+    assert seen == [False, True], moved(
+        "compile_wrapper of torch/_dynamo/eval_frame.py", "inside_compiled_call"
+    )
+
+
+class Quantised(torch.Tensor):
+    """A weight of two tensors, flattened as torchao's are."""
+
+    def __new__(cls, numbers: torch.Tensor, scale: torch.Tensor) -> Quantised:
+        made = torch.Tensor._make_wrapper_subclass(cls, numbers.shape)
+        made.numbers, made.scale = numbers, scale
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(func)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["numbers", "scale"], None
+
+
+def test_parts_of_a_weight():
+    numbers, scale = torch.ones(2), torch.ones(1)
+    plain = torch.ones(3)
+    assert [part is plain for part in compat.weight_parts(plain)] == [True]
+    parts = list(compat.weight_parts(Quantised(numbers, scale)))
+    assert [a is b for a, b in zip(parts, (numbers, scale), strict=True)] == [True, True]
+
+
+def test_writes_are_counted():
+    tensor = torch.zeros(2)
+    before = compat.write_count(tensor)
+    tensor.add_(1)
+    assert compat.write_count(tensor) != before, moved("Tensor._version", "write_count")
+    with torch.inference_mode():
+        assert compat.write_count(torch.zeros(2)) is None
+
+
+def test_trees_and_dispatch():
+    leaves, layout = compat.pytree.tree_flatten(((1, {"a": 2}), [3]))
+    assert leaves == [1, 2, 3]
+    assert compat.pytree.tree_unflatten(leaves, layout) == ((1, {"a": 2}), [3])
+    seen: list[str] = []
+
+    class Names(compat.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        torch.ones(2).mul(3)
+    assert seen[-1] == "mul"
+
+
+def test_diffusers_knows_blocks():
+    from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
+
+    block = FluxTransformerBlock(dim=8, num_attention_heads=1, attention_head_dim=8)
+    metadata = compat.block_metadata(block)
+    assert metadata is not None, moved("diffusers.hooks._helpers.TransformerBlockRegistry", "block_metadata")
+    assert metadata.return_hidden_states_index == 1
+    assert compat.block_metadata(nn.Linear(1, 1)) is None
+
+
+@pytest.fixture
+def backend() -> Iterator[Any]:
+    from diffusers.models import attention_dispatch as dispatch
+
+    registry = dispatch._AttentionBackendRegistry
+    before = registry._active_backend
+    yield registry
+    registry._active_backend = before
+
+
+def test_attention_backends(backend: Any):
+    first = compat.attention_backend()
+    assert first != "None", moved("_AttentionBackendRegistry._active_backend", "attention_backend")
+    backend._active_backend = "another"
+    assert compat.attention_backend() == "another"
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    assert "_attention_backend" in vars(FluxAttnProcessor), moved(
+        "FluxAttnProcessor._attention_backend", "processor_attention_backend"
+    )
+
+
+def test_offloading_is_seen(layer: nn.Linear):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+    from diffusers.hooks import HookRegistry
+    from diffusers.hooks import ModelHook as DiffusersHook
+
+    assert not compat.is_offloaded(layer)
+    add_hook_to_module(layer, ModelHook())
+    assert compat.is_offloaded(layer), moved("accelerate's _hf_hook", "is_offloaded")
+    layer = nn.Linear(3, 3)
+    registry = HookRegistry.check_if_exists_or_initialize(layer)
+    assert not compat.is_offloaded(layer)
+    registry.register_hook(DiffusersHook(), "mine")
+    assert compat.is_offloaded(layer), moved("diffusers' _diffusers_hook", "is_offloaded")
+
+
+def test_a_pool_without_a_card_is_left_alone():
+    compat.end_pool_allocation(None, None)
+    if torch.cuda.is_available():
+        assert hasattr(torch._C, "_cuda_endAllocateToPool"), moved(
+            "torch._C._cuda_endAllocateToPool", "end_pool_allocation"
+        )
+
+
+def test_every_entry_has_a_test():
+    functions = {
+        name
+        for name, value in vars(compat).items()
+        if inspect.isfunction(value) and value.__module__ == compat.__name__ and not name.startswith("_")
+    }
+    source = inspect.getsource(inspect.getmodule(moved))
+    assert {
+        name for name in functions if f"compat.{name}" not in source and f'"{name}"' not in source
+    } == set()
