@@ -291,8 +291,8 @@ def test_tiles_are_chosen_in_the_interpreter():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [
-        "gated_sum_update_ K=3 bytes=4 terms=many 3 True",
-        "forecast K=3 bytes=4 terms=1 3 True",
+        "gated_sum_update_ K=3 bytes=4 features=many 3 True",
+        "forecast K=3 bytes=4 features=1 3 True",
     ]
 
 
