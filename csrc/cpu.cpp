@@ -1,4 +1,4 @@
-// Picks the instruction set at run time and splits a call over threads.
+// Picks the instruction set at run time and splits a call over threads. The legend is in kernels.h.
 
 #include <algorithm>
 #include <cstdlib>

@@ -1,4 +1,5 @@
 // Picks a CUDA kernel and launches it once, on as many blocks as the device holds at a time.
+// The legend is in kernels.h.
 
 #include <cuda_runtime.h>
 

@@ -13,7 +13,8 @@
 //   top               the row of the inbox, K - 1: where a full step writes a new feature
 //   element           a number in a tensor
 //   lane              a number in a vector: of a SIMD register on the CPU, of a pack on CUDA; LANES of them
-//   pack              16 bytes of lanes, as they are stored: what a CUDA thread loads at once
+//   pack, chunk       LANES elements as they are stored; 16 bytes of them, which one load moves. Of two dtypes the pack
+//                     of the lower precision is one chunk
 //   tile              a CUDA thread's work at a time: ROWS rows by one pack of channels
 //   T, B, A           dtype of the history, of base, gates and out, and of arithmetic
 //   high, low         precision: of arithmetic (float64 for float64, else fp32), and of storage. promote() goes up

@@ -1,4 +1,4 @@
-// The launchers, called by the Python bindings. Arguments are validated by the caller.
+// The launchers, called by the Python bindings. Arguments are validated by the caller. The legend is in kernels.h.
 #pragma once
 
 #include <atomic>

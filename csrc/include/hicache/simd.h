@@ -1,4 +1,5 @@
-// One SIMD register of fp32 or float64, loaded from and stored to any storage type. CPU only.
+// One SIMD register of fp32 or float64, loaded from and stored to any storage type. CPU only. The legend is in
+// kernels.h.
 //
 // Compiled once for every instruction set (see cpu.cpp): HICACHE_ISA names the namespace, so that no inline function
 // of one build can be linked into another.
