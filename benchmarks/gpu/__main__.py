@@ -93,7 +93,7 @@ def main() -> None:
 
     out = options.out or build.ROOT / "benchmarks" / "results" / slug(device_name(device))
     out.mkdir(parents=True, exist_ok=True)
-    print(*place(device), sep="; ", flush=True)
+    print(place(device), flush=True)
     if options.stage == "pipelines":
         if not time_pipelines(device, out, minutes - (time.monotonic() - started) / 60):
             raise SystemExit(1)

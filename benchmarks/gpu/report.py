@@ -66,7 +66,7 @@ class Report:
 
     def short(self) -> str:
         """Sum up for a terminal: checks, a few sizes at order 2, tiles, and what was left out."""
-        lines = ["; ".join(self.place), self.native]
+        lines = [str(self.place), self.native]
         lines += [
             f"FAILED {c.kind}, {c.backend}, {c.what}: {(c.reason or '')[:200]}" for c in self.failed[:10]
         ]
@@ -99,7 +99,7 @@ class Report:
         kinds = Counter((check.kind, check.backend, check.reason is None) for check in self.checks)
         parts = [
             "# Kernels on this machine",
-            f"{'; '.join(self.place)}. {self.native}.",
+            f"{self.place}. {self.native}.",
             "Backends: "
             + "; ".join(f"{name}: {why or 'runs'}" for name, why in backend_status(self.device).items())
             + (" (Triton's interpreter)" if triton.interpreted() else ""),
