@@ -18,6 +18,7 @@ from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import build, report
 from benchmarks.gpu.stages import Stages
 from benchmarks.kernels.problems import Size
+from hicache_kernels import tiles
 from hicache_kernels.backends import reference
 
 ROOT = Path(__file__).parents[2]
@@ -118,8 +119,8 @@ def test_tiles_are_chosen_in_the_interpreter():
     done = run_script("choose_tiles.py", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [
-        "gated_sum_update_ K=3 bytes=4 terms=many 3 True",
-        "forecast K=3 bytes=4 terms=1 3 True",
+        f"{tiles.key('gated_sum_update_', 3, 4, 3)} 3 True",
+        f"{tiles.key('forecast', 3, 4, 1)} 3 True",
     ]
 
 
