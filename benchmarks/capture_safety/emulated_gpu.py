@@ -8,6 +8,7 @@ torch's own C++ takes it to be on the meta device, as a build without CUDA refus
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Final
 from unittest import mock
@@ -125,7 +126,7 @@ class EmulatedGpu(TorchDispatchMode):
             known[id(leaf.host)] = leaf
             return leaf.host
 
-        args, kwargs = pytree.tree_map(unwrap, (args, kwargs or {}))
+        args, kwargs = _mapped(unwrap, (args, kwargs or {}))
         there = bool(known)
         if kwargs.get("device") is not None:
             there = torch.device(kwargs["device"]).type != "cpu"
@@ -140,7 +141,16 @@ class EmulatedGpu(TorchDispatchMode):
                 return known[id(leaf)]
             return EmulatedTensor(leaf) if there and isinstance(leaf, Tensor) else leaf
 
-        return pytree.tree_map(wrap, output)
+        return _mapped(wrap, output)
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to the leaves of what an operator takes or returns, faster than pytree does."""
+    if type(value) in (tuple, list):
+        return type(value)([_mapped(function, part) for part in value])
+    if type(value) is dict:
+        return {key: _mapped(function, part) for key, part in value.items()}
+    return pytree.tree_map(function, value) if isinstance(value, (tuple, list, dict)) else function(value)
 
 
 def to_gpu(value: Any) -> Any:

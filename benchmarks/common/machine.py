@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -63,9 +64,20 @@ def versions(*more: str) -> str:
     return ", ".join([*found, f"python {platform.python_version()}"])
 
 
-def place(device: str, *more: str) -> tuple[str, str, str]:
-    """Device, driver and versions: what every row of a CSV says about its origin."""
-    return device_name(device), driver(), versions(*more)
+class Place(NamedTuple):
+    """What every row of a CSV says about its origin."""
+
+    device: str
+    driver: str
+    versions: str
+
+    def __str__(self) -> str:
+        return f"{self.device}; driver {self.driver}; {self.versions}"
+
+
+def place(device: str, *more: str) -> Place:
+    """Describe the machine, and the versions of what was measured, of ``more`` packages too."""
+    return Place(device_name(device), driver(), versions(*more))
 
 
 def last_level_cache() -> int:

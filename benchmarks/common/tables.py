@@ -9,7 +9,7 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
-PLACE = ("device", "driver", "versions")
+from benchmarks.common.machine import Place
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -29,16 +29,16 @@ def save_csv(path: Path | None, header: Sequence[str], rows: Iterable[Sequence[A
         print(f"saved {path}", file=sys.stderr)
 
 
-def write_rows(path: Path, kind: type[Any], rows: Iterable[Any], place: tuple[str, str, str]) -> None:
+def write_rows(path: Path, kind: type[Any], rows: Iterable[Any], place: Place) -> None:
     """Write dataclasses of one kind, a column a field, with the place of measurement on every row.
 
     Args:
         path: the CSV file.
         kind: the dataclass, which gives the header where there are no rows.
         rows: its instances.
-        place: device, driver and versions (:func:`benchmarks.common.machine.place`).
+        place: :func:`benchmarks.common.machine.place`.
     """
-    header = [*(field.name for field in fields(kind)), *PLACE]
+    header = [*(field.name for field in fields(kind)), *place._fields]
     write_csv(path, header, ([*astuple(row), *place] for row in rows))
 
 

@@ -13,23 +13,15 @@ torch, triton and pybind11, and nvcc for the CUDA C++ backend; it needs no netwo
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks.common import command
 from benchmarks.common.machine import device_name, place, slug
 from benchmarks.gpu import build
-
-if TYPE_CHECKING:
-    from benchmarks.gpu.report import Report
 
 _MINUTES = {"kernels": 4.0, "pipelines": 7.5}
 
@@ -53,30 +45,6 @@ def ensure_native(device: str, timeout: float) -> str:
     return f"the native extension was built with {how}" if left is None else f"native left out: {left}"
 
 
-def sanitize(timeout: float) -> str:
-    """Run some of the checks under compute-sanitizer, where there is one; return what it said."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if tool is None:
-        return "left out: no compute-sanitizer here"
-    if timeout < 20:
-        return "left out: out of time"
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "99", sys.executable, "-m"]
-    command += ["benchmarks.checks", "--device", "cuda", "--few"]
-    try:
-        done = subprocess.run(
-            command, cwd=build.ROOT, capture_output=True, text=True, check=False, timeout=timeout
-        )
-    except subprocess.TimeoutExpired:
-        return f"left out: not done after {timeout:.0f} s"
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    last = next((line for line in reversed(lines) if line.strip()), "no output")
-    if done.returncode == 0:
-        return f"passed: {last}"
-    if done.returncode == 99:
-        return "FAILED: " + "; ".join(line for line in lines if "=========" in line)[:2000]
-    return f"left out: it refused to run here: {last}"
-
-
 def time_pipelines(device: str, out: Path, minutes: float) -> bool:
     """Run the second stage, on a CPU a short loop of small models; return whether nothing failed."""
     from benchmarks.pipelines.__main__ import run
@@ -94,28 +62,6 @@ def time_pipelines(device: str, out: Path, minutes: float) -> bool:
         markdown=out / "pipelines.md",
     )
     return not notes.failed
-
-
-def stages_of(report: Report, until: Callable[[float], float]) -> dict[str, Callable[[], None]]:
-    """Name the stages in their order, what matters most first; each ends at its share of the time."""
-    from benchmarks.gpu.report import FIRST, OTHERS
-
-    device = report.device
-    # the build took its part of the first share
-    stages: dict[str, Callable[[], None]] = {
-        "checks": lambda: report.check(until(0.5)),
-        "times": lambda: report.measure(FIRST[device], (2,), until(0.72)),
-        "tiles": lambda: report.tune(until(0.84)),
-        "other checks": lambda: report.check(until(0.88), everything=True),
-        "times, other sizes": lambda: report.measure(OTHERS[device], (2,), until(0.92)),
-        "times, torch.compile": lambda: report.compiled(until(0.93)),
-    }
-    if device == "cuda":
-        stages["compute-sanitizer"] = lambda: report.sanitized(sanitize(until(0.96) - time.monotonic()))
-    stages["times, other orders"] = lambda: report.measure(
-        (*FIRST[device], *OTHERS[device]), (1, 3, 0, 4), until(0.96)
-    )
-    return stages
 
 
 def main() -> None:
@@ -143,22 +89,24 @@ def main() -> None:
     print(native)
     # Only now: the kernels' package imports its extension once.
     from benchmarks.gpu.report import Report
+    from benchmarks.gpu.stages import FIRST, Stages
 
     out = options.out or build.ROOT / "benchmarks" / "results" / slug(device_name(device))
     out.mkdir(parents=True, exist_ok=True)
-    print(*place(device), sep="; ", flush=True)
+    print(place(device), flush=True)
     if options.stage == "pipelines":
         if not time_pipelines(device, out, minutes - (time.monotonic() - started) / 60):
             raise SystemExit(1)
         return
-    report = Report(device, native, out)
+    report = Report(device, native, out, FIRST[device])
+    stages = Stages(report)
     report.spent.append(("build", built))
-    for name, stage in stages_of(report, until).items():
+    for name, stage in stages.in_order(until).items():
         begun = time.monotonic()
         try:
             stage()
         except Exception:  # what was found so far is worth more than a clean end
-            report.broke_off(name, traceback.format_exc())
+            stages.broke_off(name, traceback.format_exc())
         report.spent.append((name, time.monotonic() - begun))
         report.write()
         print(f"== {name}: {report.spent[-1][1]:.1f} s", flush=True)

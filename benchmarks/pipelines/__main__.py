@@ -46,7 +46,7 @@ def run(
     """
     deadline = time.monotonic() + 60 * minutes
     where = place(device, "diffusers")
-    print(*where, sep="; ", flush=True)
+    print(where, flush=True)
     notes, rows = Notes(), list[Row]()
     for block in measure(
         device, models, config, steps, notes, compiled=compiled, rounds=rounds, deadline=deadline

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.common.machine import Place
 from benchmarks.common.tables import bullets, markdown, shown
 
 
@@ -50,9 +51,8 @@ def line(row: Row) -> str:
     return " ".join(parts)
 
 
-def page(rows: Sequence[Row], left_out: Sequence[str], place: tuple[str, str, str]) -> str:
-    """Write the rows and what was left out as Markdown; ``place`` is device, driver and versions."""
-    name, its_driver, software = place
+def page(rows: Sequence[Row], left_out: Sequence[str], place: Place) -> str:
+    """Write the rows and what was left out as Markdown."""
     header = ["model", "size", "variant", "loop", "over uncached", "bound", "of bound"]
     header += ["full step", "skipped step", "cache", "history", "peak memory"]
     lines = [
@@ -68,7 +68,7 @@ def page(rows: Sequence[Row], left_out: Sequence[str], place: tuple[str, str, st
     settings = {f"{row.steps} steps, N={row.interval}, O={row.order}, w={row.warmup}" for row in rows}
     parts = [
         "# Denoising loops on this machine",
-        f"{name}; driver {its_driver}; {software}.",
+        f"{place}.",
         f"{'; '.join(sorted(settings))}; random weights, no text encoder, no autoencoder. Steps are timed by "
         "themselves, the device idle before and after.",
         markdown(header, lines),

@@ -16,7 +16,9 @@ import torch
 from benchmarks import checks
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import build, report
+from benchmarks.gpu.stages import Stages
 from benchmarks.kernels.problems import Size
+from hicache_kernels import tiles
 from hicache_kernels.backends import reference
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +82,7 @@ def test_a_failed_check_is_reported(tmp_path, monkeypatch, capsys):
 def test_a_run_that_is_killed_leaves_what_it_found(tmp_path, monkeypatch):
     """The files are written after every check and every timing, not only at the end."""
     monkeypatch.setattr(report, "_EVERY", 0.0)
-    made = report.Report("cpu", "native", tmp_path)
+    stages = Stages(report.Report("cpu", "native", tmp_path))
     planned = checks.numbers("cpu", [torch.float32], (2,), [Size(1, 2, 8)])
 
     run = checks.run
@@ -91,7 +93,7 @@ def test_a_run_that_is_killed_leaves_what_it_found(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checks, "run", killed)
     with pytest.raises(KeyboardInterrupt):
-        made.check(float("inf"))
+        stages.check(float("inf"))
     assert len((tmp_path / "checks.txt").read_text().splitlines()) == 3
     assert "**Not finished**" in (tmp_path / "summary.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} >= {"kernels.csv", "tiles.json"}
@@ -117,8 +119,8 @@ def test_tiles_are_chosen_in_the_interpreter():
     done = run_script("choose_tiles.py", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [
-        "gated_sum_update_ K=3 bytes=4 terms=many 3 True",
-        "forecast K=3 bytes=4 terms=1 3 True",
+        f"{tiles.key('gated_sum_update_', 3, 4, 3)} 3 True",
+        f"{tiles.key('forecast', 3, 4, 1)} 3 True",
     ]
 
 
