@@ -1,4 +1,4 @@
-"""HiCache for one context: a history, a schedule and a basis. The only caller of :mod:`hicache_kernels`.
+"""HiCache for one context: a history, a schedule and a basis. The only module that runs kernels.
 
 >>> import torch
 >>> from hicache import Engine, HiCacheConfig
@@ -49,6 +49,25 @@ class Sum:
         )
 
 
+class _Numbers:
+    """Small tensors of host-computed numbers, by value: steps of later runs ask for the same ones."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[float, ...], Tensor] = {}
+
+    def of(self, values: Sequence[float], like: Tensor) -> Tensor:
+        """``[len(values)]``, on the device of a history, in the dtype its arithmetic is done in."""
+        key = tuple(values)
+        if key not in self._known:
+            dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+            self._known[key] = torch.tensor(key, dtype=dtype, device=like.device)
+        return self._known[key]
+
+    def clear(self) -> None:
+        """Forget them: the history has moved."""
+        self._known.clear()
+
+
 class Engine:
     """Records the features of full steps and forecasts them at skipped ones.
 
@@ -63,8 +82,7 @@ class Engine:
     def __init__(self, config: HiCacheConfig, backend: str = "auto") -> None:
         self.backend = backend
         self.history: kernels.History | None = None
-        # Small tensors of host-computed numbers, by value: steps of later runs ask for the same ones.
-        self._numbers: dict[tuple[float, ...], Tensor] = {}
+        self._numbers = _Numbers()
         self.reset(config)
 
     def reset(self, config: HiCacheConfig | None = None, num_steps: int | None = None) -> None:
@@ -248,16 +266,9 @@ class Engine:
         gaps = self._gaps[: self.filled - 1]
         weights = coefficients(config.basis, gaps, step - self.last_full, self.filled, config.sigma)
         missing = config.order + 1 - len(weights) if padded else 0
-        return self.history, self._tensor(*weights, *[0.0] * missing)
+        return self.history, self._numbers.of([*weights, *[0.0] * missing], self.history.orders)
 
     def _inv_gap(self) -> Tensor:
-        return self._tensor(1.0 / self._gaps[0] if self._pending else 1.0).view(())
-
-    def _tensor(self, *values: float) -> Tensor:
-        if values not in self._numbers:
-            assert self.history is not None
-            orders = self.history.orders
-            # float64 only where arithmetic is
-            dtype = torch.float64 if orders.dtype == torch.float64 else torch.float32
-            self._numbers[values] = torch.tensor(values, dtype=dtype, device=orders.device)
-        return self._numbers[values]
+        assert self.history is not None
+        value = 1.0 / self._gaps[0] if self._pending else 1.0
+        return self._numbers.of([value], self.history.orders).view(())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import hicache.fast
 from hicache import HiCacheConfig
-from hicache.cuda_graphs.runner import GraphRunner
+from hicache.cuda_graphs.call_graph import CallForm
 from hicache.engine import Sum
 from hicache.hooks.transformer import HookedTransformer
 from hicache.step_plan import SkippedStep
@@ -239,12 +239,11 @@ def test_weights_changed_in_place_need_no_capture():
 def test_a_smaller_history_in_the_same_place_is_another_form():
     """Memory freed for the stack: its address may come again, and a graph of modules must not be replayed."""
     transformer = HookedTransformer(Own())
-    graphs = GraphRunner(transformer, FakeBackend())
     keys = []
     for num_features in (3, 1):
         orders = torch.empty(0).set_(MEMORY, 0, (3, num_features, 8))
         transformer.call.plan = SkippedStep(Sum(orders, torch.zeros(3), None, 0, "reference"))
-        keys.append(graphs._key([], None))
+        keys.append(CallForm.of((), {}).key(transformer.call))
     assert keys[0] != keys[1]
 
 

@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hicache import compat
 from hicache.compat import pytree
 from hicache.cuda_graphs.block_graphs import BlockGraphs
-from hicache.cuda_graphs.capture import CaptureBackend, Replay, describe, like, modes, tensors
+from hicache.cuda_graphs.call_graph import CallForm, CallGraph, cloned
+from hicache.cuda_graphs.capture import CaptureBackend, describe
 from hicache.cuda_graphs.capture_safety import INSIDE, unsafe_ops
 from hicache.cuda_graphs.model_state import ModelState
 from hicache.hooks.transformer import HookedTransformer
 from hicache.stats import GraphStats
-from hicache.step_plan import CallResult, FullStep, RunningCall, SkippedStep
+from hicache.step_plan import FullStep
 
 LIMIT: Final = 16  # live graphs of one transformer
 _KEY: Final = "_hicache_graphs"
@@ -39,19 +39,6 @@ class _Replayable(nn.Module):
         if not runner.due:
             return super().forward(*args, **kwargs)
         return runner.run(super().forward, args, kwargs)
-
-
-@dataclass
-class _CallGraph:
-    """One captured call."""
-
-    replay: Replay
-    output: Any
-    inputs: list[Tensor]  # its own memory for the call's tensors …
-    plan_inputs: list[Tensor]  # … and for coefficients, gates and residuals
-    # what its code left behind, for whoever reads that after it
-    result: CallResult
-    rotary: list[Any]
 
 
 class GraphRunner:
@@ -78,7 +65,7 @@ class GraphRunner:
         self._backend = backend
         self._wanted = wanted
         self._limit = limit
-        self._graphs: OrderedDict[Any, _CallGraph] = OrderedDict()
+        self._graphs: OrderedDict[Any, CallGraph] = OrderedDict()
         self._warmed: set[Any] = set()
         self._model = ModelState(module)
         self._model_state: tuple[Any, ...] = ()
@@ -168,22 +155,23 @@ class GraphRunner:
             self.drop()
         if self._why_not_whole is not None:
             return self._run_blocks(forward, args, kwargs)
-        leaves, layout = pytree.tree_flatten((args, kwargs))
-        key = self._key(leaves, layout)
+        form = CallForm.of(args, kwargs)
+        key = form.key(self._call)
         if key is None:
             return forward(*args, **kwargs)
         graph = self._graphs.get(key)
         if graph is None:
             if key not in self._warmed:
                 return self._warm(key, lambda: forward(*args, **kwargs))
-            graph = self._capture(forward, leaves, layout)
+            graph = self._capture(forward, form)
             if graph is None:
                 return forward(*args, **kwargs)
             self._graphs[key] = graph
             if len(self._graphs) > self._limit:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
-        return self._replay(graph, leaves)
+        self.stats.replays += 1
+        return graph.replay(self._call, form)
 
     def _warm(self, key: Any, run: Callable[[], Any]) -> Any:
         """The first call of a form, and whether it may be captured: best not to begin what will fail."""
@@ -209,7 +197,7 @@ class GraphRunner:
             return forward(*args, **kwargs)
         self._blocks.begin()
         self._call.run_block = self._run_block
-        return _cloned(forward(*args, **kwargs))
+        return cloned(forward(*args, **kwargs))
 
     def _run_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._why_not_blocks is None:
@@ -222,44 +210,16 @@ class GraphRunner:
                 self._give_up(f"a capture failed: {_first_line(error)}")
         return block(*args, **kwargs)
 
-    def _replay(self, graph: _CallGraph, leaves: Sequence[Any]) -> Any:
-        call = self._call
-        given = [*tensors(leaves), *_plan_inputs(call)]
-        for own, tensor in zip([*graph.inputs, *graph.plan_inputs], given, strict=True):
-            own.copy_(tensor)
-        graph.replay()
-        self.stats.replays += 1
-        call.result = graph.result.copy()
-        call.rotary[:] = graph.rotary
-        # the next replay overwrites them, and this call's output may outlive it
-        return _cloned(graph.output)
-
-    def _capture(self, forward: Callable[..., Any], leaves: Sequence[Any], layout: Any) -> _CallGraph | None:
-        """The graph of the current call; None where it cannot be had. The call is as it was before."""
-        call = self._call
-        plan, result, rotary = call.plan, call.result, list(call.rotary)
-        inputs = [like(tensor) for tensor in tensors(leaves)]
-        plan_inputs = [like(tensor) for tensor in _plan_inputs(call)]
-        queue = iter(inputs)
-        own_leaves = [next(queue) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        own_args, own_kwargs = pytree.tree_unflatten(own_leaves, layout)
-        for own, given in zip([*inputs, *plan_inputs], [*tensors(leaves), *_plan_inputs(call)], strict=True):
-            own.copy_(given)
-        if isinstance(plan, SkippedStep):
-            call.plan = plan.with_inputs(plan_inputs)
-        call.result, call.rotary_index = CallResult(), 0
+    def _capture(self, forward: Callable[..., Any], form: CallForm) -> CallGraph | None:
+        """The graph of the current call; None where it cannot be had."""
         try:
-            replay, output = self._backend.capture(lambda: forward(*own_args, **own_kwargs))
-            graph = _CallGraph(replay, output, inputs, plan_inputs, call.result, list(call.rotary))
+            graph = CallGraph.capture(self._backend, self._call, forward, form)
         except Exception as error:
             self._capture_blocks_only(_first_line(error))
             return None
-        finally:
-            call.plan, call.result, call.rotary_index = plan, result, 0
-            call.rotary[:] = rotary
-        if describe(pytree.tree_leaves(output)) is None:
+        if describe(pytree.tree_leaves(graph.output)) is None:
             # its tensors would be overwritten by the next replay
-            self._give_up(f"a capture failed: TypeError: expected tensors, got {type(output).__name__}")
+            self._give_up(f"a capture failed: TypeError: expected tensors, got {type(graph.output).__name__}")
             return None
         self.stats.captures += 1
         return graph
@@ -282,38 +242,6 @@ class GraphRunner:
     def _warn(self, what: str) -> None:
         name = type(self._module).__name__
         warnings.warn(f"hicache: {name} {what}", RuntimeWarning, stacklevel=3)
-
-    def _key(self, leaves: Sequence[Any], layout: Any) -> Any:
-        """What must be equal for a graph to serve; None where that cannot be told."""
-        call, plan = self._call, self._call.plan
-        if isinstance(plan, SkippedStep) and plan.sum.inv_gap is not None:
-            return None  # an update waits: it runs once
-        described = describe([*leaves, *_plan_inputs(call)])
-        if described is None:
-            return None
-        # fixed memory: the history, and what full steps left for skipped ones
-        fixed: list[Tensor | None] = []
-        if isinstance(plan, SkippedStep):
-            fixed += [plan.sum.orders, *tensors(pytree.tree_leaves(call.rotary))]
-        elif isinstance(plan, FullStep):
-            fixed += [plan.base, *plan.slots]
-        return (
-            type(plan),
-            layout,
-            described,
-            # the form too: a history may be followed by a smaller one in the same place
-            tuple(None if tensor is None else (tensor.data_ptr(), tensor.shape) for tensor in fixed),
-            isinstance(plan, SkippedStep) and plan.gates is not None,
-            *modes(),
-        )
-
-
-def _plan_inputs(call: RunningCall) -> list[Tensor]:
-    return call.plan.inputs if isinstance(call.plan, SkippedStep) else []
-
-
-def _cloned(output: Any) -> Any:
-    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
 
 
 def _first_line(error: Exception) -> str:

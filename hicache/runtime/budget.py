@@ -93,7 +93,7 @@ class RecorderChoice:
         """
         self.fall_back(f"{self._model} {reason}")
         assert self.modules is not None
-        self.modules.remove()
+        self.modules.forget()
         self.modules = None
 
     def describe(self) -> str:

@@ -205,7 +205,3 @@ class ModuleRecorder(Recorder):
         if self._outputs is not None:
             self._outputs.remove()
         self._outputs = None
-
-    def remove(self) -> None:
-        self.forget()
-        self.end()

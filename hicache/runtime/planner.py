@@ -1,0 +1,180 @@
+"""Plans of full and skipped steps: made before a call runs, and what came of them taken in after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hicache.hooks.block_interface import UNCACHED
+from hicache.hooks.dynamo import CompilePause
+from hicache.hooks.transformer import HookedTransformer
+from hicache.runtime.budget import RecorderChoice
+from hicache.runtime.context import Context
+from hicache.runtime.lesson import FirstCall
+from hicache.runtime.session import Session
+from hicache.step_plan import SkippedStep
+
+
+@dataclass(frozen=True)
+class BegunCall:
+    """A call of a denoiser that has begun."""
+
+    context: Context
+    step: int  # of the run
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    model_kwargs: Mapping[str, Any]  # both by name
+    compiled: bool  # as a whole
+    checked: bool  # whether nothing but the blocks may change the hidden state
+
+    @property
+    def local_step(self) -> int:
+        """The step counted from the context's first, as the schedule counts."""
+        return self.step - self.context.first_step
+
+
+class CallPlanner:
+    """Plans the calls of one denoiser, and takes in what came of them.
+
+    Args:
+        hooked: the transformer, watched.
+        choice: of the recorder.
+        session: what all denoisers of the pipeline share.
+        warn: tells the user, once.
+    """
+
+    def __init__(
+        self,
+        hooked: HookedTransformer,
+        choice: RecorderChoice,
+        session: Session,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._hooked = hooked
+        self._choice = choice
+        self._session = session
+        self._warn = warn
+        self._pause = CompilePause()
+
+    def begin_full(self, begun: BegunCall) -> None:
+        """Plan a full step; the first of its form is learned from."""
+        call, choice, context = self._hooked.call, self._choice, begun.context
+        self._hooked.refresh()
+        call.checked, call.rotary = begun.checked, context.rotary
+        if context.form is None:
+            call.lesson = FirstCall(context, choice, begun.model_kwargs, self._session.watch, self._warn)
+            self._pause.pause()
+            if not begun.compiled:
+                return
+            # Too late to keep this call from being compiled: learn from one of our own.
+            self._hooked.module.forward(*begun.args, **begun.kwargs)
+            self.take_in(context)
+            context.engine.reset(num_steps=context.engine.num_steps)
+            self.end()
+            call.checked, call.rotary = begun.checked, context.rotary
+            if context.form is None:
+                return
+        with self._session.watch.measure(context.form.device), torch.no_grad():
+            choice.decide(context)
+            call.plan = choice.recorder.plan_full(context.engine, context.form)
+
+    def begin_skipped(self, begun: BegunCall, fixed: bool) -> None:
+        """Plan a skipped step; the first of a model is checked.
+
+        Args:
+            begun: the call.
+            fixed: one graph serves all skipped steps, so that they must not differ but in numbers.
+        """
+        call, context = self._hooked.call, begun.context
+        assert context.form is not None
+        call.rotary = context.rotary
+        with self._session.watch.measure(context.form.device), torch.no_grad():
+            total = context.engine.prepare(begun.local_step, fixed=fixed)
+            call.plan = self._choice.recorder.plan_skipped(context, begun.step, total, begun.model_kwargs)
+        if self._hooked.verified:
+            return
+        call.verifying = True
+        self._pause.pause()
+        if begun.compiled:
+            self._hooked.module.forward(*begun.args, **begun.kwargs)
+            call.rotary_index, call.verifying = 0, False
+            self._pause.resume()
+
+    def forecast(self, plan: SkippedStep, base: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
+        """The hidden state after the blocks, with gates prefetched or computed now; maybe compiled.
+
+        Args:
+            plan: of this skipped step.
+            base: ``[batch, tokens, channels]``, the hidden state that enters the first block.
+            block_kwargs: the first block's arguments by name.
+        """
+        started = None if self._hooked.call.opaque else self._session.watch.start(base.device)
+        with torch.no_grad():
+            gates = plan.gates
+            if gates is None:
+                gates = self._choice.recorder.gates(block_kwargs, base)
+            for residual in plan.between:
+                base = base + residual
+            out = plan.sum(base, gates)
+        if started is not None:
+            self._session.watch.stop(started)
+        return out
+
+    def commit(self, begun: BegunCall) -> None:
+        """A call has come to its end: take in what it recorded, and prefetch gates of the steps to come."""
+        context = begun.context
+        if self._hooked.call.skipping:
+            context.engine.settle()
+            context.skipped_steps += 1
+            return
+        context.full_steps += 1
+        self.take_in(context)
+        if context.form is None:
+            return
+        clock = self._session.clock
+        with self._session.watch.measure(context.form.device), torch.no_grad():
+            context.engine.commit(begun.local_step)
+            last = begun.step + 1
+            while (clock.num_steps is None or last < clock.num_steps) and not context.engine.is_full(
+                last - context.first_step
+            ):
+                last += 1
+            steps = range(begun.step + 1, last)  # skipped, up to the next full one
+            self._choice.recorder.prefetch(context, steps, clock.timesteps, begun.model_kwargs)
+
+    def take_in(self, context: Context) -> None:
+        """Take in what a full step recorded, if it did.
+
+        Raises:
+            RuntimeError: it did not go through its blocks or its head as it should.
+        """
+        call, name = self._hooked.call, self._hooked.name
+        lesson = call.lesson
+        if lesson is not None and not call.result.entered:
+            raise RuntimeError(
+                f"hicache: {name} runs without iterating over its blocks, so they cannot be skipped; "
+                f"{UNCACHED}"
+            )
+        if not (call.result.entered and call.result.head_reached):
+            raise RuntimeError(
+                f"hicache: {name} ran without its blocks or its head being seen, so nothing could be "
+                f"recorded; {UNCACHED}"
+            )
+        if isinstance(lesson, FirstCall) and lesson.unfit is not None:
+            context.form = None
+            context.engine.reset(num_steps=context.engine.num_steps)
+            return
+        assert context.form is not None
+        with self._session.watch.measure(context.form.device), torch.no_grad():
+            self._choice.recorder.finish(context.form)
+
+    def end(self) -> None:
+        """A call has ended, or never came to its end: let go of its tensors."""
+        if self._choice.modules is not None:
+            self._choice.modules.end()
+        self._hooked.end()
+        self._pause.resume()
