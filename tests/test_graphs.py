@@ -387,7 +387,7 @@ def test_never_with_gradients_in_training_or_under_offload():
 
 
 def test_compiled_as_a_whole_and_graphs_are_not_both_to_be_had():
-    pipe, arguments = pipelines.build("flux")
+    pipe, arguments = pipelines.build("flux", doubles=1, singles=1)
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     with apply(pipe) as handle:
         draw(pipe, arguments)
