@@ -130,21 +130,15 @@ class Engine:
             device: where the features live.
         """
         dtype = self.config.history_dtype or dtype
-        wanted = tuple(torch.Size(shape) for shape in shapes)
+        form = tuple(torch.Size(shape) for shape in shapes), self.config.order, dtype, device
         held = self.history
-        fits = held is not None and (held.shapes, held.order, held.orders.dtype, held.orders.device) == (
-            wanted,
-            self.config.order,
-            dtype,
-            device,
-        )
-        if held is None or not fits:
+        if held is None or (held.shapes, held.order, held.orders.dtype, held.orders.device) != form:
             self.reset(num_steps=self.num_steps)
             self._numbers.clear()
-            self.history = held = kernels.History(wanted, self.config.order, dtype, device)
+            self.history = held = kernels.History(*form)
         else:
             self.flush()  # the inbox of the last full step must be taken in before it is written again
-        return [held.inbox(index) for index in range(len(wanted))]
+        return [held.inbox(index) for index in range(len(form[0]))]
 
     def commit(self, step: int) -> None:
         """The views of :meth:`open` hold the features of full step ``step``.
