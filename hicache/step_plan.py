@@ -77,6 +77,8 @@ class CallResult:
 class Lesson(Protocol):
     """Looks on while a form of call runs for the first time, and makes its plan once the form is known."""
 
+    unfit: str | None  # why nothing could be recorded
+
     def first_block(self, hidden: Tensor, block_kwargs: Mapping[str, Any]) -> FullStep:
         """The hidden state enters the first block: the plan of this call."""
 

@@ -721,9 +721,11 @@ def test_nothing_of_a_call_is_held_after_it():
     pipe, arguments = pipelines.build("flux")
     with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
         pipelines.draw(pipe, arguments)
-        adapter = handle._denoisers[0].adapter
-        assert adapter.left is None
-        assert adapter._expected is None
+        hooked = handle._denoisers[0].hooked
+        assert hooked.returned is None
+        assert hooked._expected is None
+        assert hooked.call.plan is None
+        assert not hooked.call.result.partial_sums
 
 
 def test_gradients_through_inputs_run_uncached():

@@ -39,7 +39,7 @@ class FirstCall:
         self._model_kwargs = model_kwargs
         self._watch = watch
         self._warn = warn
-        self.unfit: str | None = None  # why nothing could be recorded
+        self.unfit: str | None = None
 
     def first_block(self, hidden: Tensor, block_kwargs: Mapping[str, Any]) -> FullStep:
         """The form of the call is known: decide what to record, and where."""

@@ -164,7 +164,7 @@ class CallPlanner:
                 f"hicache: {name} ran without its blocks or its head being seen, so nothing could be "
                 f"recorded; {UNCACHED}"
             )
-        if isinstance(lesson, FirstCall) and lesson.unfit is not None:
+        if lesson is not None and lesson.unfit is not None:
             context.form = None
             context.engine.reset(num_steps=context.engine.num_steps)
             return

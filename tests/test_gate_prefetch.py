@@ -1,4 +1,4 @@
-"""Gates computed ahead: the ones each step would have computed, and nothing foreseen wrongly."""
+"""Prefetched gates: the ones each step would have computed, and none wrongly."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ FORESEEN = ["flux", "flux_cfg", "qwen", "qwen_edit", "sd3", "hunyuan", "dit"]
 
 
 @pytest.fixture
-def foreseen(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether the gates of every skipped step were foreseen, step by step."""
+def prefetched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the gates of every skipped step were prefetched, step by step."""
     seen: list[bool] = []
     gates = GatePrefetch.gates
 
@@ -44,24 +44,24 @@ def cached(pipe: Any, arguments: dict[str, Any], **more: Any) -> torch.Tensor:
 def without(call: Callable[[], torch.Tensor]) -> torch.Tensor:
     """The same with every step computing its own gates."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GatePrefetch, "look", lambda *args: None)
+        patch.setattr(GatePrefetch, "fetch", lambda *args: None)
         return call()
 
 
 @pytest.mark.parametrize("name", FORESEEN)
-def test_foreseen_gates_are_the_ones_of_the_step(name, foreseen):
+def test_prefetched_gates_are_the_ones_of_the_step(name, prefetched):
     pipe, arguments = pipelines.build(name)
     ahead = cached(pipe, arguments)
-    assert foreseen
-    assert all(foreseen)
-    foreseen.clear()
+    assert prefetched
+    assert all(prefetched)
+    prefetched.clear()
     each = without(lambda: cached(pipe, arguments))
-    assert not any(foreseen)
+    assert not any(prefetched)
     assert close(ahead, each, TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_narrow_timesteps_are_foreseen_as_the_pipeline_rounds_them(dtype, foreseen):
+def test_narrow_timesteps_are_prefetched_as_the_pipeline_rounds_them(dtype, prefetched):
     pipe, arguments = pipelines.build("flux")
     pipe.transformer.to(dtype)
     arguments = {
@@ -69,19 +69,19 @@ def test_narrow_timesteps_are_foreseen_as_the_pipeline_rounds_them(dtype, forese
         for name, value in arguments.items()
     }
     ahead = cached(pipe, arguments).float()
-    assert all(foreseen)
+    assert all(prefetched)
     each = without(lambda: cached(pipe, arguments)).float()
     assert (ahead - each).norm() <= (2e-6 if dtype == torch.float32 else 2e-2) * each.norm()
 
 
-def test_a_second_order_scheduler_repeats_its_timesteps(foreseen):
+def test_a_second_order_scheduler_repeats_its_timesteps(prefetched):
     pipe, arguments = pipelines.build("dit")
     pipe.scheduler = diffusers.HeunDiscreteScheduler()
     ahead = cached(pipe, arguments)
     assert close(ahead, without(lambda: cached(pipe, arguments)), TOLERANCE)
 
 
-def test_a_run_that_begins_in_the_middle(foreseen):
+def test_a_run_that_begins_in_the_middle(prefetched):
     """Image to image: the first timestep is not the scheduler's first."""
     transformer = models.flux_transformer()
     scheduler = flow_matching()
@@ -105,18 +105,18 @@ def test_a_run_that_begins_in_the_middle(foreseen):
 
     with torch.no_grad():
         ahead = run()
-        assert len(foreseen) > 5
-        assert all(foreseen)
+        assert len(prefetched) > 5
+        assert all(prefetched)
         assert close(ahead, without(run), TOLERANCE)
 
 
-def test_a_run_that_begins_where_narrow_timesteps_round_to_the_same(foreseen):
+def test_a_run_that_begins_where_narrow_timesteps_round_to_the_same(prefetched):
     """The first timestep fits the one before it, too; those after it do not."""
     transformer = models.flux_transformer()
     scheduler = flow_matching(shift=6.0)
     scheduler.set_timesteps(100)
-    narrow = scheduler.timesteps.bfloat16() / 1000
-    assert narrow[3] == narrow[2] != narrow[1]
+    rounded = scheduler.timesteps.bfloat16() / 1000
+    assert rounded[3] == rounded[2] != rounded[1]
 
     def run() -> torch.Tensor:
         outputs = []
@@ -125,7 +125,7 @@ def test_a_run_that_begins_where_narrow_timesteps_round_to_the_same(foreseen):
             scheduler.set_begin_index(3)
             guidance, pooled = torch.full((1,), 3.5), models.noise(1, 32)
             latents = models.noise(1, 16, 4)
-            for t, timestep in zip(scheduler.timesteps[3:15], narrow[3:15], strict=True):
+            for t, timestep in zip(scheduler.timesteps[3:15], rounded[3:15], strict=True):
                 output = transformer(
                     **models.flux_call(
                         latents, timestep.expand(1), guidance=guidance, pooled_projections=pooled
@@ -137,8 +137,8 @@ def test_a_run_that_begins_where_narrow_timesteps_round_to_the_same(foreseen):
 
     with torch.no_grad():
         ahead = run()
-        assert foreseen
-        assert all(foreseen)
+        assert prefetched
+        assert all(prefetched)
         assert close(ahead, without(run), TOLERANCE)
 
 
@@ -167,7 +167,7 @@ def loop(
     return torch.stack(outputs)
 
 
-def test_another_prompt_half_way_is_noticed_at_once(foreseen):
+def test_another_prompt_half_way_is_noticed_at_once(prefetched):
     """In place, and as another tensor: the gates are those of the new one."""
 
     def changed(step: int, prompt: torch.Tensor) -> torch.Tensor:
@@ -177,31 +177,31 @@ def test_another_prompt_half_way_is_noticed_at_once(foreseen):
 
     torch.manual_seed(0)
     ahead = loop(lambda t: t, changed)
-    assert any(foreseen)
-    assert not all(foreseen)
+    assert any(prefetched)
+    assert not all(prefetched)
     torch.manual_seed(0)
     assert close(ahead, without(lambda: loop(lambda t: t, changed)), TOLERANCE)
 
 
-def test_timesteps_of_ones_own_are_never_foreseen(foreseen):
+def test_timesteps_of_ones_own_are_never_prefetched(prefetched):
     torch.manual_seed(0)
     ahead = loop(lambda t: t * 0.9 + 0.01, lambda step, prompt: prompt)
-    assert foreseen
-    assert not any(foreseen)
+    assert prefetched
+    assert not any(prefetched)
     torch.manual_seed(0)
     assert torch.equal(ahead, without(lambda: loop(lambda t: t * 0.9 + 0.01, lambda step, prompt: prompt)))
 
 
-def test_timesteps_that_turn_out_others_are_told_and_no_longer_foreseen(foreseen):
+def test_timesteps_that_turn_out_others_are_told_and_no_longer_prefetched(prefetched):
     with pytest.warns(RuntimeWarning, match="timesteps that are not the scheduler's"):
         # from the second skipped step on: no full step shows it before
         loop(lambda t: t if t > 0.7 else t * 0.8, lambda step, prompt: prompt)
-    assert foreseen[0]
-    assert not any(foreseen[4:])
+    assert prefetched[0]
+    assert not any(prefetched[4:])
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_a_subclass_that_makes_more_of_its_embedding_computes_its_own_gates(own, foreseen):
+def test_a_subclass_that_makes_more_of_its_embedding_computes_its_own_gates(own, prefetched):
     """Its blocks are its family's, so its modules are recorded; but nobody else knows its gates."""
     pipe, arguments = pipelines.build("flux")
     family = type(pipe.transformer)
@@ -219,6 +219,6 @@ def test_a_subclass_that_makes_more_of_its_embedding_computes_its_own_gates(own,
     if own:
         pipe.transformer.__class__ = Moved
     drawn = cached(pipe, arguments)
-    assert foreseen
-    assert any(foreseen) is not own
+    assert prefetched
+    assert any(prefetched) is not own
     assert close(drawn, without(lambda: cached(pipe, arguments)), TOLERANCE)
