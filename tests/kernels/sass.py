@@ -51,9 +51,17 @@ class Kernel:
     loop_ranges: tuple[tuple[int, int], ...]  # first, past the last
 
     def loading_loops(self) -> list[tuple[Instruction, ...]]:
-        """The loops that load from global memory."""
-        bodies = [self.instructions[first:past] for first, past in self.loop_ranges]
-        return [body for body in bodies if any(i.is_load for i in body)]
+        """The innermost loops that load from global memory."""
+        loading = [
+            (first, past)
+            for first, past in self.loop_ranges
+            if any(i.is_load for i in self.instructions[first:past])
+        ]
+        return [
+            self.instructions[first:past]
+            for first, past in loading
+            if not any(first <= a and b <= past and (a, b) != (first, past) for a, b in loading)
+        ]
 
 
 def disassemble(cubin: bytes, nvdisasm: Path) -> Kernel:

@@ -163,8 +163,16 @@ def test_wide_accesses_and_no_spills(name, dtype, constants, arch, tmp_path):
     assert_fits(kernel, tmp_path)
 
 
+# Half a second each, so not all: three orders, and one and five where a tile is fullest and emptiest.
+DISASSEMBLED = [
+    (name, dtype, constants)
+    for name, dtype, constants in CASES
+    if dtype != "fp16" and (rows_read(constants) == 3 or constants.get("GATED", False))
+]
+
+
 @architectures
-@pytest.mark.parametrize(("name", "dtype", "constants"), CASES, ids=case_id)
+@pytest.mark.parametrize(("name", "dtype", "constants"), DISASSEMBLED, ids=case_id)
 def test_every_load_of_a_tile_is_issued_before_the_first_is_used(name, dtype, constants, arch):
     """In machine code: one wait for memory a feature, no thread waiting for another, no shared memory."""
     cubin = compiled(name, dtype, constants, arch).asm["cubin"]
