@@ -39,7 +39,7 @@ def run_script(name, *arguments, **environment):
 def test_dry_run(tmp_path):
     """The command, end to end on the CPU, with nothing but torch at hand."""
     absent = "hicache,tqdm,matplotlib,pytest,diffusers,transformers,cmake,hypothesis"
-    arguments = ["benchmarks.gpu", "--dry-run", "--minutes", "0.5", "--out", str(tmp_path)]
+    arguments = ["benchmarks.gpu", "--dry-run", "--minutes", "10", "--out", str(tmp_path)]
     done = run_script("run_without.py", absent, *arguments)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     written = {path.name for path in tmp_path.iterdir()}
@@ -68,7 +68,7 @@ def test_a_failed_check_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reference, "forecast", wrong)
     monkeypatch.setattr(gpu, "ensure_native", lambda device, timeout: "not built")
     monkeypatch.setattr(checks, "CHECKED_SIZES", checks.CHECKED_SIZES[:1])
-    arguments = ["gpu", "--dry-run", "--minutes", "0.05", "--out", str(tmp_path)]
+    arguments = ["gpu", "--dry-run", "--minutes", "10", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", arguments)
     with pytest.raises(SystemExit) as ended:
         gpu.main()
