@@ -113,6 +113,21 @@ def test_the_least_recently_used_graph_goes():
         assert not set(held) & set(graphs._graphs)
 
 
+def test_release_frees_graphs_and_the_next_run_captures_anew():
+    pipe, arguments = pipelines.build("flux")
+    expected = eager(pipe, arguments)
+    with apply(pipe) as handle:
+        graphs = handle._denoisers[0].graphs
+        draw(pipe, arguments)
+        before = handle.stats.graphs["transformer"].captures
+        assert graphs._graphs
+        handle.release()
+        assert not graphs._graphs
+        assert handle.stats.history_bytes == 0
+        assert close(draw(pipe, arguments), expected)
+        assert handle.stats.graphs["transformer"].captures == 2 * before
+
+
 def recaptured(pipe: Any, arguments: dict[str, Any], change: Callable[[Any], Any]) -> tuple[int, Tensor]:
     """Captures that a change between two runs costs, and what the second run draws."""
     with apply(pipe) as handle:

@@ -27,6 +27,9 @@ class CaptureBackend(Protocol):
     def capture(self, function: Callable[[], Any]) -> tuple[Replay, Any]:
         """Capture a function: what replays it, and what it returned, overwritten by every replay."""
 
+    def drop(self) -> None:
+        """All graphs have been forgotten."""
+
 
 class CudaBackend:
     """``torch.cuda.CUDAGraph`` on a stream and in a memory pool shared by all graphs of a transformer."""
@@ -47,9 +50,8 @@ class CudaBackend:
     def _on_stream(self) -> Iterator[Any]:
         """Make the transformer's device current, whatever it was, and work on the capture stream there."""
         with torch.cuda.device(self._device):
-            if self._stream is None:
-                self._stream = torch.cuda.Stream()
-                self._pool = torch.cuda.graph_pool_handle()
+            self._stream = self._stream or torch.cuda.Stream()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
             caller = torch.cuda.current_stream()
             self._stream.wait_stream(caller)
             with torch.cuda.stream(self._stream):
@@ -102,8 +104,14 @@ class CudaBackend:
                 compat.end_pool_allocation(self._device, self._pool)
         else:
             compat.end_pool_allocation(self._device, self._pool)
-        # a pool that a failed capture allocated from is not used again
-        self._pool = torch.cuda.graph_pool_handle()
+        self.drop()
+
+    def drop(self) -> None:
+        """Take another pool from the next capture on.
+
+        A pool whose graphs are gone, or whose capture failed, may still hold a tensor somebody has.
+        """
+        self._pool = None
 
 
 def modes() -> tuple[Any, ...]:

@@ -140,6 +140,7 @@ class GraphRunner:
         self._graphs.clear()
         self._warmed.clear()
         self._blocks.drop()
+        self._backend.drop()
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the transformer: eagerly the first time in this form, captured the second, then replayed.

@@ -94,8 +94,10 @@ class Denoiser:
             self.graphs.remove()
 
     def release(self) -> None:
-        """Free its histories."""
+        """Free its histories, and the graphs that are of use with them only."""
         self.contexts.release()
+        if self.graphs is not None:
+            self.graphs.drop()
 
     # What a call of the transformer goes through, in order. From _before() to _after() it may be compiled.
 

@@ -41,6 +41,9 @@ class FakeBackend:
     def unavailable(self, device: torch.device) -> str | None:
         return None
 
+    def drop(self) -> None:
+        pass
+
     def warm(self, function: Callable[[], Any]) -> Any:
         return function()
 
