@@ -10,14 +10,10 @@ steps take longer, and it is less.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -28,8 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hicache.demo
 import hicache.fast
+from benchmarks.common import command, tables
+from benchmarks.common.machine import place
 from hicache import HiCacheConfig, full_steps
 from hicache.hooks import rotary
+from tests.support.schedulers import CountingScheduler
 
 STEPS = 12  # of a run that is timed: 3 full, 9 skipped
 CONFIG = HiCacheConfig(interval=STEPS)
@@ -130,18 +129,6 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class _Scheduler:
-    """The least a scheduler needs."""
-
-    timesteps: Any = ()
-
-    def set_timesteps(self, steps: int) -> None:
-        self.timesteps = torch.linspace(1, 0.05, steps)
-
-    def step(self) -> None:
-        """A step has ended."""
-
-
 class Cached:
     """A model cached with or without the memo, and its own loop.
 
@@ -155,7 +142,7 @@ class Cached:
         torch.manual_seed(0)
         model, self._arguments = build()
         self._model = model.eval()
-        self._scheduler = _Scheduler()
+        self._scheduler = CountingScheduler()
         with nullcontext() if memo else mock.patch.object(rotary, "hook", return_value=[]):
             self.handle = hicache.fast.apply(
                 self._model, CONFIG, scheduler=self._scheduler, granularity=granularity, cuda_graphs=False
@@ -165,7 +152,7 @@ class Cached:
         """One run; ``around`` gives the context manager each call is made in. The outputs of all steps."""
         self._scheduler.set_timesteps(STEPS)
         outputs = []
-        for step, timestep in enumerate(self._scheduler.timesteps):
+        for step, timestep in enumerate(torch.linspace(1, 0.05, STEPS)):
             arguments = {**self._arguments, "timestep": timestep.expand(1), "return_dict": False}
             with torch.no_grad(), around(step):
                 output = self._model(**arguments)[0]
@@ -237,24 +224,17 @@ def _seconds(side: Cached) -> list[float]:
     return taken
 
 
-def _versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "diffusers": diffusers.__version__}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=10, help="runs of each side, in turns")
-    parser.add_argument("--csv", type=Path, help="also write the rows here")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{'':<18} {'operators':>12} {'no views':>10} {'skipped step, ms':>18} {'saved':>7} {'loop':>7}")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, build in MODELS.items():
         for granularity in ("module", "stack"):
             row = measure(build, granularity, options.rounds)
-            rows.append({"model": name, "granularity": granularity, **row, **_versions()})
+            rows.append({"model": name, "granularity": granularity, **row, **place("cpu")._asdict()})
             print(
                 f"{name:<11} {granularity:<6} "
                 f"{row['operators']:>5} of {row['operators without memo']:>3} "
@@ -263,13 +243,7 @@ def main() -> None:
                 f"{row['share of a skipped step']:>7.1%} {row['share of the loop']:>7.1%}",
                 flush=True,
             )
-    if options.csv:
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        print(f"saved {options.csv}", file=sys.stderr)
+    tables.save_csv(options.csv, list(rows[0]), [list(row.values()) for row in rows])
 
 
 if __name__ == "__main__":

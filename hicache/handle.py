@@ -104,7 +104,7 @@ class BaseHandle(ABC, Generic[Denoiser]):
         """The stats of this moment."""
 
     def release(self) -> None:
-        """Free the memory of all histories and graphs. The pipeline stays cached: its next run allocates anew."""
+        """Free the memory of histories and graphs. The pipeline stays cached: its next run allocates anew."""
         for denoiser in self._denoisers:
             denoiser.release()
 

@@ -82,7 +82,7 @@ def test_the_cache_adds_nothing(surveys: dict[str, Survey], title: str):
     for full, skipped in found.cached.values():
         assert {*full.first, *full.later, *skipped.first, *skipped.later} <= own
         assert not {*full.later, *skipped.later} - {*found.own.later}
-        assert not [offence for offence in skipped.later if offence.place == INSIDE]
+        assert not [op for op in skipped.later if op.place == INSIDE]
 
 
 @pytest.mark.parametrize("title", CLEAN)
@@ -110,7 +110,7 @@ def test_other_families(surveys: dict[str, Survey]):
     for title in CLEAN_AFTER_A_CALL:
         assert surveys[title].own.verdict == "clean after a first call"
     for title in MODELS.keys() - {*CLEAN, *CLEAN_AFTER_A_CALL}:
-        places = {offence.place for offence in surveys[title].own.later}
+        places = {op.place for op in surveys[title].own.later}
         assert (INSIDE in places) == (title in BLOCKED_INSIDE), title
         if title not in BLOCKED_INSIDE:
             assert places == {BEFORE}, title
@@ -155,7 +155,7 @@ def _assign(index: Any, value: Any) -> Operation:
     return assign
 
 
-OFFENCES: dict[str, tuple[Operation, list[str]]] = {
+UNSAFE: dict[str, tuple[Operation, list[str]]] = {
     "item": (lambda x: x.sum().item(), [SYNC]),
     "bool": (lambda x: bool((x > 0).any()), [SYNC]),
     "float": (lambda x: float(x[0, 0]), [SYNC]),
@@ -206,12 +206,12 @@ def _found(operation: Operation) -> list[UnsafeOp]:
         return unsafe_ops(lambda: operation(EmulatedTensor(torch.randn(2, 3))))
 
 
-@pytest.mark.parametrize("name", OFFENCES)
+@pytest.mark.parametrize("name", UNSAFE)
 def test_found(name: str):
-    operation, kinds = OFFENCES[name]
+    operation, kinds = UNSAFE[name]
     found = _found(operation)
-    assert [offence.kind for offence in found][:1] == kinds
-    assert {offence.file for offence in found} == {"test_capture_safety.py"}
+    assert [op.kind for op in found][:1] == kinds
+    assert {op.file for op in found} == {"test_capture_safety.py"}
 
 
 @pytest.mark.parametrize("name", HARMLESS)
@@ -259,7 +259,7 @@ def test_a_block_that_raises_is_left():
         with pytest.raises(ZeroDivisionError):
             block(torch.ones(1))
         EmulatedTensor(torch.ones(1)).cpu()
-    assert [offence.place for offence in mode.found] == [AFTER]
+    assert [op.place for op in mode.found] == [AFTER]
 
 
 # The GPU that is not there.

@@ -18,7 +18,7 @@ from tests.support.schedulers import flow_matching
 
 CONFIG = HiCacheConfig(interval=4, order=2, warmup=3)
 TOLERANCE = 2e-6
-FORESEEN = ["flux", "flux_cfg", "qwen", "qwen_edit", "sd3", "hunyuan", "dit"]
+PREFETCHED = ["flux", "flux_cfg", "qwen", "qwen_edit", "sd3", "hunyuan", "dit"]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def without(call: Callable[[], torch.Tensor]) -> torch.Tensor:
         return call()
 
 
-@pytest.mark.parametrize("name", FORESEEN)
+@pytest.mark.parametrize("name", PREFETCHED)
 def test_prefetched_gates_are_the_ones_of_the_step(name, prefetched):
     pipe, arguments = pipelines.build(name)
     ahead = cached(pipe, arguments)

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hicache.adapters.base import ModuleAdapter, ModuleOutput, repeated
+from hicache.adapters.base import ModuleOutput, repeated
 from hicache.adapters.gates import GateRows, Gates
+from hicache.adapters.modulated import ModulatedAdapter
 
 
-class CogVideoX(ModuleAdapter):
+class CogVideoX(ModulatedAdapter):
     """The feed-forward layer works on text and video together, text first."""
 
     guidance = (1, 2)
@@ -33,24 +34,17 @@ class CogVideoX(ModuleAdapter):
             found.append(ModuleOutput(block.ff, ((2 * index + 1, None),), joint="last"))
         return found
 
-    def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
-        return self._gates.of(nn.functional.silu(block_kwargs["temb"]), base.shape[-1])
-
-    def gate_inputs(
-        self,
-        block_kwargs: Mapping[str, Any],
-        model_kwargs: Mapping[str, Any],
-        timesteps: Tensor,
-        steps: int,
-        like: Tensor,
-    ) -> Mapping[str, Any]:
+    def embedding(
+        self, model_kwargs: Mapping[str, Any], timesteps: Tensor, steps: int, like: Tensor
+    ) -> Tensor:
         model = self.module
         projected = model.time_proj(timesteps).to(like.dtype)
-        temb = model.time_embedding(projected, repeated(model_kwargs.get("timestep_cond"), steps))
+        temb: Any = model.time_embedding(projected, repeated(model_kwargs.get("timestep_cond"), steps))
         if model.ofs_embedding is not None:
             ofs = model.ofs_proj(model_kwargs["ofs"]).to(like.dtype)
             temb = temb + repeated(model.ofs_embedding(ofs), steps)
-        return {**block_kwargs, "temb": temb}
+        embedded: Tensor = temb
+        return embedded
 
     def tokens(self, latent_shape: Sequence[int]) -> int:
         frames, height, width = latent_shape

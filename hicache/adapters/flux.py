@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hicache.adapters.base import ModuleAdapter, ModuleOutput, doubles_and_singles, packed, repeated
+from hicache.adapters.base import ModuleOutput, doubles_and_singles, packed, repeated
 from hicache.adapters.controlnet import flux_controlnet
 from hicache.adapters.gates import GateRows, Gates
+from hicache.adapters.modulated import ModulatedAdapter
 
 
-class Flux(ModuleAdapter):
+class Flux(ModulatedAdapter):
     """Doubles: ``gate_msa · attn``, ``gate_mlp · ff``; singles: ``gate · proj_out``; IP-Adapters ungated."""
 
     gate_arguments = ("guidance", "pooled_projections")
@@ -39,19 +40,15 @@ class Flux(ModuleAdapter):
         gates = self._gates_with_ip if _has_ip_adapter(block_kwargs) else self._gates
         return gates.of(nn.functional.silu(block_kwargs["temb"]), base.shape[-1])
 
-    def gate_inputs(
-        self,
-        block_kwargs: Mapping[str, Any],
-        model_kwargs: Mapping[str, Any],
-        timesteps: Tensor,
-        steps: int,
-        like: Tensor,
-    ) -> Mapping[str, Any]:
+    def embedding(
+        self, model_kwargs: Mapping[str, Any], timesteps: Tensor, steps: int, like: Tensor
+    ) -> Tensor:
         pooled = repeated(model_kwargs["pooled_projections"], steps)
         guidance = repeated(model_kwargs.get("guidance"), steps)
         inputs = [timesteps.to(like.dtype) * 1000]
         inputs += [] if guidance is None else [guidance.to(like.dtype) * 1000]
-        return {**block_kwargs, "temb": self.module.time_text_embed(*inputs, pooled)}
+        temb: Tensor = self.module.time_text_embed(*inputs, pooled)
+        return temb
 
     def between(self, model_kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
         return flux_controlnet(self.module, model_kwargs)

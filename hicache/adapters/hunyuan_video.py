@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hicache.adapters.base import ModuleAdapter, ModuleOutput, doubles_and_singles, repeated
+from hicache.adapters.base import ModuleOutput, doubles_and_singles, repeated
 from hicache.adapters.gates import GateRows, Gates
+from hicache.adapters.modulated import ModulatedAdapter
 
 
-class HunyuanVideo(ModuleAdapter):
+class HunyuanVideo(ModulatedAdapter):
     """As Flux, with the image before the text."""
 
     compression = (4, 8)
@@ -27,20 +28,13 @@ class HunyuanVideo(ModuleAdapter):
     def outputs(self) -> Sequence[ModuleOutput]:
         return doubles_and_singles(self.module, joint="first")
 
-    def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
-        return self._gates.of(nn.functional.silu(block_kwargs["temb"]), base.shape[-1])
-
-    def gate_inputs(
-        self,
-        block_kwargs: Mapping[str, Any],
-        model_kwargs: Mapping[str, Any],
-        timesteps: Tensor,
-        steps: int,
-        like: Tensor,
-    ) -> Mapping[str, Any]:
+    def embedding(
+        self, model_kwargs: Mapping[str, Any], timesteps: Tensor, steps: int, like: Tensor
+    ) -> Tensor:
         pooled = repeated(model_kwargs["pooled_projections"], steps)
         guidance = repeated(model_kwargs.get("guidance"), steps)
-        return {**block_kwargs, "temb": self.module.time_text_embed(timesteps, pooled, guidance)[0]}
+        temb: Tensor = self.module.time_text_embed(timesteps, pooled, guidance)[0]
+        return temb
 
     def refusal(self, block_kwargs: Mapping[str, Any]) -> str | None:
         if self.module.config.image_condition_type == "token_replace":

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hicache.adapters.base import ModuleAdapter, ModuleOutput, repeated
+from hicache.adapters.base import ModuleOutput, repeated
 from hicache.adapters.controlnet import spread
 from hicache.adapters.gates import GateRows, Gates
+from hicache.adapters.modulated import ModulatedAdapter
 
 
-class QwenImage(ModuleAdapter):
+class QwenImage(ModulatedAdapter):
     """The image stream of 60 double blocks."""
 
     guidance = (2, 1)
@@ -33,22 +34,15 @@ class QwenImage(ModuleAdapter):
             found.append(ModuleOutput(block.img_mlp, ((2 * index + 1, None),)))
         return found
 
-    def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
-        return self._gates.of(nn.functional.silu(block_kwargs["temb"]), base.shape[-1])
-
-    def gate_inputs(
-        self,
-        block_kwargs: Mapping[str, Any],
-        model_kwargs: Mapping[str, Any],
-        timesteps: Tensor,
-        steps: int,
-        like: Tensor,
-    ) -> Mapping[str, Any]:
+    def embedding(
+        self, model_kwargs: Mapping[str, Any], timesteps: Tensor, steps: int, like: Tensor
+    ) -> Tensor:
         guidance = repeated(model_kwargs.get("guidance"), steps)
         inputs = [timesteps.to(like.dtype)]
         inputs += [] if guidance is None else [guidance.to(like.dtype) * 1000]
         more = repeated(model_kwargs.get("additional_t_cond"), steps)
-        return {**block_kwargs, "temb": self.module.time_text_embed(*inputs, like, more)}
+        temb: Tensor = self.module.time_text_embed(*inputs, like, more)
+        return temb
 
     def refusal(self, block_kwargs: Mapping[str, Any]) -> str | None:
         if block_kwargs.get("modulate_index") is not None:

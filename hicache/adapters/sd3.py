@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hicache.adapters.base import ModuleAdapter, ModuleOutput, repeated
+from hicache.adapters.base import ModuleOutput, repeated
 from hicache.adapters.gates import GateRows, Gates
+from hicache.adapters.modulated import ModulatedAdapter
 
 
-class SD3(ModuleAdapter):
+class SD3(ModulatedAdapter):
     """Blocks with two attentions have nine modulation vectors, the others six."""
 
     guidance = (1, 2)
@@ -40,19 +41,12 @@ class SD3(ModuleAdapter):
                 found.append(ModuleOutput(block.attn2, ((first + 2, None),)))
         return found
 
-    def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
-        return self._gates.of(nn.functional.silu(block_kwargs["temb"]), base.shape[-1])
-
-    def gate_inputs(
-        self,
-        block_kwargs: Mapping[str, Any],
-        model_kwargs: Mapping[str, Any],
-        timesteps: Tensor,
-        steps: int,
-        like: Tensor,
-    ) -> Mapping[str, Any]:
+    def embedding(
+        self, model_kwargs: Mapping[str, Any], timesteps: Tensor, steps: int, like: Tensor
+    ) -> Tensor:
         pooled = repeated(model_kwargs["pooled_projections"], steps)
-        return {**block_kwargs, "temb": self.module.time_text_embed(timesteps, pooled)}
+        temb: Tensor = self.module.time_text_embed(timesteps, pooled)
+        return temb
 
     def between(self, model_kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
         samples = model_kwargs.get("block_controlnet_hidden_states")

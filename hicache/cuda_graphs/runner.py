@@ -182,15 +182,13 @@ class GraphRunner:
         if compat.is_compiled(self._module):  # compiled blocks have no operations to look at
             return self._backend.warm(run)
         output: list[Any] = []
-        found = unsafe_ops(lambda: output.append(self._backend.warm(run)), self._all_blocks())
+        blocks = [block for blocks in self._block_lists for block in compat.children_of_list(blocks)]
+        found = unsafe_ops(lambda: output.append(self._backend.warm(run)), blocks)
         if any(op.place == INSIDE for op in found):
             self._give_up(str(next(op for op in found if op.place == INSIDE)))
         elif found:
             self._capture_blocks_only(str(found[0]))
         return output[0]
-
-    def _all_blocks(self) -> list[nn.Module]:
-        return [block for blocks in self._block_lists for block in compat.children_of_list(blocks)]
 
     def _run_blocks(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Around captured blocks all is eager; a skipped step has no blocks."""

@@ -1,0 +1,40 @@
+"""Families whose blocks get their gates from modulation layers of one embedding, ``temb``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from hicache.adapters.base import ModuleAdapter
+from hicache.adapters.gates import Gates
+
+
+class ModulatedAdapter(ModuleAdapter):
+    """A subclass makes ``_gates`` of its modulation layers, and writes :meth:`embedding`.
+
+    Args:
+        module: the transformer.
+    """
+
+    _gates: Gates
+
+    def embedding(
+        self, model_kwargs: Mapping[str, Any], timesteps: Tensor, steps: int, like: Tensor
+    ) -> Tensor:
+        """``temb`` of several steps, ``[steps · batch, width]``; arguments as for :meth:`gate_inputs`."""
+        raise NotImplementedError
+
+    def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
+        return self._gates.of(nn.functional.silu(block_kwargs["temb"]), base.shape[-1])
+
+    def gate_inputs(
+        self,
+        block_kwargs: Mapping[str, Any],
+        model_kwargs: Mapping[str, Any],
+        timesteps: Tensor,
+        steps: int,
+        like: Tensor,
+    ) -> Mapping[str, Any]:
+        return {**block_kwargs, "temb": self.embedding(model_kwargs, timesteps, steps, like)}
