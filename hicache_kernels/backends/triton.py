@@ -30,13 +30,10 @@ if TYPE_CHECKING:  # mypy compares this module with what a backend is
 
 name: Final = "triton"
 
-triton: Any
-tl: Any
-_MISSING: str | None
 try:
-    triton = importlib.import_module("triton")
-    tl = importlib.import_module("triton.language")
-    _MISSING = None
+    triton: Any = importlib.import_module("triton")
+    tl: Any = importlib.import_module("triton.language")
+    _MISSING: str | None = None
 except ImportError as error:
     _MISSING = f"triton is not installed ({error})"
 
