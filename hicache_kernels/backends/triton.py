@@ -38,14 +38,15 @@ except ImportError as error:
     _MISSING = f"triton is not installed ({error})"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_ORDERS = 5
+MAX_ORDERS = 5  # registers, spills and the order of loads are checked up to here
 _REGISTERS = 65536  # of one multiprocessor, on every GPU since Kepler
 
 if _MISSING is None:
 
     @triton.jit
     def _load(rows, stride, at, mask, NUM: tl.constexpr):
-        """Load NUM rows, ``stride`` apart, at ``at``: a tuple of fp32, each of the shape of ``at``."""
+        """Load NUM rows at ``at``, ``stride`` apart: a tuple of fp32, each in the shape of ``at``."""
+        stride = tl.cast(stride, tl.int64)  # three orders of FLUX are more elements than 32 bits count
         loaded = ()
         for k in tl.static_range(NUM):
             value = tl.load(rows + k * stride + at, mask=mask).to(tl.float32)
@@ -58,6 +59,7 @@ if _MISSING is None:
 
         A tuple of D_0 … D_NUM_DIFFERENCES, in fp32, each of the shape of ``at``.
         """
+        stride = tl.cast(stride, tl.int64)
         new = _load(orders + TOP * stride, stride, at, mask, 1)
         old = _load(orders, stride, at, mask, NUM_DIFFERENCES)
         for k in tl.static_range(NUM_DIFFERENCES):
@@ -80,7 +82,6 @@ if _MISSING is None:
     ):
         """Update ``orders[K, numel]`` in place, rows ``stride`` apart."""
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        stride = tl.cast(stride, tl.int64)  # three orders of FLUX are more elements than 32 bits count
         _cascade(orders, stride, at, at < numel, tl.load(inv_gap).to(tl.float32), TOP, NUM_DIFFERENCES)
 
     @triton.jit
@@ -88,7 +89,7 @@ if _MISSING is None:
         """Forecast ``orders[K, numel]`` with ``coeffs[NUM_COEFFS]`` into ``out[numel]``."""
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         alphas = _load(coeffs, 1, 0, None, NUM_COEFFS)
-        differences = _load(orders, tl.cast(stride, tl.int64), at, at < numel, NUM_COEFFS)
+        differences = _load(orders, stride, at, at < numel, NUM_COEFFS)
         total = _evaluate(differences, alphas)
         tl.store(out + at, total.to(out.dtype.element_ty), mask=at < numel)
 
@@ -109,7 +110,7 @@ if _MISSING is None:
         mask = at < numel
         gap = tl.load(inv_gap).to(tl.float32)
         alphas = _load(coeffs, 1, 0, None, NUM_DIFFERENCES + 1)
-        new = _cascade(orders, tl.cast(stride, tl.int64), at, mask, gap, TOP, NUM_DIFFERENCES)
+        new = _cascade(orders, stride, at, mask, gap, TOP, NUM_DIFFERENCES)
         tl.store(out + at, _evaluate(new, alphas).to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
@@ -159,7 +160,6 @@ if _MISSING is None:
         if UPDATE:
             gap = tl.load(inv_gap).to(tl.float32)
         slot = orders
-        stride = tl.cast(stride, tl.int64)
         for _ in tl.range(num_features, num_stages=STAGES):
             if GATED:  # before any store, which loads do not overtake
                 gate = tl.load(gates + gate_at, mask=mask)
