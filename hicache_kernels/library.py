@@ -8,7 +8,7 @@ where tensors have them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -44,18 +44,19 @@ def pick(op: str, backend: str, orders: Tensor, *dtypes: torch.dtype) -> Backend
     """
     if backend == "auto":
         for name in _PREFERENCE.get(orders.device.type, ("reference",)):
-            candidate = BACKENDS[name]
-            if (
-                candidate.unavailable(orders.device) or candidate.unsupported(dtypes, orders.shape[0])
-            ) is None:
-                return candidate
+            if _reason(BACKENDS[name], orders, dtypes) is None:
+                return BACKENDS[name]
     if backend not in BACKENDS:
         raise ValueError(f"{op}: unknown backend {backend!r}; expected auto, {', '.join(BACKENDS)}")
-    chosen = BACKENDS[backend]
-    reason = chosen.unavailable(orders.device) or chosen.unsupported(dtypes, orders.shape[0])
+    reason = _reason(BACKENDS[backend], orders, dtypes)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
-    return chosen
+    return BACKENDS[backend]
+
+
+def _reason(backend: Backend, orders: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why a backend cannot run these tensors; None when it can."""
+    return backend.unavailable(orders.device) or backend.unsupported(dtypes, orders.shape[0])
 
 
 def _register(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -64,27 +65,20 @@ def _register(schema: str) -> Callable[[Callable[..., None]], Callable[..., None
         name = schema.split("(")[0]
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         # nothing is returned, so there is no shape to derive
-        torch.library.register_fake(f"hicache::{name}", _nothing, lib=_LIBRARY)
+        torch.library.register_fake(f"hicache::{name}", lambda *_, **__: None, lib=_LIBRARY)
         return function
 
     return register
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
 @_register("update_(Tensor(a!) orders, Tensor inv_gap, int filled, str backend) -> ()")
 def _update(orders: Tensor, inv_gap: Tensor, filled: int, backend: str) -> None:
-    _check_aligned("update_", orders=orders, inv_gap=inv_gap)
-    pick("update_", backend, orders, orders.dtype).update_(orders, inv_gap, filled)
+    _checked("update_", backend, orders, inv_gap=inv_gap).update_(orders, inv_gap, filled)
 
 
 @_register("forecast(Tensor orders, Tensor coeffs, Tensor(a!) out, str backend) -> ()")
 def _forecast(orders: Tensor, coeffs: Tensor, out: Tensor, backend: str) -> None:
-    _check_aligned("forecast", orders=orders, coeffs=coeffs, out=out)
-    _check_apart("forecast", out, orders)
-    pick("forecast", backend, orders, orders.dtype).forecast(orders, coeffs, out)
+    _checked("forecast", backend, orders, coeffs=coeffs, out=out).forecast(orders, coeffs, out)
 
 
 @_register(
@@ -94,9 +88,7 @@ def _forecast(orders: Tensor, coeffs: Tensor, out: Tensor, backend: str) -> None
 def _update_forecast(
     orders: Tensor, inv_gap: Tensor, coeffs: Tensor, filled: int, out: Tensor, backend: str
 ) -> None:
-    _check_aligned("update_forecast_", orders=orders, inv_gap=inv_gap, coeffs=coeffs, out=out)
-    _check_apart("update_forecast_", out, orders)
-    chosen = pick("update_forecast_", backend, orders, orders.dtype)
+    chosen = _checked("update_forecast_", backend, orders, inv_gap=inv_gap, coeffs=coeffs, out=out)
     chosen.update_forecast_(orders, inv_gap, coeffs, filled, out)
 
 
@@ -106,10 +98,7 @@ def _update_forecast(
 def _gated_sum(
     base: Tensor, orders: Tensor, gates: Tensor | None, coeffs: Tensor, out: Tensor, backend: str
 ) -> None:
-    _check_aligned("gated_sum", base=base, orders=orders, gates=gates, coeffs=coeffs, out=out)
-    _check_sum(base, orders, gates, out)
-    chosen = pick("gated_sum", backend, orders, orders.dtype, base.dtype)
-    chosen.gated_sum(base, orders, gates, coeffs, None, 0, out)
+    _gated_sum_update(base, orders, gates, coeffs, None, 0, out, backend)
 
 
 @_register(
@@ -121,37 +110,44 @@ def _gated_sum_update(
     orders: Tensor,
     gates: Tensor | None,
     coeffs: Tensor,
-    inv_gap: Tensor,
+    inv_gap: Tensor | None,
     filled: int,
     out: Tensor,
     backend: str,
 ) -> None:
-    _check_aligned(
-        "gated_sum", base=base, orders=orders, gates=gates, coeffs=coeffs, inv_gap=inv_gap, out=out
-    )
-    _check_sum(base, orders, gates, out)
-    _check_apart("gated_sum", base, orders, "base")
-    chosen = pick("gated_sum", backend, orders, orders.dtype, base.dtype)
+    others = {"gates": gates, "coeffs": coeffs, "inv_gap": inv_gap, "out": out}
+    chosen = _checked("gated_sum", backend, orders, base, **others)
     chosen.gated_sum(base, orders, gates, coeffs, inv_gap, filled, out)
 
 
-def _check_aligned(op: str, **tensors: Tensor | None) -> None:
-    """Raise ValueError for a tensor that starts in the middle of an element: a GPU cannot load it."""
-    for name, tensor in tensors.items():
+def _checked(
+    op: str, backend: str, orders: Tensor, base: Tensor | None = None, **others: Tensor | None
+) -> Backend:
+    """The backend to run ``op``, once its tensors, by name, are where a kernel can load and store them.
+
+    Raises:
+        ValueError: a tensor starts in the middle of an element, which a GPU cannot load; ``out``, or a base
+            while the history is updated, overlaps what is read; or as :func:`pick`.
+        RuntimeError: as :func:`pick`.
+    """
+    for name, tensor in {"base": base, "orders": orders, **others}.items():
         if tensor is not None and tensor.numel() and tensor.data_ptr() % tensor.itemsize:
             raise ValueError(
                 f"{op}: expected {name} at an address divisible by its {tensor.itemsize} bytes a number, got "
                 f"{tensor.data_ptr():#x}"
             )
-
-
-def _check_sum(base: Tensor, orders: Tensor, gates: Tensor | None, out: Tensor) -> None:
-    """Raise ValueError when the output of a gated sum overlaps an input it would spoil."""
-    _check_apart("gated_sum", out, orders)
-    if out.data_ptr() != base.data_ptr():  # in place is fine, every element is read before it is written
-        _check_apart("gated_sum", out, base[None], other="base")
-    if gates is not None:
-        _check_apart("gated_sum", out, gates, other="gates")
+    if (out := others.get("out")) is not None:
+        _check_apart(op, out, orders)
+        if base is not None and out.data_ptr() != base.data_ptr():
+            # in place is fine, every element is read before it is written
+            _check_apart(op, out, base[None], other="base")
+        if (gates := others.get("gates")) is not None:
+            _check_apart(op, out, gates, other="gates")
+    if base is None:
+        return pick(op, backend, orders, orders.dtype)
+    if others.get("inv_gap") is not None:
+        _check_apart(op, base, orders, "base")
+    return pick(op, backend, orders, orders.dtype, base.dtype)
 
 
 def _check_apart(op: str, tensor: Tensor, rows: Tensor, name: str = "out", other: str = "orders") -> None:

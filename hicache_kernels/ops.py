@@ -39,8 +39,7 @@ def update_(orders: Tensor, inv_gap: Tensor, filled: int, *, backend: str = "aut
         RuntimeError: the named backend cannot run here.
     """
     _check_orders("update_", orders)
-    _check_number("update_", "inv_gap", inv_gap, orders)
-    _check_filled("update_", filled, orders)
+    _check_update("update_", inv_gap, filled, orders)
     _OPS.update_.default(orders, inv_gap, filled, backend)
 
 
@@ -95,8 +94,7 @@ def update_forecast_(
         RuntimeError: the named backend cannot run here.
     """
     _check_orders("update_forecast_", orders)
-    _check_number("update_forecast_", "inv_gap", inv_gap, orders)
-    _check_filled("update_forecast_", filled, orders)
+    _check_update("update_forecast_", inv_gap, filled, orders)
     _check_coeffs("update_forecast_", coeffs, orders, filled + 1)
     out = _output("update_forecast_", out, orders[0])
     _OPS.update_forecast_.default(orders, inv_gap, coeffs, filled, out, backend)
@@ -147,10 +145,7 @@ def gated_sum(
             f"{tuple(orders.shape)}"
         )
     if base.ndim < 2 or not base.is_contiguous():
-        raise ValueError(
-            f"gated_sum: expected a contiguous base [batch, ..., channels], got shape {tuple(base.shape)} "
-            f"with strides {base.stride()}"
-        )
+        raise ValueError(f"gated_sum: expected a contiguous base [batch, ..., channels], got {_layout(base)}")
     _check_device("gated_sum", "base", base, orders)
     if not base.dtype.is_floating_point:
         raise ValueError(f"gated_sum: expected a floating-point base, got {base.dtype}")
@@ -167,8 +162,7 @@ def gated_sum(
             )
         _check_device("gated_sum", "gates", gates, orders)
     if inv_gap is not None:
-        _check_number("gated_sum", "inv_gap", inv_gap, orders)
-        _check_filled("gated_sum", filled, orders)
+        _check_update("gated_sum", inv_gap, filled, orders)
     elif filled:
         raise ValueError(f"gated_sum: expected filled=0 when inv_gap is None, got {filled}")
     _check_coeffs("gated_sum", coeffs, orders, None if inv_gap is None else filled + 1)
@@ -178,6 +172,10 @@ def gated_sum(
     else:
         _OPS.gated_sum_update_.default(base, orders, gates, coeffs, inv_gap, filled, out, backend)
     return out
+
+
+def _layout(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)} with strides {tensor.stride()}"
 
 
 def _check_orders(op: str, orders: Tensor) -> None:
@@ -191,8 +189,7 @@ def _check_orders(op: str, orders: Tensor) -> None:
     row = orders[0]
     if not row.is_contiguous() or (orders.shape[0] > 1 and orders.stride(0) < row.numel()):
         raise ValueError(
-            f"{op}: expected orders with contiguous rows that do not overlap, got shape "
-            f"{tuple(orders.shape)} with strides {orders.stride()}"
+            f"{op}: expected orders with contiguous rows that do not overlap, got {_layout(orders)}"
         )
 
 
@@ -201,13 +198,12 @@ def _check_device(op: str, name: str, tensor: Tensor, orders: Tensor) -> None:
         raise ValueError(f"{op}: expected {name} on {orders.device}, as orders, got {tensor.device}")
 
 
-def _check_number(op: str, name: str, number: Tensor, orders: Tensor) -> None:
-    if not isinstance(number, Tensor) or number.numel() != 1 or not number.dtype.is_floating_point:
-        raise TypeError(f"{op}: expected {name} to be a floating-point tensor of one number, got {number!r}")
-    _check_device(op, name, number, orders)
-
-
-def _check_filled(op: str, filled: int, orders: Tensor) -> None:
+def _check_update(op: str, inv_gap: Tensor, filled: int, orders: Tensor) -> None:
+    if not isinstance(inv_gap, Tensor) or inv_gap.numel() != 1 or not inv_gap.dtype.is_floating_point:
+        raise TypeError(
+            f"{op}: expected inv_gap to be a floating-point tensor of one number, got {inv_gap!r}"
+        )
+    _check_device(op, "inv_gap", inv_gap, orders)
     if isinstance(filled, bool) or not isinstance(filled, int):
         raise TypeError(f"{op}: expected filled to be an int, got {filled!r}")
     if not 0 <= filled < orders.shape[0]:
@@ -229,12 +225,8 @@ def _check_coeffs(op: str, coeffs: Tensor, orders: Tensor, expected: int | None)
 def _output(op: str, out: Tensor | None, like: Tensor) -> Tensor:
     if out is None:
         return torch.empty_like(like)
-    if (
-        out.shape != like.shape
-        or out.dtype != like.dtype
-        or out.device != like.device
-        or not out.is_contiguous()
-    ):
+    alike = out.shape == like.shape and out.dtype == like.dtype and out.device == like.device
+    if not alike or not out.is_contiguous():
         raise ValueError(
             f"{op}: expected a contiguous out of shape {tuple(like.shape)}, {like.dtype} on {like.device}, "
             f"got {tuple(out.shape)}, {out.dtype} on {out.device} with strides {out.stride()}"

@@ -20,15 +20,13 @@ from pathlib import Path
 class Tile:
     """The work of one program, and how it is compiled."""
 
-    block: int = (
-        1024  # elements, where rows have no meaning; 8 a thread: one 16-byte access of a 2-byte dtype
-    )
+    # elements, where rows have no meaning; 8 a thread: one 16-byte access of a 2-byte dtype
+    block: int = 1024
     rows: int = 4  # gated_sum with gates: rows of one sample …
     columns: int = 256  # … by channels; the gates of a tile are loaded once
     num_warps: int = 4
-    num_stages: int = (
-        1  # gated_sum: features whose loads are in flight at once; over 1, through shared memory
-    )
+    # gated_sum: features whose loads are in flight at once; over 1, through shared memory
+    num_stages: int = 1
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():

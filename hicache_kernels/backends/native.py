@@ -21,11 +21,9 @@ if TYPE_CHECKING:  # mypy compares this module with what a backend is
 
 name: Final = "native"
 
-_native: Any
-_MISSING: str | None
 try:
-    _native = importlib.import_module("hicache_kernels._native")
-    _MISSING = None
+    _native: Any = importlib.import_module("hicache_kernels._native")
+    _MISSING: str | None = None
 except ImportError as error:
     _native = None
     _MISSING = f"the native extension is not built ({error}); reinstall where a C++17 compiler is found"
@@ -102,54 +100,45 @@ def _place(orders: Tensor) -> tuple[str, tuple[int, ...]]:
     return "", (torch.get_num_threads(),)
 
 
-def _run(op: str, orders: Tensor, *arguments: int) -> None:
-    """Call an op's binding: with the history's address, row stride, K and dtype, ``arguments``, the place."""
-    prefix, where = _place(orders)
-    history = orders.data_ptr(), orders.stride(0), orders.shape[0], _CODES[orders.dtype]
-    getattr(_native, prefix + op)(*history, *arguments, *where)
+def _run(op: str, orders: Tensor, *arguments: Tensor | int | None) -> None:
+    """Call an op's binding: with the history's address, row stride, K and dtype, ``arguments``, the place.
 
-
-def _readable(scalars: Tensor) -> Tensor:
-    """``coeffs[num_coeffs]`` or a gap as kernels read them: contiguous, fp32 or float64, on the same device.
-
-    Another dtype or stride costs a copy; what comes back must outlive the call.
+    A tensor is given whole, so that a copy lives as long as the call, and passed as its address; None is 0.
     """
+    prefix, where = _place(orders)
+    history = orders, orders.stride(0), orders.shape[0], _CODES[orders.dtype]
+    numbers = (x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in (*history, *arguments))
+    getattr(_native, prefix + op)(*numbers, *where)
+
+
+def _scalars(scalars: Tensor | None) -> tuple[Tensor | None, int]:
+    """``coeffs[num_coeffs]`` or a gap as kernels read them, and the dtype's code; (None, 0) for None.
+
+    Contiguous, fp32 or float64, on the same device: another dtype or stride costs a copy.
+    """
+    if scalars is None:
+        return None, 0
     if scalars.dtype not in (torch.float32, torch.float64):
         scalars = scalars.float()
-    return scalars.contiguous()
-
-
-def _at(scalars: Tensor) -> tuple[int, int]:
-    """Address and dtype code of what :func:`_readable` gives."""
-    return scalars.data_ptr(), _CODES[scalars.dtype]
+    return scalars.contiguous(), _CODES[scalars.dtype]
 
 
 def update_(orders: Tensor, inv_gap: Tensor, num_differences: int) -> None:
     """Update ``orders[K, ...]`` in place; ``inv_gap`` is one number."""
-    inv_gap = _readable(inv_gap)
-    _run("update_", orders, orders[0].numel(), num_differences, *_at(inv_gap))
+    _run("update_", orders, orders[0].numel(), num_differences, *_scalars(inv_gap))
 
 
 def forecast(orders: Tensor, coeffs: Tensor, out: Tensor) -> None:
     """Write the forecast of ``orders[K, ...]`` with ``coeffs[num_coeffs]`` into ``out[...]``."""
-    coeffs = _readable(coeffs)
-    _run("forecast", orders, out.numel(), *_at(coeffs), len(coeffs), out.data_ptr())
+    _run("forecast", orders, out.numel(), *_scalars(coeffs), len(coeffs), out)
 
 
 def update_forecast_(
     orders: Tensor, inv_gap: Tensor, coeffs: Tensor, num_differences: int, out: Tensor
 ) -> None:
     """Update ``orders[K, ...]`` in place and write the forecast with ``coeffs[num_differences + 1]``."""
-    inv_gap, coeffs = _readable(inv_gap), _readable(coeffs)
-    _run(
-        "update_forecast_",
-        orders,
-        out.numel(),
-        *_at(inv_gap),
-        *_at(coeffs),
-        len(coeffs),
-        out.data_ptr(),
-    )
+    scalars = *_scalars(inv_gap), *_scalars(coeffs), len(coeffs)
+    _run("update_forecast_", orders, out.numel(), *scalars, out)
 
 
 def gated_sum(
@@ -166,22 +155,8 @@ def gated_sum(
     ``gates`` are ``[num_features, batch, channels]``, or None for ones; with ``inv_gap`` an update is
     pending.
     """
-    coeffs = _readable(coeffs)
-    inv_gap = None if inv_gap is None else _readable(inv_gap)
     batch, channels = base.shape[0], base.shape[-1]
-    _run(
-        "gated_sum",
-        orders,
-        orders.stride(1),
-        orders.shape[1],
-        batch,
-        base.numel() // (batch * channels) if base.numel() else 0,
-        channels,
-        _CODES[base.dtype],
-        base.data_ptr(),
-        0 if gates is None else gates.data_ptr(),
-        *((0, 0) if inv_gap is None else _at(inv_gap)),
-        *_at(coeffs),
-        len(coeffs),
-        out.data_ptr(),
-    )
+    rows = base.numel() // (batch * channels) if base.numel() else 0
+    sizes = orders.stride(1), orders.shape[1], batch, rows, channels
+    scalars = *_scalars(inv_gap), *_scalars(coeffs), len(coeffs)
+    _run("gated_sum", orders, *sizes, _CODES[base.dtype], base, gates, *scalars, out)

@@ -30,115 +30,51 @@ if TYPE_CHECKING:  # mypy compares this module with what a backend is
 
 name: Final = "triton"
 
-triton: Any
-tl: Any
-_MISSING: str | None
 try:
-    triton = importlib.import_module("triton")
-    tl = importlib.import_module("triton.language")
-    _MISSING = None
+    triton: Any = importlib.import_module("triton")
+    tl: Any = importlib.import_module("triton.language")
+    _MISSING: str | None = None
 except ImportError as error:
     _MISSING = f"triton is not installed ({error})"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_ORDERS = 5
+MAX_ORDERS = 5  # registers, spills and the order of loads are checked up to here
 _REGISTERS = 65536  # of one multiprocessor, on every GPU since Kepler
 
 if _MISSING is None:
 
     @triton.jit
+    def _load(rows, stride, at, mask, NUM: tl.constexpr):
+        """Load NUM rows at ``at``, ``stride`` apart: a tuple of fp32, each in the shape of ``at``."""
+        stride = tl.cast(stride, tl.int64)  # three orders of FLUX are more elements than 32 bits count
+        loaded = ()
+        for k in tl.static_range(NUM):
+            value = tl.load(rows + k * stride + at, mask=mask).to(tl.float32)
+            loaded += (value,)  # type: ignore[assignment]  # for mypy it stays empty
+        return loaded
+
+    @triton.jit
     def _cascade(orders, stride, at, mask, inv_gap, TOP: tl.constexpr, NUM_DIFFERENCES: tl.constexpr):
         """Load F and the old differences at ``at``, store the new ones and return them before rounding.
 
-        Five of the shape of ``at``, in fp32; those past NUM_DIFFERENCES are D_0 again, and unused.
-        """
-        stride = tl.cast(stride, tl.int64)  # three orders of FLUX are more elements than 32 bits count
-        d0 = tl.load(orders + TOP * stride + at, mask=mask).to(tl.float32)
-        d1 = d0
-        d2 = d0
-        d3 = d0
-        d4 = d0
-        if NUM_DIFFERENCES >= 1:
-            o0 = tl.load(orders + at, mask=mask).to(tl.float32)
-        if NUM_DIFFERENCES >= 2:
-            o1 = tl.load(orders + stride + at, mask=mask).to(tl.float32)
-        if NUM_DIFFERENCES >= 3:
-            o2 = tl.load(orders + 2 * stride + at, mask=mask).to(tl.float32)
-        if NUM_DIFFERENCES >= 4:
-            o3 = tl.load(orders + 3 * stride + at, mask=mask).to(tl.float32)
-        stored: tl.constexpr = orders.dtype.element_ty
-        if NUM_DIFFERENCES >= 1:
-            d1 = (d0 - o0) * inv_gap
-        if NUM_DIFFERENCES >= 2:
-            d2 = (d1 - o1) * inv_gap
-        if NUM_DIFFERENCES >= 3:
-            d3 = (d2 - o2) * inv_gap
-        if NUM_DIFFERENCES >= 4:
-            d4 = (d3 - o3) * inv_gap
-        tl.store(orders + at, d0.to(stored), mask=mask)
-        if NUM_DIFFERENCES >= 1:
-            tl.store(orders + stride + at, d1.to(stored), mask=mask)
-        if NUM_DIFFERENCES >= 2:
-            tl.store(orders + 2 * stride + at, d2.to(stored), mask=mask)
-        if NUM_DIFFERENCES >= 3:
-            tl.store(orders + 3 * stride + at, d3.to(stored), mask=mask)
-        if NUM_DIFFERENCES >= 4:
-            tl.store(orders + 4 * stride + at, d4.to(stored), mask=mask)
-        return d0, d1, d2, d3, d4
-
-    @triton.jit
-    def _load_coeffs(coeffs, NUM_COEFFS: tl.constexpr):
-        """Load ``coeffs[NUM_COEFFS]``: five fp32 scalars; those past NUM_COEFFS are the first, and unused."""
-        c0 = tl.load(coeffs).to(tl.float32)
-        c1 = c0
-        c2 = c0
-        c3 = c0
-        c4 = c0
-        if NUM_COEFFS >= 2:
-            c1 = tl.load(coeffs + 1).to(tl.float32)
-        if NUM_COEFFS >= 3:
-            c2 = tl.load(coeffs + 2).to(tl.float32)
-        if NUM_COEFFS >= 4:
-            c3 = tl.load(coeffs + 3).to(tl.float32)
-        if NUM_COEFFS >= 5:
-            c4 = tl.load(coeffs + 4).to(tl.float32)
-        return c0, c1, c2, c3, c4
-
-    @triton.jit
-    def _evaluate(d0, d1, d2, d3, d4, c0, c1, c2, c3, c4, NUM_COEFFS: tl.constexpr):
-        """``Σ_k c_k · d_k`` over k < NUM_COEFFS, lowest order first, in the shape of ``d0``."""
-        total = d0 * c0
-        if NUM_COEFFS >= 2:
-            total = total + d1 * c1
-        if NUM_COEFFS >= 3:
-            total = total + d2 * c2
-        if NUM_COEFFS >= 4:
-            total = total + d3 * c3
-        if NUM_COEFFS >= 5:
-            total = total + d4 * c4
-        return total
-
-    @triton.jit
-    def _load_differences(orders, stride, at, mask, NUM_COEFFS: tl.constexpr):
-        """Load D_k at ``at`` for k < NUM_COEFFS.
-
-        Five of the shape of ``at``, in fp32; those past NUM_COEFFS are D_0 again, and unused.
+        A tuple of D_0 … D_NUM_DIFFERENCES, in fp32, each of the shape of ``at``.
         """
         stride = tl.cast(stride, tl.int64)
-        d0 = tl.load(orders + at, mask=mask).to(tl.float32)
-        d1 = d0
-        d2 = d0
-        d3 = d0
-        d4 = d0
-        if NUM_COEFFS >= 2:
-            d1 = tl.load(orders + stride + at, mask=mask).to(tl.float32)
-        if NUM_COEFFS >= 3:
-            d2 = tl.load(orders + 2 * stride + at, mask=mask).to(tl.float32)
-        if NUM_COEFFS >= 4:
-            d3 = tl.load(orders + 3 * stride + at, mask=mask).to(tl.float32)
-        if NUM_COEFFS >= 5:
-            d4 = tl.load(orders + 4 * stride + at, mask=mask).to(tl.float32)
-        return d0, d1, d2, d3, d4
+        new = _load(orders + TOP * stride, stride, at, mask, 1)
+        old = _load(orders, stride, at, mask, NUM_DIFFERENCES)
+        for k in tl.static_range(NUM_DIFFERENCES):
+            new += ((new[k] - old[k]) * inv_gap,)
+        for k in tl.static_range(NUM_DIFFERENCES + 1):
+            tl.store(orders + k * stride + at, new[k].to(orders.dtype.element_ty), mask=mask)
+        return new
+
+    @triton.jit
+    def _evaluate(differences, coeffs):
+        """``Σ_k coeffs[k] · differences[k]``, lowest order first, in the shape of a difference."""
+        total = differences[0] * coeffs[0]
+        for k in tl.static_range(1, len(coeffs)):
+            total += differences[k] * coeffs[k]
+        return total
 
     @triton.jit
     def _update_kernel(
@@ -152,11 +88,10 @@ if _MISSING is None:
     def _forecast_kernel(orders, stride, numel, coeffs, out, NUM_COEFFS: tl.constexpr, BLOCK: tl.constexpr):
         """Forecast ``orders[K, numel]`` with ``coeffs[NUM_COEFFS]`` into ``out[numel]``."""
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = at < numel
-        c0, c1, c2, c3, c4 = _load_coeffs(coeffs, NUM_COEFFS)
-        d0, d1, d2, d3, d4 = _load_differences(orders, stride, at, mask, NUM_COEFFS)
-        total = _evaluate(d0, d1, d2, d3, d4, c0, c1, c2, c3, c4, NUM_COEFFS)
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+        alphas = _load(coeffs, 1, 0, None, NUM_COEFFS)
+        differences = _load(orders, stride, at, at < numel, NUM_COEFFS)
+        total = _evaluate(differences, alphas)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=at < numel)
 
     @triton.jit
     def _update_forecast_kernel(
@@ -174,10 +109,9 @@ if _MISSING is None:
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         mask = at < numel
         gap = tl.load(inv_gap).to(tl.float32)
-        c0, c1, c2, c3, c4 = _load_coeffs(coeffs, NUM_DIFFERENCES + 1)
-        d0, d1, d2, d3, d4 = _cascade(orders, stride, at, mask, gap, TOP, NUM_DIFFERENCES)
-        total = _evaluate(d0, d1, d2, d3, d4, c0, c1, c2, c3, c4, NUM_DIFFERENCES + 1)
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+        alphas = _load(coeffs, 1, 0, None, NUM_DIFFERENCES + 1)
+        new = _cascade(orders, stride, at, mask, gap, TOP, NUM_DIFFERENCES)
+        tl.store(out + at, _evaluate(new, alphas).to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _gated_sum_kernel(
@@ -221,8 +155,8 @@ if _MISSING is None:
         gate_at = sample * channels + column + tl.zeros([ROWS, 1], tl.int64)  # [R, C]
         total = tl.load(base + at, mask=mask).to(tl.float32)
         # Before the loop: loads are not moved across its stores.
-        c0, c1, c2, c3, c4 = _load_coeffs(coeffs, NUM_COEFFS)
-        gap = c0
+        alphas = _load(coeffs, 1, 0, None, NUM_COEFFS)
+        gap = alphas[0]
         if UPDATE:
             gap = tl.load(inv_gap).to(tl.float32)
         slot = orders
@@ -231,10 +165,10 @@ if _MISSING is None:
                 gate = tl.load(gates + gate_at, mask=mask)
                 gates += batch * channels
             if UPDATE:
-                d0, d1, d2, d3, d4 = _cascade(slot, stride, at, mask, gap, TOP, NUM_COEFFS - 1)
+                differences = _cascade(slot, stride, at, mask, gap, TOP, NUM_COEFFS - 1)
             else:
-                d0, d1, d2, d3, d4 = _load_differences(slot, stride, at, mask, NUM_COEFFS)
-            value = _evaluate(d0, d1, d2, d3, d4, c0, c1, c2, c3, c4, NUM_COEFFS)
+                differences = _load(slot, stride, at, mask, NUM_COEFFS)
+            value = _evaluate(differences, alphas)
             if GATED:
                 value = value * gate.to(tl.float32)
             total = total + value
@@ -287,46 +221,41 @@ def options(tile: Tile, updating: bool = False) -> dict[str, int | bool]:
     return chosen
 
 
-def update_(orders: Tensor, inv_gap: Tensor, num_differences: int) -> None:
-    """Update ``orders[K, ...]`` in place; ``inv_gap`` is one number."""
-    numel = orders[0].numel()
+def _launch(
+    kernel: Any, op: str, orders: Tensor, num_coeffs: int, numel: int, *arguments: Tensor, **constants: int
+) -> None:
+    """Launch a kernel on the first ``numel`` elements of every row of ``orders[K, ...]``."""
     if not numel:
         return
-    tile = tiles.tile("update_", num_differences + 1, orders.itemsize, 1)
-    constants = {"TOP": orders.shape[0] - 1, "NUM_DIFFERENCES": num_differences, "BLOCK": tile.block}
+    tile = tiles.tile(op, num_coeffs, orders.itemsize, 1)
     grid = (-(-numel // tile.block),)
+    constants["BLOCK"] = tile.block
     with _on(orders):
-        _update_kernel[grid](orders, orders.stride(0), numel, inv_gap, **constants, **options(tile))
+        kernel[grid](orders, orders.stride(0), numel, *arguments, **constants, **options(tile))
+
+
+def update_(orders: Tensor, inv_gap: Tensor, num_differences: int) -> None:
+    """Update ``orders[K, ...]`` in place; ``inv_gap`` is one number."""
+    constants = {"TOP": orders.shape[0] - 1, "NUM_DIFFERENCES": num_differences}
+    numel = orders[0].numel()
+    _launch(_update_kernel, "update_", orders, num_differences + 1, numel, inv_gap, **constants)
 
 
 def forecast(orders: Tensor, coeffs: Tensor, out: Tensor) -> None:
     """Write the forecast of ``orders[K, ...]`` with ``coeffs[num_coeffs]`` into ``out[...]``."""
-    numel = out.numel()
-    if not numel:
-        return
-    coeffs = coeffs.contiguous()  # the kernels step through them by one
-    tile = tiles.tile("forecast", len(coeffs), orders.itemsize, 1)
-    constants = {"NUM_COEFFS": len(coeffs), "BLOCK": tile.block}
-    grid = (-(-numel // tile.block),)
-    with _on(orders):
-        _forecast_kernel[grid](orders, orders.stride(0), numel, coeffs, out, **constants, **options(tile))
+    tensors = coeffs.contiguous(), out  # the kernels step through coefficients by one
+    num_coeffs = len(coeffs)
+    _launch(_forecast_kernel, "forecast", orders, num_coeffs, out.numel(), *tensors, NUM_COEFFS=num_coeffs)
 
 
 def update_forecast_(
     orders: Tensor, inv_gap: Tensor, coeffs: Tensor, num_differences: int, out: Tensor
 ) -> None:
     """Update ``orders[K, ...]`` in place and write the forecast with ``coeffs[num_differences + 1]``."""
-    numel = out.numel()
-    if not numel:
-        return
-    coeffs = coeffs.contiguous()
-    tile = tiles.tile("update_forecast_", num_differences + 1, orders.itemsize, 1)
-    constants = {"TOP": orders.shape[0] - 1, "NUM_DIFFERENCES": num_differences, "BLOCK": tile.block}
-    grid = (-(-numel // tile.block),)
-    with _on(orders):
-        _update_forecast_kernel[grid](
-            orders, orders.stride(0), numel, inv_gap, coeffs, out, **constants, **options(tile)
-        )
+    constants = {"TOP": orders.shape[0] - 1, "NUM_DIFFERENCES": num_differences}
+    tensors = inv_gap, coeffs.contiguous(), out
+    kernel, numel = _update_forecast_kernel, out.numel()
+    _launch(kernel, "update_forecast_", orders, num_differences + 1, numel, *tensors, **constants)
 
 
 def gated_sum(
@@ -345,37 +274,18 @@ def gated_sum(
     """
     if not base.numel():
         return
-    # without gates a row has no meaning: one long row keeps the tiles whole
-    batch, channels = (1, base.numel()) if gates is None else (base.shape[0], base.shape[-1])
-    rows = base.numel() // (batch * channels)
-    coeffs = coeffs.contiguous()
-    updating = inv_gap is not None
+    updating, gated = inv_gap is not None, gates is not None
     op = "gated_sum_update_" if updating else "gated_sum"
     tile = tiles.tile(op, len(coeffs), orders.itemsize, orders.shape[1])
-    tile_rows, columns = (1, tile.block) if gates is None else (tile.rows, tile.columns)
+    # without gates a row has no meaning: one long row keeps the tiles whole
+    batch, channels = (base.shape[0], base.shape[-1]) if gated else (1, base.numel())
+    tile_rows, columns = (tile.rows, tile.columns) if gated else (1, tile.block)
+    rows = base.numel() // (batch * channels)
     grid = (-(-channels // columns) * -(-rows // tile_rows) * batch,)
-    constants = {
-        "TOP": orders.shape[0] - 1,
-        "NUM_COEFFS": len(coeffs),
-        "UPDATE": updating,
-        "GATED": gates is not None,
-        "ROWS": tile_rows,
-        "COLUMNS": columns,
-        "STAGES": tile.num_stages,
-    }
-    strides = orders.stride(0), orders.stride(1), orders.shape[1]
+    history = orders, orders.stride(0), orders.stride(1), orders.shape[1]
+    sizes = batch, rows, channels
+    constants = {"TOP": orders.shape[0] - 1, "NUM_COEFFS": len(coeffs), "UPDATE": updating, "GATED": gated}
+    shape = {"ROWS": tile_rows, "COLUMNS": columns, "STAGES": tile.num_stages}
+    chosen = {**constants, **shape, **options(tile, updating)}
     with _on(orders):
-        _gated_sum_kernel[grid](
-            base,
-            orders,
-            *strides,
-            gates,
-            batch,
-            rows,
-            channels,
-            inv_gap,
-            coeffs,
-            out,
-            **constants,
-            **options(tile, updating),
-        )
+        _gated_sum_kernel[grid](base, *history, gates, *sizes, inv_gap, coeffs.contiguous(), out, **chosen)
