@@ -72,7 +72,7 @@ class GraphRunner:
         self._why_not_whole: str | None = None
         self._why_not_blocks: str | None = None
         self._undo: Callable[[], None] | None = None
-        self.due = False  # whether the current call is to be replayed
+        self.due = False  # whether the current call is to be replayed: set where it begins and ends
         self.stats = GraphStats()
         self._blocks = BlockGraphs(call, backend, self.stats, limit=8 * limit)
 
@@ -119,14 +119,6 @@ class GraphRunner:
                 "(mode='reduce-overhead'); pass cuda_graphs=False, or compile_repeated_blocks() in its place"
             )
         self.stats.eager = reason
-
-    def begin(self) -> None:
-        """A call that is :meth:`usable` begins."""
-        self.due = True
-
-    def end(self) -> None:
-        """The call has ended."""
-        self.due = False
 
     def remove(self) -> None:
         """Leave the transformer as it was, and forget all graphs."""

@@ -175,16 +175,12 @@ class TimestepClock:
             self._last = value
             return
         move = value - self._last
-        if move == 0:
-            return
-        self._last = value
         if self._direction * move < 0:
-            self.run += 1
-            self.step = 0
-            self._direction = 0.0
-            return
-        self._direction = move
-        self.step += 1
+            self.restart()
+        elif move:
+            self._direction = move
+            self.step += 1
+        self._last = value
 
     def abort(self) -> None:
         """A call raised: what comes next is a new run."""

@@ -41,7 +41,7 @@ class RecorderChoice:
         self._model = model
         self._policy = policy
         self._contexts = contexts
-        self._warn = warn
+        self.warn = warn
         self.stack = StackRecorder()
         self.modules = None if policy.granularity == "stack" else modules
         self._why_stack = (
@@ -116,7 +116,7 @@ class RecorderChoice:
         free = _free_bytes(device) if wanted > 0 else None
         if free is not None and wanted > free:
             why = f"its modules' history wants {wanted:,} bytes and {free:,} are free on {device}"
-            self._warn(f"is cached as a stack: {why}")
+            self.warn(f"is cached as a stack: {why}")
             return why
         return None
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hicache.config import HiCacheConfig
 from hicache.engine import Engine
 from hicache.runtime.gate_prefetch import GatePrefetch
+from hicache.runtime.session import Session, StepCounter
 from hicache.runtime.signature import signature
 
 
@@ -67,17 +67,33 @@ class Context:
         return self.engine.planned_nbytes([form.shape] * form.num_features, form.dtype)
 
 
+@dataclass(frozen=True)
+class BegunCall:
+    """A call of a denoiser that has begun."""
+
+    context: Context
+    step: int  # of the run
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    model_kwargs: Mapping[str, Any]  # both by name
+    compiled: bool  # as a whole
+    checked: bool  # whether nothing but the blocks may change the hidden state
+
+    @property
+    def local_step(self) -> int:
+        """The step counted from the context's first, as the schedule counts."""
+        return self.step - self.context.first_step
+
+
 class Contexts:
     """The contexts of one denoiser, told apart by ordinal of the call in its step and form of its arguments.
 
     Args:
         denoiser: its name, for labels.
-        backend: of :mod:`hicache_kernels`.
     """
 
-    def __init__(self, denoiser: str, backend: str) -> None:
+    def __init__(self, denoiser: str) -> None:
         self._denoiser = denoiser
-        self._backend = backend
         self.current: dict[Any, Context] = {}
         self._idle: dict[Any, Context] = {}  # of the last run: their memory is kept for one run
 
@@ -91,23 +107,9 @@ class Contexts:
         for context in self._idle.values():
             context.form = None
 
-    def find(
-        self,
-        ordinal: int,
-        model_kwargs: Mapping[str, Any],
-        config: HiCacheConfig,
-        step: int,
-        num_steps: int | None,
-    ) -> Context:
-        """The context of a call.
-
-        Args:
-            ordinal: of the call in its step.
-            model_kwargs: its arguments by name.
-            config: of the run.
-            step: of the run.
-            num_steps: of the run, if known.
-        """
+    def find(self, counter: StepCounter, model_kwargs: Mapping[str, Any], session: Session) -> Context:
+        """The context of a call, by its place in the step and its arguments by name."""
+        ordinal, step, num_steps = counter.ordinal, counter.step, session.clock.num_steps
         key = (ordinal, *signature(model_kwargs))
         context = self.current.get(key)
         if context is not None:
@@ -119,9 +121,9 @@ class Contexts:
         if context is None:
             # other shapes than in the last run: that memory will not be wanted
             self._idle = {k: c for k, c in self._idle.items() if k[0] != ordinal}
-            context = Context(Engine(config, self._backend))
+            context = Context(Engine(session.config, session.backend))
         context.restart(label, step)
-        context.engine.reset(config, None if num_steps is None else num_steps - step)
+        context.engine.reset(session.config, None if num_steps is None else num_steps - step)
         self.current[key] = context
         return context
 

@@ -15,8 +15,8 @@ from hicache.adapters.base import ModuleAdapter
 from hicache.cuda_graphs.runner import GraphRunner
 from hicache.hooks.transformer import HookedTransformer
 from hicache.runtime.budget import Policy, RecorderChoice
-from hicache.runtime.context import Contexts
-from hicache.runtime.planner import BegunCall, CallPlanner
+from hicache.runtime.context import BegunCall, Contexts
+from hicache.runtime.planner import CallPlanner
 from hicache.runtime.recorders import ModuleRecorder
 from hicache.runtime.session import Session, StepCounter
 from hicache.runtime.signature import requires_grad
@@ -58,10 +58,10 @@ class Denoiser:
         self.hooked = hooked
         self.session = session
         self.graphs = graphs
-        self.contexts = Contexts(name, session.backend)
+        self.contexts = Contexts(name)
         modules = None if adapter is None else ModuleRecorder(adapter, hooked.call)
         self.choice = RecorderChoice(hooked.name, policy, modules, self.contexts, self._warn)
-        self._planner = CallPlanner(hooked, self.choice, session, self._warn)
+        self._planner = CallPlanner(hooked, self.choice, session)
         self._names = tuple(inspect.signature(type(self.module).forward).parameters)[1:]
         self._counter = StepCounter(session)
         self._begun: BegunCall | None = None
@@ -116,9 +116,7 @@ class Denoiser:
             )
             return None
         session, step = self.session, self._counter.step
-        context = self.contexts.find(
-            self._counter.ordinal, model_kwargs, session.config, step, session.clock.num_steps
-        )
+        context = self.contexts.find(self._counter, model_kwargs, session)
         full = context.engine.is_full(step - context.first_step)
         dropped = {name for name in BLOCK_ONLY_ARGUMENTS if model_kwargs.get(name) is not None}
         if dropped and not full:
@@ -144,8 +142,7 @@ class Denoiser:
         if compiled:
             graphs.refuse("the transformer is compiled as a whole")
         if graphs.usable():
-            call.opaque = True
-            graphs.begin()
+            call.opaque = graphs.due = True
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         begun = self._begun
@@ -161,7 +158,7 @@ class Denoiser:
         """A call has ended, or never came to its end."""
         self._begun = None
         if self.graphs is not None:
-            self.graphs.end()
+            self.graphs.due = False
         self._planner.end()
 
     def _start_run(self) -> None:

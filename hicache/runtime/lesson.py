@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hicache.runtime.budget import RecorderChoice
-from hicache.runtime.context import CallForm, Context
+from hicache.runtime.context import BegunCall, CallForm
 from hicache.runtime.recorders import Unfit
 from hicache.stats import Stopwatch
 from hicache.step_plan import FullStep
@@ -19,31 +19,20 @@ class FirstCall:
     """Checks around a full step that is the first of its form; a :class:`~hicache.step_plan.Lesson`.
 
     Args:
-        context: learns its form.
+        begun: the call; its context learns its form.
         choice: of the recorder.
-        model_kwargs: the transformer's arguments by name.
         watch: counts the time.
-        warn: tells the user, once.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        choice: RecorderChoice,
-        model_kwargs: Mapping[str, Any],
-        watch: Stopwatch,
-        warn: Callable[[str], None],
-    ) -> None:
-        self._context = context
+    def __init__(self, begun: BegunCall, choice: RecorderChoice, watch: Stopwatch) -> None:
+        self._begun = begun
         self._choice = choice
-        self._model_kwargs = model_kwargs
         self._watch = watch
-        self._warn = warn
         self.unfit: str | None = None
 
     def first_block(self, hidden: Tensor, block_kwargs: Mapping[str, Any]) -> FullStep:
         """The form of the call is known: decide what to record, and where."""
-        context, choice = self._context, self._choice
+        context, choice = self._begun.context, self._choice
         with self._watch.measure(hidden.device), torch.no_grad():
             form = CallForm(hidden.shape, hidden.dtype, hidden.device)
             # nothing that holds on to the hidden states themselves
@@ -55,12 +44,12 @@ class FirstCall:
             context.form = form
             choice.decide(context)
             plan = choice.recorder.plan_full(context.engine, form)
-            choice.recorder.learn(hidden, block_kwargs, self._model_kwargs)
+            choice.recorder.learn(hidden, block_kwargs, self._begun.model_kwargs)
         return plan
 
     def head(self, plan: FullStep, hidden: Tensor) -> FullStep | None:
         """Verify what was recorded; where it is wrong, record the stack instead, as if from the start."""
-        form = self._context.form
+        form = self._begun.context.form
         assert form is not None
         with self._watch.measure(hidden.device), torch.no_grad():
             modules = self._choice.modules
@@ -68,9 +57,9 @@ class FirstCall:
             try:
                 self._choice.recorder.verify(hidden, form)
             except Unfit as error:
-                self._warn(f"{error}; its stack is cached instead")
+                self._choice.warn(f"{error}; its stack is cached instead")
                 self._choice.give_up_modules(str(error))
-                plan = self._choice.recorder.plan_full(self._context.engine, form)
+                plan = self._choice.recorder.plan_full(self._begun.context.engine, form)
                 if base is None:
                     self.unfit = str(error)
                     return None
@@ -81,6 +70,6 @@ class FirstCall:
                 f"gives its head a hidden state {tuple(hidden.shape)} that is not of the shape of its first "
                 f"block's, {tuple(plan.base.shape)}"
             )
-            self._warn(f"{self.unfit}: this call runs uncached")
+            self._choice.warn(f"{self.unfit}: this call runs uncached")
             return None
         return plan

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,28 +12,10 @@ from hicache.hooks.block_interface import UNCACHED
 from hicache.hooks.dynamo import CompilePause
 from hicache.hooks.transformer import HookedTransformer
 from hicache.runtime.budget import RecorderChoice
-from hicache.runtime.context import Context
+from hicache.runtime.context import BegunCall, Context
 from hicache.runtime.lesson import FirstCall
 from hicache.runtime.session import Session
 from hicache.step_plan import SkippedStep
-
-
-@dataclass(frozen=True)
-class BegunCall:
-    """A call of a denoiser that has begun."""
-
-    context: Context
-    step: int  # of the run
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    model_kwargs: Mapping[str, Any]  # both by name
-    compiled: bool  # as a whole
-    checked: bool  # whether nothing but the blocks may change the hidden state
-
-    @property
-    def local_step(self) -> int:
-        """The step counted from the context's first, as the schedule counts."""
-        return self.step - self.context.first_step
 
 
 class CallPlanner:
@@ -44,20 +25,12 @@ class CallPlanner:
         hooked: the transformer, watched.
         choice: of the recorder.
         session: what all denoisers of the pipeline share.
-        warn: tells the user, once.
     """
 
-    def __init__(
-        self,
-        hooked: HookedTransformer,
-        choice: RecorderChoice,
-        session: Session,
-        warn: Callable[[str], None],
-    ) -> None:
+    def __init__(self, hooked: HookedTransformer, choice: RecorderChoice, session: Session) -> None:
         self._hooked = hooked
         self._choice = choice
         self._session = session
-        self._warn = warn
         self._pause = CompilePause()
 
     def begin_full(self, begun: BegunCall) -> None:
@@ -66,7 +39,7 @@ class CallPlanner:
         self._hooked.refresh()
         call.checked, call.rotary = begun.checked, context.rotary
         if context.form is None:
-            call.lesson = FirstCall(context, choice, begun.model_kwargs, self._session.watch, self._warn)
+            call.lesson = FirstCall(begun, choice, self._session.watch)
             self._pause.pause()
             if not begun.compiled:
                 return
@@ -94,7 +67,7 @@ class CallPlanner:
         call.rotary = context.rotary
         with self._session.watch.measure(context.form.device), torch.no_grad():
             total = context.engine.prepare(begun.local_step, fixed=fixed)
-            call.plan = self._choice.recorder.plan_skipped(context, begun.step, total, begun.model_kwargs)
+            call.plan = self._choice.recorder.plan_skipped(begun, total)
         if self._hooked.verified:
             return
         call.verifying = True
@@ -144,7 +117,7 @@ class CallPlanner:
             ):
                 last += 1
             steps = range(begun.step + 1, last)  # skipped, up to the next full one
-            self._choice.recorder.prefetch(context, steps, clock.timesteps, begun.model_kwargs)
+            self._choice.recorder.prefetch(begun, steps, clock.timesteps)
 
     def take_in(self, context: Context) -> None:
         """Take in what a full step recorded, if it did.

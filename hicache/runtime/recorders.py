@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hicache.adapters.base import ModuleAdapter
 from hicache.engine import Engine, Sum
 from hicache.hooks.module_outputs import ModuleOutputs
-from hicache.runtime.context import CallForm, Context
+from hicache.runtime.context import BegunCall, CallForm
 from hicache.runtime.gate_prefetch import can_prefetch
 from hicache.step_plan import FullStep, RunningCall, SkippedStep
 
@@ -35,9 +35,7 @@ class Recorder:
         """A full step begins: where to record."""
         raise NotImplementedError
 
-    def plan_skipped(
-        self, context: Context, step: int, total: Sum, model_kwargs: Mapping[str, Any]
-    ) -> SkippedStep:
+    def plan_skipped(self, begun: BegunCall, total: Sum) -> SkippedStep:
         """A skipped step begins: the sum to make."""
         return SkippedStep(total)
 
@@ -58,9 +56,7 @@ class Recorder:
     def finish(self, form: CallForm) -> None:
         """A full step has ended: what it recorded is to be in its slots."""
 
-    def prefetch(
-        self, context: Context, steps: range, timesteps: Any, model_kwargs: Mapping[str, Any]
-    ) -> None:
+    def prefetch(self, begun: BegunCall, steps: range, timesteps: Any) -> None:
         """A full step has been taken in, and ``steps`` follow it, all skipped: compute their gates."""
 
     def end(self) -> None:
@@ -121,11 +117,9 @@ class ModuleRecorder(Recorder):
         self._outputs = ModuleOutputs(self._call, wanted)
         return self._outputs
 
-    def plan_skipped(
-        self, context: Context, step: int, total: Sum, model_kwargs: Mapping[str, Any]
-    ) -> SkippedStep:
-        gates = context.prefetch.gates(self.adapter, step, model_kwargs)
-        return SkippedStep(total, gates, tuple(self.adapter.between(model_kwargs)))
+    def plan_skipped(self, begun: BegunCall, total: Sum) -> SkippedStep:
+        gates = begun.context.prefetch.gates(self.adapter, begun.step, begun.model_kwargs)
+        return SkippedStep(total, gates, tuple(self.adapter.between(begun.model_kwargs)))
 
     def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
         gates = self.adapter.gates(block_kwargs, base)
@@ -184,13 +178,11 @@ class ModuleRecorder(Recorder):
         assert self._outputs is not None
         self._outputs.finish(self._slots, form.missing)
 
-    def prefetch(
-        self, context: Context, steps: range, timesteps: Any, model_kwargs: Mapping[str, Any]
-    ) -> None:
-        if self._can_prefetch and context.form is not None:
-            form = context.form
+    def prefetch(self, begun: BegunCall, steps: range, timesteps: Any) -> None:
+        context, form = begun.context, begun.context.form
+        if self._can_prefetch and form is not None:
             context.prefetch.fetch(
-                self.adapter, steps, timesteps, form.block_kwargs, model_kwargs, form.like()
+                self.adapter, steps, timesteps, form.block_kwargs, begun.model_kwargs, form.like()
             )
 
     def end(self) -> None:
