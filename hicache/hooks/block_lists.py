@@ -7,14 +7,13 @@ step it gives one stand-in, and the later lists give nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from hicache import compat
-
-if TYPE_CHECKING:
-    from hicache.hooks.transformer import HookedTransformer
+from hicache.hooks.block_interface import BlockInterface
+from hicache.step_plan import RunningCall
 
 # In run order; the names diffusers and most others use.
 BLOCK_LISTS: Final = (
@@ -61,6 +60,24 @@ def find_heads(module: nn.Module) -> list[nn.Module]:
     return [] if head is None else [head]
 
 
+class Transformer(Protocol):
+    """What a list tells of its blocks."""
+
+    call: RunningCall
+    interface: BlockInterface
+    first_block: nn.Module
+    returned: Tensor | None
+
+    def enter(self, hidden: Tensor, block_kwargs: dict[str, Any]) -> None:
+        """The hidden state enters the first block that runs."""
+
+    def compare(self, hidden: Tensor) -> None:
+        """The hidden state enters a later block, after :attr:`returned` was set."""
+
+    def run_stand_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A skipped step has come to its blocks: what the first of them would return."""
+
+
 class _SkippableList(nn.ModuleList):
     """Mixed into the class of a list while it is hooked."""
 
@@ -88,7 +105,7 @@ class BlockListHook:
         first: whether it is the first in run order.
     """
 
-    def __init__(self, transformer: HookedTransformer, blocks: nn.ModuleList, first: bool) -> None:
+    def __init__(self, transformer: Transformer, blocks: nn.ModuleList, first: bool) -> None:
         self._transformer = transformer
         self._call = transformer.call
         self._blocks = blocks
@@ -127,7 +144,7 @@ class BlockListHook:
 class _WatchedBlock:
     """A block on a full step; other attributes are the block's."""
 
-    def __init__(self, transformer: HookedTransformer, block: nn.Module, first: bool) -> None:
+    def __init__(self, transformer: Transformer, block: nn.Module, first: bool) -> None:
         self._transformer = transformer
         self._call = transformer.call
         self._first = first  # in the first list
@@ -158,7 +175,7 @@ class _WatchedBlock:
 class _StandIn:
     """Takes the first block's place on a skipped step; other attributes are the block's."""
 
-    def __init__(self, transformer: HookedTransformer) -> None:
+    def __init__(self, transformer: Transformer) -> None:
         self._transformer = transformer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
