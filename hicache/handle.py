@@ -31,7 +31,7 @@ class Hooked(Protocol):
         """Free its histories."""
 
 
-class StepCounter(Protocol):
+class Steps(Protocol):
     """What counts the runs and steps of the pipeline."""
 
     def restart(self) -> None:
@@ -54,7 +54,7 @@ class BaseHandle(ABC, Generic[Denoiser]):
 
     owner: ClassVar[str]  # who caches, of HANDLE_ATTRIBUTES
 
-    def __init__(self, denoisers: list[Denoiser], steps: StepCounter) -> None:
+    def __init__(self, denoisers: list[Denoiser], steps: Steps) -> None:
         self._denoisers = denoisers
         self._steps = steps
         self._final: Stats | None = None  # once removed

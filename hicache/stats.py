@@ -106,6 +106,7 @@ class Stopwatch:
         self.stop(started)
 
     def start(self, device: torch.device) -> Any:
+        """A moment: of the host, or of a GPU's current stream."""
         if device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -113,12 +114,11 @@ class Stopwatch:
         return event
 
     def stop(self, started: Any) -> None:
+        """Count what was done since :meth:`start`."""
         if isinstance(started, float):
             self._ms += (time.perf_counter() - started) * 1e3
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._events.append((started, event))
+        else:
+            self._events.append((started, self.start(torch.device("cuda"))))
 
     def read(self) -> float:
         for started, stopped in self._events:

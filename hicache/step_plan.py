@@ -8,7 +8,7 @@ makes one graph of a full step and one of a skipped step, whatever the step, the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -62,16 +62,12 @@ class CallResult:
 
     entered: bool = False  # whether a block has run
     head_reached: bool = False
-
-    def __post_init__(self) -> None:
-        # features that several outputs make up, in fp32 or float64: added up as they come
-        self.partial_sums: dict[int, Tensor] = {}
+    # features that several outputs make up, in fp32 or float64: added up as they come
+    partial_sums: dict[int, Tensor] = field(default_factory=dict)
 
     def copy(self) -> CallResult:
         """A result of the same tensors."""
-        result = CallResult(self.entered, self.head_reached)
-        result.partial_sums = dict(self.partial_sums)
-        return result
+        return replace(self, partial_sums=dict(self.partial_sums))
 
 
 class Lesson(Protocol):

@@ -17,8 +17,8 @@ from hicache_kernels.backend import Backend
 from hicache_kernels.backends import load
 
 BACKENDS: Final[dict[str, Backend]] = load()
-# "auto" takes the first that can run; never Triton's interpreter, which is for tests. On an H100 Triton is faster
-# wherever an op takes longer than its launch (benchmarks/results/nvidia-h100-80gb-hbm3).
+# "auto" takes the first that can run; never Triton's interpreter, which is for tests. On an H100 Triton is
+# the faster where an op takes longer than its launch (benchmarks/results).
 _PREFERENCE: Final = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 
 # define/impl rather than custom_op: cheaper to call, and these are called once a step

@@ -42,12 +42,7 @@ class BlockInterface:
         image = getattr(metadata, "return_hidden_states_index", None)
         self._image_index: int | None = _IMAGE_INDEX.get(self._block) if image is None else image
         # One entry an element returned: "image", the argument passed through, or None; () for a tensor.
-        self._layout: tuple[str | None, ...] | None = None
-
-    @property
-    def known(self) -> bool:
-        """Whether a block has been seen to return."""
-        return self._layout is not None
+        self.layout: tuple[str | None, ...] | None = None  # None: no block has been seen to return
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The hidden state among a block's arguments, and all of them by name.
@@ -68,15 +63,15 @@ class BlockInterface:
         """The hidden state among what a block returned; None where it is not as the first was."""
         if isinstance(output, Tensor):
             return output
-        if not self._layout or len(output) != len(self._layout):
+        if not self.layout or len(output) != len(self.layout):
             return None
-        image = output[self._layout.index("image")]
+        image = output[self.layout.index("image")]
         return image if isinstance(image, Tensor) else None
 
     def returned(self, image: Tensor, block_kwargs: Mapping[str, Any]) -> Any:
         """What a block would return with this hidden state, its other streams passed through."""
-        assert self._layout is not None
-        if not self._layout:
+        assert self.layout is not None
+        if not self.layout:
             return image
         return tuple(
             # one prompt for several pictures: blocks broadcast it
@@ -85,7 +80,7 @@ class BlockInterface:
             else block_kwargs[name].expand(len(image), *block_kwargs[name].shape[1:])
             if name
             else None
-            for name in self._layout
+            for name in self.layout
         )
 
     def learn(self, hidden: Tensor, block_kwargs: Mapping[str, Any], output: Any) -> None:
@@ -95,7 +90,7 @@ class BlockInterface:
             RuntimeError: it cannot be told which element is the hidden state, or there are further streams.
         """
         if isinstance(output, Tensor):
-            self._layout = ()
+            self.layout = ()
             return
         if not isinstance(output, (tuple, list)):
             raise RuntimeError(
@@ -127,7 +122,7 @@ class BlockInterface:
                 + (f" and further streams {', '.join(streams)}" if streams else "")
                 + f"; {UNCACHED}"
             )
-        self._layout = tuple(layout)
+        self.layout = tuple(layout)
 
 
 def _like_text(element: Any, text: Any) -> bool:

@@ -160,7 +160,7 @@ class _WatchedBlock:
             output = call.run_block(self.block, args, kwargs)
         else:
             output = self.block(*args, **kwargs)
-        if call.lesson is not None and not transformer.interface.known:
+        if call.lesson is not None and transformer.interface.layout is None:
             transformer.interface.learn(*transformer.interface.arguments(args, kwargs), output)
         if self._first and call.checked and not call.opaque:
             transformer.returned = transformer.interface.image(output)

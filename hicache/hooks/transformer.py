@@ -9,7 +9,7 @@ block's own return order. Caching the stack's residual equals caching every bloc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,8 @@ from hicache.hooks.block_interface import UNCACHED, BlockInterface
 from hicache.hooks.block_lists import BlockListHook, find_heads, find_lists
 from hicache.step_plan import FullStep, RunningCall, SkippedStep
 
-
-class Forecaster(Protocol):
-    """What makes the hidden state of a skipped step."""
-
-    def forecast(self, plan: SkippedStep, base: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
-        """The hidden state that would leave the last block, of the first one's arguments."""
+# the hidden state that would leave the last block on a skipped step, of the first block's arguments by name
+Forecast = Callable[[SkippedStep, Tensor, Mapping[str, Any]], Tensor]
 
 
 class HookedTransformer:
@@ -49,15 +45,15 @@ class HookedTransformer:
         self.returned: Tensor | None = None  # by a block, until the next one is seen to take it
         self.verified = False  # whether what the stand-in returned once reached the head
         self._expected: Tensor | None = None  # what the stand-in returned, until it is seen to reach the head
-        self._forecaster: Forecaster | None = None
+        self._forecast: Forecast | None = None
         self._list_hooks = [
             BlockListHook(self, blocks, index == 0) for index, blocks in enumerate(self.lists)
         ]
         self._undo: list[Callable[[], None]] = []
 
-    def install(self, forecaster: Forecaster) -> None:
+    def install(self, forecast: Forecast) -> None:
         """Hook the transformer. :meth:`remove` undoes it exactly."""
-        self._forecaster = forecaster
+        self._forecast = forecast
         self._undo += [hook.install() for hook in self._list_hooks]
         self._undo += rotary.hook(self.module, self._recall)
         if self.heads:
@@ -72,7 +68,7 @@ class HookedTransformer:
         self.end()
         while self._undo:
             self._undo.pop()()
-        self._forecaster = None
+        self._forecast = None
 
     def fingerprint(self) -> list[Any]:
         """What of the model is not weights: equal as long as nobody puts parts of it in others' places."""
@@ -163,10 +159,10 @@ class HookedTransformer:
 
     def run_stand_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What the first block returns on a skipped step."""
-        assert self._forecaster is not None
+        assert self._forecast is not None
         assert isinstance(self.call.plan, SkippedStep)
         hidden, block_kwargs = self.interface.arguments(args, kwargs)
-        image = self._forecaster.forecast(self.call.plan, hidden, block_kwargs)
+        image = self._forecast(self.call.plan, hidden, block_kwargs)
         if self.call.verifying:
             self._expected = image
         return self.interface.returned(image, block_kwargs)

@@ -78,7 +78,7 @@ class Denoiser:
             # also after an exception: nothing of a call may reach the next one
             self.module.register_forward_hook(after, always_call=True).remove,
         ]
-        self.hooked.install(self._planner)
+        self.hooked.install(self._planner.forecast)
         if self.choice.modules is not None:
             self._undo += self.choice.modules.adapter.hooks()
 

@@ -9,11 +9,12 @@ from typing import Any, Protocol
 from torch import nn
 
 from hicache.config import HiCacheConfig
+from hicache.handle import Steps
 from hicache.schedule import bound, with_speedup
 from hicache.stats import Stopwatch
 
 
-class StepClock(Protocol):
+class StepClock(Steps, Protocol):
     """Counts runs and steps."""
 
     run: int
@@ -32,12 +33,6 @@ class StepClock(Protocol):
 
     def abort(self) -> None:
         """A call raised."""
-
-    def restart(self) -> None:
-        """The next call starts a new run."""
-
-    def detach(self) -> None:
-        """Leave the scheduler as it was."""
 
 
 class Session:
