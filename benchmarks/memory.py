@@ -38,7 +38,9 @@ def rows(order: int) -> list[tuple[str, int, int, int, int, str]]:
             transformer = getattr(diffusers, model)(**changes)
         plan = hicache.fast.plan(transformer, HiCacheConfig(order=order), dtype=torch.bfloat16, **drawn)
         [one] = plan.denoisers.values()
-        found.append((name, one.contexts, one.terms, one.module_bytes, one.stack_bytes, one.granularity))
+        found.append(
+            (name, one.contexts, one.num_features, one.module_bytes, one.stack_bytes, one.granularity)
+        )
     return found
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 import hicache_kernels as kernels
 from hicache.basis import coefficients
 from hicache.config import HiCacheConfig
-from hicache.schedule import is_full
+from hicache.schedule import Schedule, is_full
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Engine:
 
     def __init__(self, config: HiCacheConfig, backend: str = "auto") -> None:
         self.backend = backend
+        self._schedule: Schedule = is_full
         self.history: kernels.History | None = None
         self._numbers = _Numbers()
         self.reset(config)
@@ -118,7 +119,7 @@ class Engine:
 
     def is_full(self, step: int) -> bool:
         """Whether the transformer runs at this step."""
-        return is_full(self.config, step, self.last_full, self.num_steps)
+        return self._schedule(self.config, step, self.last_full, self.num_steps)
 
     def open(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """Make room for the features of a full step: views to write them into, then :meth:`commit`.

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Protocol
 
 from hicache.config import HiCacheConfig
+
+
+class Schedule(Protocol):
+    """A rule that says which steps are full."""
+
+    def __call__(
+        self, config: HiCacheConfig, step: int, last_full: int | None, num_steps: int | None = None
+    ) -> bool:
+        """See :func:`is_full`, which is the paper's."""
 
 
 def is_full(config: HiCacheConfig, step: int, last_full: int | None, num_steps: int | None = None) -> bool:

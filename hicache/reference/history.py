@@ -50,20 +50,20 @@ class History:
         if step <= config.warmup - 2:  # before the last warm-up step no differences are taken
             old = []
 
-        new = [_wide(newest)]
+        new = [_promoted(newest)]
         for i in range(min(len(old), config.order)):
-            new.append((new[i] - _wide(old[i])) / gap)  # D_{i+1}
+            new.append((new[i] - _promoted(old[i])) / gap)  # D_{i+1}
         self.gaps = [gap, *self.gaps][: len(new) - 1]
         self.differences = [newest, *(difference.to(dtype) for difference in new[1:])]
         self.step = step
 
     def forecast(self, step: int) -> Tensor:
         """``Σ_k α_k(x) · D_k`` at distance ``x = step - last full step``, in the feature's dtype."""
-        terms = len(self.differences)
-        alphas = coefficients(self.config.basis, self.gaps, step - self.step, terms, self.config.sigma)
-        total = alphas[0] * _wide(self.differences[0])
+        num_coeffs = len(self.differences)
+        alphas = coefficients(self.config.basis, self.gaps, step - self.step, num_coeffs, self.config.sigma)
+        total = alphas[0] * _promoted(self.differences[0])
         for alpha, difference in zip(alphas[1:], self.differences[1:], strict=True):
-            total = total + alpha * _wide(difference)
+            total = total + alpha * _promoted(difference)
         return total.to(self.dtype)
 
 
@@ -102,5 +102,5 @@ class Feature:
         return tuple(None if history is None else history.forecast(step) for history in histories)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _promoted(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
