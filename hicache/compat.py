@@ -92,8 +92,11 @@ def original_module(module: nn.Module) -> nn.Module:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``module.compile()`` was called on it or on one of its parts (``_compiled_call_impl``)."""
-    return any(part._compiled_call_impl is not None for part in module.modules())
+    """Whether it or one of its parts was compiled: ``part.compile()`` (``_compiled_call_impl``) or
+    ``torch.compile(part)`` in its place (``_orig_mod``)."""
+    return any(
+        part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in module.modules()
+    )
 
 
 def inside_compiled_call() -> bool:

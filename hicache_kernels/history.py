@@ -94,6 +94,10 @@ class History:
             )
         return self.orders.view(self.order + 1, len(self.shapes), -1)
 
+    def terms(self) -> torch.Tensor:
+        """The name :meth:`orders_by_feature` had."""
+        return self.orders_by_feature()
+
     def _view(self, row: torch.Tensor, index: int) -> torch.Tensor:
         offset, shape = self._offsets[index], self.shapes[index]
         return row[offset : offset + shape.numel()].view(shape)

@@ -206,6 +206,14 @@ def _found(operation: Operation) -> list[UnsafeOp]:
         return unsafe_ops(lambda: operation(EmulatedTensor(torch.randn(2, 3))))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_copies_are_seen_whatever_the_mode(mode: Any):
+    """In inference mode an operation made of others reaches nobody but whoever takes it apart."""
+    with mode():
+        found = unsafe_ops(lambda: torch.zeros(3).to("meta"))
+    assert [(op.kind, op.op) for op in found] == [(COPY, "_to_copy")]
+
+
 @pytest.mark.parametrize("name", UNSAFE)
 def test_found(name: str):
     operation, kinds = UNSAFE[name]

@@ -74,6 +74,9 @@ def test_compiled_modules(layer: nn.Linear):
     )
     assert compat.original_module(layer) is layer
     assert not compat.is_compiled(layer)
+    assert compat.is_compiled(nn.Sequential(torch.compile(layer))), moved(
+        "OptimizedModule._orig_mod", "is_compiled"
+    )
     outer = nn.Sequential(layer)
     layer.compile(backend="eager")
     assert compat.is_compiled(outer), moved("Module._compiled_call_impl", "is_compiled")

@@ -16,10 +16,12 @@ from torch import Tensor
 
 import hicache.fast
 from hicache import HiCacheConfig
-from hicache.cuda_graphs.call_graph import CallForm
+from hicache.cuda_graphs.block_graphs import BlockGraphs
+from hicache.cuda_graphs.call_graph import CallArguments
 from hicache.engine import Sum
 from hicache.hooks.transformer import HookedTransformer
-from hicache.step_plan import SkippedStep
+from hicache.stats import GraphStats
+from hicache.step_plan import RunningCall, SkippedStep
 from tests.support import models, pipelines
 from tests.support.comparisons import close
 from tests.support.graphs import CONFIG, PIPELINES, STEPS, FakeBackend, connect, other_prompt
@@ -126,6 +128,18 @@ def test_release_frees_graphs_and_the_next_run_captures_anew():
         assert handle.stats.history_bytes == 0
         assert close(draw(pipe, arguments), expected)
         assert handle.stats.graphs["transformer"].captures == 2 * before
+
+
+def test_graphs_of_blocks_over_the_limit_leave_their_pool():
+    """A pool whose graphs are gone is not captured into again."""
+    fake, call = FakeBackend(), RunningCall()
+    fake.call = call
+    blocks = BlockGraphs(call, fake, GraphStats(), limit=1)
+    block, before = torch.nn.Linear(2, 2), fake.drops
+    for width in range(1, 6):
+        blocks.begin()
+        blocks.run(block, (torch.zeros(width, 2),), {})
+    assert fake.drops == before + 1
 
 
 def recaptured(pipe: Any, arguments: dict[str, Any], change: Callable[[Any], Any]) -> tuple[int, Tensor]:
@@ -258,7 +272,7 @@ def test_a_smaller_history_in_the_same_place_is_another_form():
     for num_features in (3, 1):
         orders = torch.empty(0).set_(MEMORY, 0, (3, num_features, 8))
         transformer.call.plan = SkippedStep(Sum(orders, torch.zeros(3), None, 0, "reference"))
-        keys.append(CallForm.of((), {}).key(transformer.call))
+        keys.append(CallArguments.of((), {}).key(transformer.call))
     assert keys[0] != keys[1]
 
 

@@ -57,6 +57,7 @@ class BlockGraphs:
         self._graphs.clear()
         self._warmed.clear()
         self._buffers.clear()
+        self._backend.drop()
         self.begin()
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -14,14 +14,14 @@ from hicache.step_plan import CallResult, FullStep, RunningCall, SkippedStep
 
 
 @dataclass(frozen=True)
-class CallForm:
+class CallArguments:
     """The arguments of a call, as leaves of a tree."""
 
     leaves: Sequence[Any]
     layout: Any
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallForm:
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallArguments:
         """Take a call's arguments apart."""
         return cls(*pytree.tree_flatten((args, kwargs)))
 
@@ -62,7 +62,7 @@ class CallGraph:
 
     @classmethod
     def capture(
-        cls, backend: CaptureBackend, call: RunningCall, forward: Callable[..., Any], form: CallForm
+        cls, backend: CaptureBackend, call: RunningCall, forward: Callable[..., Any], form: CallArguments
     ) -> CallGraph:
         """Capture the running call, which is afterwards as it was before.
 
@@ -85,7 +85,7 @@ class CallGraph:
             call.plan, call.result, call.rotary_index = plan, result, 0
             call.rotary[:] = rotary
 
-    def replay(self, call: RunningCall, form: CallForm) -> Any:
+    def replay(self, call: RunningCall, form: CallArguments) -> Any:
         """Run it with the numbers of this call; its output, which the next replay leaves alone."""
         given = [*tensors(form.leaves), *plan_inputs(call)]
         for own, tensor in zip(self._inputs, given, strict=True):

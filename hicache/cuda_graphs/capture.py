@@ -54,9 +54,11 @@ class CudaBackend:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             caller = torch.cuda.current_stream()
             self._stream.wait_stream(caller)
-            with torch.cuda.stream(self._stream):
-                yield self._stream
-            caller.wait_stream(self._stream)
+            try:
+                with torch.cuda.stream(self._stream):
+                    yield self._stream
+            finally:
+                caller.wait_stream(self._stream)
 
     def warm(self, function: Callable[[], Any]) -> Any:
         with self._on_stream():
@@ -74,10 +76,11 @@ class CudaBackend:
         """
         with self._on_stream():
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # a pool of graphs cannot use what others have cached
             graph = torch.cuda.CUDAGraph()
-            # other threads (a data loader's) may go on using the device
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
+                # other threads (a data loader's) may go on using the device
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
                 output = function()
             except BaseException:
                 self._abandon(graph)

@@ -101,6 +101,15 @@ class UnsafeOps(TorchDispatchMode):
         if kind is not None:
             place = INSIDE if self._depth else AFTER if self._entered else BEFORE
             self.found.append(UnsafeOp(kind, func.overloadpacket.__name__, place, *_caller()))
+        elif func.namespace != "hicache":
+            # in inference mode, operations made of others arrive whole: look at the others
+            super().__enter__()  # the mode alone, not what it watches
+            try:
+                result = func.decompose(*args, **kwargs)
+            finally:
+                super().__exit__(None, None, None)
+            if result is not NotImplemented:
+                return result
         return func(*args, **kwargs)
 
 

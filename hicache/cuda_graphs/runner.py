@@ -19,7 +19,7 @@ from torch import nn
 from hicache import compat
 from hicache.compat import pytree
 from hicache.cuda_graphs.block_graphs import BlockGraphs
-from hicache.cuda_graphs.call_graph import CallForm, CallGraph, cloned
+from hicache.cuda_graphs.call_graph import CallArguments, CallGraph, cloned
 from hicache.cuda_graphs.capture import CaptureBackend, describe
 from hicache.cuda_graphs.capture_safety import INSIDE, unsafe_ops
 from hicache.cuda_graphs.model_state import ModelState
@@ -148,7 +148,7 @@ class GraphRunner:
             self.drop()
         if self._why_not_whole is not None:
             return self._run_blocks(forward, args, kwargs)
-        form = CallForm.of(args, kwargs)
+        form = CallArguments.of(args, kwargs)
         key = form.key(self._call)
         if key is None:
             return forward(*args, **kwargs)
@@ -201,7 +201,7 @@ class GraphRunner:
                 self._give_up(f"a capture failed: {_first_line(error)}")
         return block(*args, **kwargs)
 
-    def _capture(self, forward: Callable[..., Any], form: CallForm) -> CallGraph | None:
+    def _capture(self, forward: Callable[..., Any], form: CallArguments) -> CallGraph | None:
         """The graph of the current call; None where it cannot be had."""
         try:
             graph = CallGraph.capture(self._backend, self._call, forward, form)

@@ -51,6 +51,10 @@ class Context:
         self.skipped_steps = 0
         self.prefetch.restart()
 
+    def is_full(self, step: int) -> bool:
+        """Whether the transformer runs at this step of the run."""
+        return self.engine.is_full(step - self.first_step)
+
     def release(self) -> None:
         """Free its memory, and forget what was learned."""
         self.engine.release()

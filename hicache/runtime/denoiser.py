@@ -117,7 +117,7 @@ class Denoiser:
             return None
         session, step = self.session, self._counter.step
         context = self.contexts.find(self._counter, model_kwargs, session)
-        full = context.engine.is_full(step - context.first_step)
+        full = context.is_full(step)
         dropped = {name for name in BLOCK_ONLY_ARGUMENTS if model_kwargs.get(name) is not None}
         if dropped and not full:
             args = tuple(None if n in dropped else v for n, v in zip(self._names, args, strict=False))

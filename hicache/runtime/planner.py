@@ -105,19 +105,15 @@ class CallPlanner:
             context.skipped_steps += 1
             return
         context.full_steps += 1
+        call = self._hooked.call
+        if call.plan is None and call.lesson is None:
+            return  # compiled as a whole, and learned that nothing can be recorded
         self.take_in(context)
         if context.form is None:
             return
-        clock = self._session.clock
         with self._session.watch.measure(context.form.device), torch.no_grad():
             context.engine.commit(begun.local_step)
-            last = begun.step + 1
-            while (clock.num_steps is None or last < clock.num_steps) and not context.engine.is_full(
-                last - context.first_step
-            ):
-                last += 1
-            steps = range(begun.step + 1, last)  # skipped, up to the next full one
-            self._choice.recorder.prefetch(begun, steps, clock.timesteps)
+            self._choice.recorder.prefetch(begun, self._session.clock)
 
     def take_in(self, context: Context) -> None:
         """Take in what a full step recorded, if it did.

@@ -18,6 +18,7 @@ from hicache.engine import Engine, Sum
 from hicache.hooks.module_outputs import ModuleOutputs
 from hicache.runtime.context import BegunCall, CallForm
 from hicache.runtime.gate_prefetch import can_prefetch
+from hicache.runtime.session import StepClock
 from hicache.step_plan import FullStep, RunningCall, SkippedStep
 
 
@@ -56,8 +57,8 @@ class Recorder:
     def finish(self, form: CallForm) -> None:
         """A full step has ended: what it recorded is to be in its slots."""
 
-    def prefetch(self, begun: BegunCall, steps: range, timesteps: Any) -> None:
-        """A full step has been taken in, and ``steps`` follow it, all skipped: compute their gates."""
+    def prefetch(self, begun: BegunCall, clock: StepClock) -> None:
+        """A full step has been taken in: compute the gates of the skipped steps up to the next one."""
 
     def end(self) -> None:
         """A call has ended, or never came to its end: let go of its tensors."""
@@ -178,12 +179,21 @@ class ModuleRecorder(Recorder):
         assert self._outputs is not None
         self._outputs.finish(self._slots, form.missing)
 
-    def prefetch(self, begun: BegunCall, steps: range, timesteps: Any) -> None:
+    def prefetch(self, begun: BegunCall, clock: StepClock) -> None:
         context, form = begun.context, begun.context.form
-        if self._can_prefetch and form is not None:
-            context.prefetch.fetch(
-                self.adapter, steps, timesteps, form.block_kwargs, begun.model_kwargs, form.like()
-            )
+        if not self._can_prefetch or form is None:
+            return
+        last, num_steps = begun.step + 1, clock.num_steps
+        while num_steps is not None and last < num_steps and not context.is_full(last):
+            last += 1
+        context.prefetch.fetch(
+            self.adapter,
+            range(begun.step + 1, last),
+            clock.timesteps,
+            form.block_kwargs,
+            begun.model_kwargs,
+            form.like(),
+        )
 
     def end(self) -> None:
         if self._outputs is not None:

@@ -32,7 +32,7 @@ class FakeBackend:
     def __init__(self) -> None:
         self.call: RunningCall | None = None
         self.outputs: list[Tensor] = []
-        self.captures = self.replays = 0
+        self.captures = self.replays = self.drops = 0
         self.fails: Exception | None = None
         self.by_block = False
         self.fails_whole: Exception | None = None  # once: the first to be captured is a whole call
@@ -42,7 +42,7 @@ class FakeBackend:
         return None
 
     def drop(self) -> None:
-        pass
+        self.drops += 1
 
     def warm(self, function: Callable[[], Any]) -> Any:
         return function()
