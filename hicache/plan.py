@@ -114,15 +114,10 @@ def plan(
     config = check_config(config)
     check_choice("granularity", granularity, GRANULARITIES)
     check_budget(memory_budget)
-    for name, value, least in (
-        ("height", height, 1),
-        ("width", width, 1),
-        ("num_frames", num_frames, 1),
-        ("batch", batch, 1),
-        ("calls", 1 if calls is None else calls, 1),
-        ("more_tokens", more_tokens, 0),
-    ):
-        check_whole(name, value, least)
+    counts = {"height": height, "width": width, "num_frames": num_frames, "batch": batch}
+    for name, value in {**counts, "calls": 1 if calls is None else calls}.items():
+        check_whole(name, value, least=1)
+    check_whole("more_tokens", more_tokens, least=0)
     plans = {}
     for name, module in find_denoisers(pipe).items():
         adapter = registry.find(module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -82,13 +82,12 @@ class CudaBackend:
                 # other threads (a data loader's) may go on using the device
                 graph.capture_begin(self._pool, capture_error_mode="thread_local")
                 output = function()
-            except BaseException:
-                self._abandon(graph)
-                raise
-            try:
                 graph.capture_end()
             except BaseException:
-                self._abandon(None)
+                with suppress(RuntimeError):  # the first error counts, not what ending the capture says
+                    graph.capture_end()
+                compat.end_pool_allocation(self._device, self._pool)
+                self.drop()
                 raise
         device = self._device
 
@@ -97,17 +96,6 @@ class CudaBackend:
                 graph.replay()
 
         return replay, output
-
-    def _abandon(self, graph: Any) -> None:
-        """End a capture that went wrong; the first error counts, not what ending it says."""
-        if graph is not None:
-            try:
-                graph.capture_end()
-            except RuntimeError:
-                compat.end_pool_allocation(self._device, self._pool)
-        else:
-            compat.end_pool_allocation(self._device, self._pool)
-        self.drop()
 
     def drop(self) -> None:
         """Take another pool from the next capture on.

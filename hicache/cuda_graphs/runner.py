@@ -85,10 +85,8 @@ class GraphRunner:
         self._model.start_run()
         if changed:
             self.drop()
-        before, self.stats.eager = (
-            self.stats.eager,
-            self._why_not_blocks or self._model.why_eager(self._backend),
-        )
+        before = self.stats.eager
+        self.stats.eager = self._why_not_blocks or self._model.why_eager(self._backend)
         if self._wanted and self.stats.eager not in (None, before):
             self._warn(f"runs without CUDA graphs: {self.stats.eager}")
         if self.stats.eager is None and self._undo is None:

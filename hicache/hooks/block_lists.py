@@ -54,10 +54,8 @@ def find_lists(module: nn.Module) -> list[nn.ModuleList]:
 def find_heads(module: nn.Module) -> list[nn.Module]:
     """The modules that take the hidden state after the blocks, one of which runs; empty: none is known."""
     children = dict(module.named_children())
-    head = next((children[name] for name in HEADS if name in children), None)
-    if isinstance(head, nn.ModuleDict):
-        return list(head.values())
-    return [] if head is None else [head]
+    head = next((children[name] for name in HEADS if name in children), nn.ModuleDict())
+    return list(head.values()) if isinstance(head, nn.ModuleDict) else [head]
 
 
 class Transformer(Protocol):

@@ -73,17 +73,13 @@ class SchedulerClock:
         check_scheduler(scheduler)
         self.detach()
         self._scheduler = scheduler
-        for name, watcher in zip(_METHODS, (self._on_run, self._on_step), strict=True):
+        for name, watcher in zip(_METHODS, (self.restart, self._on_step), strict=True):
             watched = scheduler.__dict__.get(name)
             if not isinstance(watched, _Watched):
                 watched = _Watched(scheduler, name)
                 scheduler.__dict__[name] = watched
             watched.watchers.append(watcher)
             self._watched.append((watched, watcher))
-
-    def _on_run(self) -> None:
-        self.run += 1
-        self.step = 0
 
     def _on_step(self) -> None:
         self.step += 1
@@ -110,17 +106,18 @@ class SchedulerClock:
         current = self._source()
         if current is not self._scheduler:
             self._attach(current)
-            self._on_run()
+            self.restart()
         elif self.num_steps is not None and self.step >= self.num_steps:
             # past the last step without set_timesteps: another picture, not one more step of the last
-            self._on_run()
+            self.restart()
 
     def abort(self) -> None:
         """A call raised: nothing to do, the next run begins with ``set_timesteps``."""
 
     def restart(self) -> None:
         """Start a new run at the next call."""
-        self._on_run()
+        self.run += 1
+        self.step = 0
 
     def detach(self) -> None:
         """Leave the scheduler as it was."""
@@ -143,16 +140,14 @@ class TimestepClock:
     timesteps: Any = None
 
     def __init__(self) -> None:
-        self.run = 0
-        self.step = 0
-        self._last: float | None = None
-        self._direction = 0.0
+        self.run = -1
+        self.restart()
 
     def restart(self) -> None:
         """Start a new run at the next call."""
         self.run += 1
         self.step = 0
-        self._last = None
+        self._last: float | None = None
         self._direction = 0.0
 
     def tick(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:

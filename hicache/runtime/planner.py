@@ -99,13 +99,12 @@ class CallPlanner:
 
     def commit(self, begun: BegunCall) -> None:
         """A call has come to its end: take in what it recorded, and prefetch gates of the steps to come."""
-        context = begun.context
-        if self._hooked.call.skipping:
+        context, call = begun.context, self._hooked.call
+        if call.skipping:
             context.engine.settle()
             context.skipped_steps += 1
             return
         context.full_steps += 1
-        call = self._hooked.call
         if call.plan is None and call.lesson is None:
             return  # compiled as a whole, and learned that nothing can be recorded
         self.take_in(context)

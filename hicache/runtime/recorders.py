@@ -186,13 +186,9 @@ class ModuleRecorder(Recorder):
         last, num_steps = begun.step + 1, clock.num_steps
         while num_steps is not None and last < num_steps and not context.is_full(last):
             last += 1
+        steps, like = range(begun.step + 1, last), form.like()
         context.prefetch.fetch(
-            self.adapter,
-            range(begun.step + 1, last),
-            clock.timesteps,
-            form.block_kwargs,
-            begun.model_kwargs,
-            form.like(),
+            self.adapter, steps, clock.timesteps, form.block_kwargs, begun.model_kwargs, like
         )
 
     def end(self) -> None:
