@@ -9,10 +9,10 @@ import os
 import sys
 
 import torch
-from benchmarks.machine import available_bytes, last_level_cache
-from benchmarks.problems import DTYPES, OPS, Op, Problem, Size, minimum_bytes
 
-from benchmarks.kernels import time_op
+from benchmarks.common.machine import available_bytes, last_level_cache
+from benchmarks.kernels.measure import time_op
+from benchmarks.kernels.problems import DTYPES, OPS, Op, Problem, Size, minimum_bytes
 from tests.support.timing import best_of
 
 ORDER = 2
