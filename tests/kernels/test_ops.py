@@ -317,14 +317,7 @@ def test_every_instruction_set_gives_the_same_bits(isa):
 def test_unknown_instruction_set_is_an_error():
     if "native" not in USABLE:
         pytest.skip(f"native: {backend_status('cpu')['native']}")
-    script = "import hicache_kernels.backends.native as n; n.isa()"
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "HICACHE_CPU_ISA": "sse9"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_script("instruction_set.py", HICACHE_CPU_ISA="sse9")
     assert done.returncode != 0
     assert "expected baseline, avx2 or avx512, got 'sse9'" in done.stderr
 
