@@ -53,7 +53,7 @@ class BlockGraphs:
         self._copied: list[tuple[Tensor, Tensor]] = []  # what blocks were given, and the copy they read
 
     def drop(self) -> None:
-        """Forget all graphs."""
+        """Forget all graphs, and the pool that they share with those of whole calls."""
         self._graphs.clear()
         self._warmed.clear()
         self._buffers.clear()

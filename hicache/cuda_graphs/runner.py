@@ -129,8 +129,7 @@ class GraphRunner:
         """Forget all graphs, and free their memory."""
         self._graphs.clear()
         self._warmed.clear()
-        self._blocks.drop()
-        self._backend.drop()
+        self._blocks.drop()  # and with it the backend's pool
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the transformer: eagerly the first time in this form, captured the second, then replayed.

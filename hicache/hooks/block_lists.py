@@ -90,7 +90,7 @@ class _SkippableList(nn.ModuleList):
         hook = self._hicache
         if isinstance(index, slice) and hook is not None:
             # some models run their blocks in slices, and offloading takes slices outside of any call
-            return hook.slice(compat.children_of_list(self), index)
+            return hook.slice(index)
         return super().__getitem__(index)
 
 
@@ -128,8 +128,9 @@ class BlockListHook:
             return iter(self._stand_in)
         return iter(self._watched) if self._watching else own()
 
-    def slice(self, blocks: list[nn.Module], index: slice) -> Any:
+    def slice(self, index: slice) -> Any:
         """What a slice gives."""
+        blocks = compat.children_of_list(self._blocks)
         if self._call.skipping:
             return self._stand_in if blocks and blocks[0] in blocks[index] else []
         return self._watched[index] if self._watching else nn.ModuleList(blocks[index])

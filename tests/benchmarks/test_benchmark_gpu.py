@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,20 +17,9 @@ from benchmarks.gpu.stages import Stages
 from benchmarks.kernels.problems import Size
 from hicache_kernels import tiles
 from hicache_kernels.backends import reference
+from tests.support.scripts import run_script
 
 ROOT = Path(__file__).parents[2]
-
-
-def run_script(name, *arguments, **environment):
-    """Run a file of tests/scripts."""
-    return subprocess.run(
-        [sys.executable, ROOT / "tests" / "scripts" / name, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
 
 
 def test_dry_run(tmp_path):
