@@ -33,13 +33,13 @@ constexpr int kMaxOrders = 5;  // K = order + 1; kernels are compiled for 1..5
 enum class dtype : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 
 template <class T>
-constexpr dtype dtype_of = dtype::f32;
+inline constexpr dtype dtype_of = dtype::f32;
 template <>
-constexpr dtype dtype_of<bf16> = dtype::bf16;
+inline constexpr dtype dtype_of<bf16> = dtype::bf16;
 template <>
-constexpr dtype dtype_of<fp16> = dtype::f16;
+inline constexpr dtype dtype_of<fp16> = dtype::f16;
 template <>
-constexpr dtype dtype_of<double> = dtype::f64;
+inline constexpr dtype dtype_of<double> = dtype::f64;
 
 // One history seen as rows of elements, `order_stride` elements apart.
 struct history {
