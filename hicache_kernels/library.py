@@ -1,20 +1,24 @@
 """The ops as ``torch.ops.hicache.*``: which backend runs them, and what torch.compile must know of them.
 
-Schemas state mutation exactly; every result is written into an ``out`` the caller allocates. Arguments are
-validated by :mod:`hicache_kernels.ops`, which is what to call; only what needs addresses is checked here,
-where tensors have them.
+Schemas state mutation exactly; every result is written into an ``out`` the caller allocates. An op checks
+all its arguments (:mod:`hicache_kernels.checks`) before a kernel is given an address, and so does its fake.
+A tensor that requires a gradient is refused: an op without a derivative would give zeros.
+:mod:`hicache_kernels.ops` is what to call.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from hicache_kernels.backend import Backend
 from hicache_kernels.backends import load
+from hicache_kernels.checks import check_forecast, check_gated_sum, check_update, check_update_forecast
 
 BACKENDS: Final[dict[str, Backend]] = load()
 # "auto" takes the first that can run; never Triton's interpreter, which is for tests. On an H100 Triton is
@@ -30,56 +34,89 @@ def backend_status(device: torch.device | str = "cpu") -> dict[str, str | None]:
     return {name: backend.unavailable(torch.device(device)) for name, backend in BACKENDS.items()}
 
 
-def pick(op: str, backend: str, orders: Tensor, *dtypes: torch.dtype) -> Backend:
+@functools.cache
+def pick(op: str, backend: str, device: torch.device, num_orders: int, *dtypes: torch.dtype) -> Backend:
     """The backend to run ``op``: the one asked for, or the first of the device's that can.
 
     Args:
         op: its name, for errors.
         backend: ``"auto"``, or a name in ``BACKENDS``.
-        orders: ``[K, ...]``; its device and K count.
+        device: of the tensors.
+        num_orders: ``K``.
         dtypes: of the history, and of the base where there is one.
 
     Raises:
         ValueError: no such backend.
         RuntimeError: the backend asked for cannot run these tensors.
     """
+
+    def reason(name: str) -> str | None:
+        return BACKENDS[name].unavailable(device) or BACKENDS[name].unsupported(dtypes, num_orders)
+
     if backend == "auto":
-        for name in _PREFERENCE.get(orders.device.type, ("reference",)):
-            if _reason(BACKENDS[name], orders, dtypes) is None:
-                return BACKENDS[name]
+        names = _PREFERENCE.get(device.type, ("reference",))
+        return BACKENDS[next(name for name in names if reason(name) is None)]
     if backend not in BACKENDS:
         raise ValueError(f"{op}: unknown backend {backend!r}; expected auto, {', '.join(BACKENDS)}")
-    reason = _reason(BACKENDS[backend], orders, dtypes)
-    if reason is not None:
-        raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
+    if why := reason(backend):
+        raise RuntimeError(f"{op}: backend {backend!r} cannot run: {why}")
     return BACKENDS[backend]
 
 
-def _reason(backend: Backend, orders: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """Why a backend cannot run these tensors; None when it can."""
-    return backend.unavailable(orders.device) or backend.unsupported(dtypes, orders.shape[0])
-
-
 def _register(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Define an op; decorates what takes its arguments and whether they are ``in_memory``.
+
+    That checks them, and runs if they are; a fake only checks.
+    """
+
     def register(function: Callable[..., None]) -> Callable[..., None]:
         _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
         name = schema.split("(")[0]
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        op = getattr(torch.ops.hicache, name).default
+        names = tuple(inspect.signature(function).parameters)[1:]
+        _LIBRARY.impl(name, functools.partial(function, True), "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, functools.partial(_refuse_gradients, op, names), "Autograd", with_keyset=True)
         # nothing is returned, so there is no shape to derive
-        torch.library.register_fake(f"hicache::{name}", lambda *_, **__: None, lib=_LIBRARY)
+        torch.library.register_fake(f"hicache::{name}", functools.partial(function, False), lib=_LIBRARY)
         return function
 
     return register
 
 
+def _refuse_gradients(op: Any, names: tuple[str, ...], keys: Any, *arguments: Any) -> None:
+    """Raise RuntimeError where autograd would want a derivative, else go on below autograd."""
+    if torch.is_grad_enabled():
+        for name, value in zip(names, arguments, strict=True):
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise RuntimeError(
+                    f"{op.overloadpacket.__name__}: expected tensors that require no gradient, got "
+                    f"{name} that does; an op has no derivative: call it under torch.no_grad(), or "
+                    "detach() the tensor"
+                )
+    op.redispatch(keys.remove(keys.highestPriorityTypeId()), *arguments)
+
+
+def _written(*tensors: Tensor) -> None:
+    """Tell autograd that tensors were written to; in inference mode nobody asks."""
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+
+
 @_register("update_(Tensor(a!) orders, Tensor inv_gap, int filled, str backend) -> ()")
-def _update(orders: Tensor, inv_gap: Tensor, filled: int, backend: str) -> None:
-    _checked("update_", backend, orders, inv_gap=inv_gap).update_(orders, inv_gap, filled)
+def _update(in_memory: bool, orders: Tensor, inv_gap: Tensor, filled: int, backend: str) -> None:
+    check_update("update_", orders, inv_gap, filled, in_memory)
+    if in_memory:
+        pick("update_", backend, orders.device, orders.shape[0], orders.dtype).update_(
+            orders, inv_gap, filled
+        )
+        _written(orders)
 
 
 @_register("forecast(Tensor orders, Tensor coeffs, Tensor(a!) out, str backend) -> ()")
-def _forecast(orders: Tensor, coeffs: Tensor, out: Tensor, backend: str) -> None:
-    _checked("forecast", backend, orders, coeffs=coeffs, out=out).forecast(orders, coeffs, out)
+def _forecast(in_memory: bool, orders: Tensor, coeffs: Tensor, out: Tensor, backend: str) -> None:
+    check_forecast("forecast", orders, coeffs, out, in_memory)
+    if in_memory:
+        pick("forecast", backend, orders.device, orders.shape[0], orders.dtype).forecast(orders, coeffs, out)
+        _written(out)
 
 
 @_register(
@@ -87,19 +124,38 @@ def _forecast(orders: Tensor, coeffs: Tensor, out: Tensor, backend: str) -> None
     "str backend) -> ()"
 )
 def _update_forecast(
-    orders: Tensor, inv_gap: Tensor, coeffs: Tensor, filled: int, out: Tensor, backend: str
+    in_memory: bool,
+    orders: Tensor,
+    inv_gap: Tensor,
+    coeffs: Tensor,
+    filled: int,
+    out: Tensor,
+    backend: str,
 ) -> None:
-    chosen = _checked("update_forecast_", backend, orders, inv_gap=inv_gap, coeffs=coeffs, out=out)
-    chosen.update_forecast_(orders, inv_gap, coeffs, filled, out)
+    check_update_forecast("update_forecast_", orders, inv_gap, coeffs, filled, out, in_memory)
+    if in_memory:
+        chosen = pick("update_forecast_", backend, orders.device, orders.shape[0], orders.dtype)
+        chosen.update_forecast_(orders, inv_gap, coeffs, filled, out)
+        _written(orders, out)
 
 
 @_register(
     "gated_sum(Tensor base, Tensor orders, Tensor? gates, Tensor coeffs, Tensor(a!) out, str backend) -> ()"
 )
 def _gated_sum(
-    base: Tensor, orders: Tensor, gates: Tensor | None, coeffs: Tensor, out: Tensor, backend: str
+    in_memory: bool,
+    base: Tensor,
+    orders: Tensor,
+    gates: Tensor | None,
+    coeffs: Tensor,
+    out: Tensor,
+    backend: str,
 ) -> None:
-    _gated_sum_update(base, orders, gates, coeffs, None, 0, out, backend)
+    check_gated_sum("gated_sum", base, orders, gates, coeffs, None, 0, out, in_memory)
+    if in_memory:
+        chosen = pick("gated_sum", backend, orders.device, orders.shape[0], orders.dtype, base.dtype)
+        chosen.gated_sum(base, orders, gates, coeffs, None, 0, out)
+        _written(out)
 
 
 @_register(
@@ -107,55 +163,18 @@ def _gated_sum(
     "int filled, Tensor(b!) out, str backend) -> ()"
 )
 def _gated_sum_update(
+    in_memory: bool,
     base: Tensor,
     orders: Tensor,
     gates: Tensor | None,
     coeffs: Tensor,
-    inv_gap: Tensor | None,
+    inv_gap: Tensor,
     filled: int,
     out: Tensor,
     backend: str,
 ) -> None:
-    others = {"gates": gates, "coeffs": coeffs, "inv_gap": inv_gap, "out": out}
-    chosen = _checked("gated_sum", backend, orders, base, **others)
-    chosen.gated_sum(base, orders, gates, coeffs, inv_gap, filled, out)
-
-
-def _checked(
-    op: str, backend: str, orders: Tensor, base: Tensor | None = None, **others: Tensor | None
-) -> Backend:
-    """The backend to run ``op``, once its tensors, by name, are where a kernel can load and store them.
-
-    Raises:
-        ValueError: a tensor starts in the middle of an element, which a GPU cannot load; ``out``, or a base
-            while the history is updated, overlaps what is read; or as :func:`pick`.
-        RuntimeError: as :func:`pick`.
-    """
-    for name, tensor in {"base": base, "orders": orders, **others}.items():
-        if tensor is not None and tensor.numel() and tensor.data_ptr() % tensor.itemsize:
-            raise ValueError(
-                f"{op}: expected {name} at an address divisible by its {tensor.itemsize} bytes a number, got "
-                f"{tensor.data_ptr():#x}"
-            )
-    if (out := others.get("out")) is not None:
-        _check_apart(op, out, orders)
-        if base is not None and out.data_ptr() != base.data_ptr():
-            # in place is fine, every element is read before it is written
-            _check_apart(op, out, base[None], other="base")
-        if (gates := others.get("gates")) is not None:
-            _check_apart(op, out, gates, other="gates")
-    if base is None:
-        return pick(op, backend, orders, orders.dtype)
-    if others.get("inv_gap") is not None:
-        _check_apart(op, base, orders, "base")
-    return pick(op, backend, orders, orders.dtype, base.dtype)
-
-
-def _check_apart(op: str, tensor: Tensor, rows: Tensor, name: str = "out", other: str = "orders") -> None:
-    """Raise ValueError when a contiguous tensor shares memory with the span of some rows."""
-    if not tensor.numel() or not rows.numel():
-        return
-    begin, past = tensor.data_ptr(), rows.data_ptr()
-    past_end = past + (rows.stride(0) * (rows.shape[0] - 1) + rows[0].numel()) * rows.itemsize
-    if begin < past_end and past < begin + tensor.nbytes:
-        raise ValueError(f"{op}: expected {name} not to overlap {other} in memory")
+    check_gated_sum("gated_sum", base, orders, gates, coeffs, inv_gap, filled, out, in_memory)
+    if in_memory:
+        chosen = pick("gated_sum", backend, orders.device, orders.shape[0], orders.dtype, base.dtype)
+        chosen.gated_sum(base, orders, gates, coeffs, inv_gap, filled, out)
+        _written(orders, out)

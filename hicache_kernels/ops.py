@@ -1,4 +1,4 @@
-"""The public ops: each validates its arguments and calls the registered op, which picks a backend.
+"""The public ops: each makes its output and calls the registered op, which checks and picks a backend.
 
 Everywhere, ``orders`` is ``[K, ...]``: K = O + 1 rows of one history, row ``k`` the k-th finite difference,
 each row contiguous. The last row is also the inbox, where a full step writes its new features (see
@@ -7,6 +7,9 @@ full steps and enter the recursion, 0 … O; rows beyond them are never read, so
 anything. ``inv_gap`` is 1 / (steps since the last full step) and ``coeffs`` the forecast's coefficients α,
 lowest order first; both are tensors on the device of ``orders``. Differences and forecasts are computed in
 fp32 (float64 for float64) and rounded once, on store.
+
+The ops have no derivative: with gradients enabled, a tensor that requires one is an error. What an op writes
+it writes as any in-place op of torch does: the version that autograd compares goes up.
 """
 
 from __future__ import annotations
@@ -36,10 +39,9 @@ def update_(orders: Tensor, inv_gap: Tensor, filled: int, *, backend: str = "aut
 
     Raises:
         TypeError, ValueError: an argument is not as above.
-        RuntimeError: the named backend cannot run here.
+        RuntimeError: the named backend cannot run here, or a tensor requires a gradient.
     """
-    _check_orders("update_", orders)
-    _check_update("update_", inv_gap, filled, orders)
+    _check_types("update_", filled, orders=orders, inv_gap=inv_gap)
     _OPS.update_.default(orders, inv_gap, filled, backend)
 
 
@@ -57,12 +59,12 @@ def forecast(orders: Tensor, coeffs: Tensor, *, out: Tensor | None = None, backe
         ``[...]``, one row of forecasts.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or ``out`` overlaps ``orders``.
-        RuntimeError: the named backend cannot run here.
+        TypeError, ValueError: an argument is not as above, or ``out`` overlaps what is read.
+        RuntimeError: the named backend cannot run here, or a tensor requires a gradient.
     """
-    _check_orders("forecast", orders)
-    _check_coeffs("forecast", coeffs, orders, None)
-    out = _output("forecast", out, orders[0])
+    _check_types("forecast", orders=orders, coeffs=coeffs)
+    if out is None:
+        out = orders.new_empty(orders.shape[1:])
     _OPS.forecast.default(orders, coeffs, out, backend)
     return out
 
@@ -90,13 +92,12 @@ def update_forecast_(
         ``[...]``, one row of forecasts, from the differences before they are rounded.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or ``out`` overlaps ``orders``.
-        RuntimeError: the named backend cannot run here.
+        TypeError, ValueError: an argument is not as above, or ``out`` overlaps what is read.
+        RuntimeError: the named backend cannot run here, or a tensor requires a gradient.
     """
-    _check_orders("update_forecast_", orders)
-    _check_update("update_forecast_", inv_gap, filled, orders)
-    _check_coeffs("update_forecast_", coeffs, orders, filled + 1)
-    out = _output("update_forecast_", out, orders[0])
+    _check_types("update_forecast_", filled, orders=orders, inv_gap=inv_gap, coeffs=coeffs)
+    if out is None:
+        out = orders.new_empty(orders.shape[1:])
     _OPS.update_forecast_.default(orders, inv_gap, coeffs, filled, out, backend)
     return out
 
@@ -135,38 +136,14 @@ def gated_sum(
         ``[batch, ..., channels]`` of base's dtype.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or ``out`` overlaps ``orders``.
-        RuntimeError: the named backend cannot run here.
+        TypeError, ValueError: an argument is not as above, or ``out`` overlaps what is read.
+        RuntimeError: the named backend cannot run here, or a tensor requires a gradient.
     """
-    _check_orders("gated_sum", orders)
-    if orders.ndim != 3 or orders.shape[1] < 1:
-        raise ValueError(
-            "gated_sum: expected orders [K, num_features, slot] with num_features >= 1, got shape "
-            f"{tuple(orders.shape)}"
-        )
-    if base.ndim < 2 or not base.is_contiguous():
-        raise ValueError(f"gated_sum: expected a contiguous base [batch, ..., channels], got {_layout(base)}")
-    _check_device("gated_sum", "base", base, orders)
-    if not base.dtype.is_floating_point:
-        raise ValueError(f"gated_sum: expected a floating-point base, got {base.dtype}")
-    if orders.shape[2] < base.numel():
-        raise ValueError(
-            f"gated_sum: expected slots of at least {base.numel()} elements, got {orders.shape[2]}"
-        )
-    if gates is not None:
-        expected = (orders.shape[1], base.shape[0], base.shape[-1])
-        if tuple(gates.shape) != expected or gates.dtype != base.dtype or not gates.is_contiguous():
-            raise ValueError(
-                f"gated_sum: expected contiguous gates {expected} of {base.dtype}, got shape "
-                f"{tuple(gates.shape)} of {gates.dtype} with strides {gates.stride()}"
-            )
-        _check_device("gated_sum", "gates", gates, orders)
-    if inv_gap is not None:
-        _check_update("gated_sum", inv_gap, filled, orders)
-    elif filled:
+    _check_types("gated_sum", filled, base=base, orders=orders, gates=gates, coeffs=coeffs, inv_gap=inv_gap)
+    if inv_gap is None and filled:
         raise ValueError(f"gated_sum: expected filled=0 when inv_gap is None, got {filled}")
-    _check_coeffs("gated_sum", coeffs, orders, None if inv_gap is None else filled + 1)
-    out = _output("gated_sum", out, base)
+    if out is None:
+        out = torch.empty_like(base)
     if inv_gap is None:
         _OPS.gated_sum.default(base, orders, gates, coeffs, out, backend)
     else:
@@ -174,61 +151,13 @@ def gated_sum(
     return out
 
 
-def _layout(tensor: Tensor) -> str:
-    return f"shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+_OPTIONAL = ("gates", "inv_gap")  # of gated_sum; another op's schema refuses None
 
 
-def _check_orders(op: str, orders: Tensor) -> None:
-    if not isinstance(orders, Tensor):
-        raise TypeError(f"{op}: expected orders to be a tensor, got {type(orders).__name__}")
-    if orders.ndim < 2 or orders.shape[0] < 1 or not orders.dtype.is_floating_point:
-        raise ValueError(
-            f"{op}: expected floating-point orders [K, ...] with K >= 1, got {orders.dtype} of shape "
-            f"{tuple(orders.shape)}"
-        )
-    row = orders[0]
-    if not row.is_contiguous() or (orders.shape[0] > 1 and orders.stride(0) < row.numel()):
-        raise ValueError(
-            f"{op}: expected orders with contiguous rows that do not overlap, got {_layout(orders)}"
-        )
-
-
-def _check_device(op: str, name: str, tensor: Tensor, orders: Tensor) -> None:
-    if tensor.device != orders.device:
-        raise ValueError(f"{op}: expected {name} on {orders.device}, as orders, got {tensor.device}")
-
-
-def _check_update(op: str, inv_gap: Tensor, filled: int, orders: Tensor) -> None:
-    if not isinstance(inv_gap, Tensor) or inv_gap.numel() != 1 or not inv_gap.dtype.is_floating_point:
-        raise TypeError(
-            f"{op}: expected inv_gap to be a floating-point tensor of one number, got {inv_gap!r}"
-        )
-    _check_device(op, "inv_gap", inv_gap, orders)
+def _check_types(op: str, filled: int = 0, **tensors: Tensor | None) -> None:
+    """Raise TypeError for what torch would refuse in words of its own, or take for something else."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and not (tensor is None and name in _OPTIONAL):
+            raise TypeError(f"{op}: expected {name} to be a tensor, got {type(tensor).__name__}")
     if isinstance(filled, bool) or not isinstance(filled, int):
         raise TypeError(f"{op}: expected filled to be an int, got {filled!r}")
-    if not 0 <= filled < orders.shape[0]:
-        raise ValueError(f"{op}: expected 0 <= filled <= {orders.shape[0] - 1}, got {filled}")
-
-
-def _check_coeffs(op: str, coeffs: Tensor, orders: Tensor, expected: int | None) -> None:
-    if not isinstance(coeffs, Tensor) or coeffs.ndim != 1 or not coeffs.dtype.is_floating_point:
-        raise TypeError(
-            f"{op}: expected coeffs to be a floating-point tensor of one dimension, got {coeffs!r}"
-        )
-    if expected is not None and len(coeffs) != expected:
-        raise ValueError(f"{op}: expected {expected} coeffs (filled + 1), got {len(coeffs)}")
-    if not 1 <= len(coeffs) <= orders.shape[0]:
-        raise ValueError(f"{op}: expected 1 to {orders.shape[0]} coeffs, one an order, got {len(coeffs)}")
-    _check_device(op, "coeffs", coeffs, orders)
-
-
-def _output(op: str, out: Tensor | None, like: Tensor) -> Tensor:
-    if out is None:
-        return torch.empty_like(like)
-    alike = out.shape == like.shape and out.dtype == like.dtype and out.device == like.device
-    if not alike or not out.is_contiguous():
-        raise ValueError(
-            f"{op}: expected a contiguous out of shape {tuple(like.shape)}, {like.dtype} on {like.device}, "
-            f"got {tuple(out.shape)}, {out.dtype} on {out.device} with strides {out.stride()}"
-        )
-    return out

@@ -107,7 +107,7 @@ def _run(op: str, orders: Tensor, *arguments: Tensor | int | None) -> None:
     """
     prefix, where = _place(orders)
     history = orders, orders.stride(0), orders.shape[0], _CODES[orders.dtype]
-    numbers = (x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in (*history, *arguments))
+    numbers = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in (*history, *arguments)]
     getattr(_native, prefix + op)(*numbers, *where)
 
 
