@@ -1,6 +1,7 @@
 // Picks the instruction set at run time and splits a call over threads. The legend is in kernels.h.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -17,14 +18,14 @@
 namespace hicache {
 
 namespace baseline {
-const kernel_table& kernels();
+extern const kernel_table kernels;
 }
 #if defined(HICACHE_X86)
 namespace avx2 {
-const kernel_table& kernels();
+extern const kernel_table kernels;
 }
 namespace avx512 {
-const kernel_table& kernels();
+extern const kernel_table kernels;
 }
 #endif
 
@@ -50,19 +51,24 @@ const kernel_table& pick() {
   }
   __builtin_cpu_init();
   if (limit == "avx512" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) {
-    return avx512::kernels();
+    return avx512::kernels;
   }
   if (limit != "baseline" && __builtin_cpu_supports("avx2") && has_f16c()) {
-    return avx2::kernels();
+    return avx2::kernels;
   }
 #endif
-  return baseline::kernels();
+  return baseline::kernels;
 }
 
+// Threads that pick at once pick the same; a static variable would have a lock, which a fork may leave held.
 const kernel_table& table() {
-  static const kernel_table& chosen = pick();
-  return chosen;
+  static std::atomic<const kernel_table*> chosen{nullptr};
+  const kernel_table* found = chosen.load(std::memory_order_relaxed);
+  if (found == nullptr) chosen.store(found = &pick(), std::memory_order_relaxed);
+  return *found;
 }
+
+[[maybe_unused]] const int watched = thread_pool::survive_forks();
 
 // `reads`: elements that are read for one of the `numel`.
 template <class Kernel, class Args>

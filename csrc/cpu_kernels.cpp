@@ -110,7 +110,7 @@ template <class T, class B, int COEFFS>
 void gated_sum(const sum_args& a, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   constexpr int64_t kBlock = 2048;
-  alignas(64) A sums[kBlock + 64];
+  alignas(64) A sums[kBlock];
   T* const orders = static_cast<T*>(a.past.orders);
   const B* const base = static_cast<const B*>(a.base);
   const B* const gates = static_cast<const B*>(a.gates);
@@ -145,11 +145,11 @@ void gated_sum(const sum_args& a, int64_t begin, int64_t end) {
           for (int k = 0; k < COEFFS; ++k) __builtin_prefetch(next + k * a.past.order_stride + i);
           vector_t<A> value = evaluate<COEFFS>(d, coeffs.values);
           if (gate) value = value * get<TAIL>(gate + i, count);
-          value = value + (first ? get<TAIL>(base + i, count) : load(sums + (i - block)));
+          value = value + (first ? get<TAIL>(base + i, count) : get<TAIL>(sums + (i - block), count));
           if (last) {
             put_fresh<TAIL>(out + i, value, count);
-          } else {
-            store(sums + (i - block), value);
+          } else {  // a whole vector would end in the next row's sums
+            put<TAIL>(sums + (i - block), value, count);
           }
         });
         row = row_end;
@@ -159,14 +159,14 @@ void gated_sum(const sum_args& a, int64_t begin, int64_t end) {
 }
 
 template <class T, int N>
-void fill_order(kernel_table& table, int type) {
+constexpr void fill_order(kernel_table& table, int type) {
   table.update[type][N] = update<T, N>;
   table.update_forecast[type][N] = update_forecast<T, N>;
   table.forecast[type][N] = forecast<T, N + 1>;
 }
 
 template <class T>
-void fill_cascades(kernel_table& table, dtype type) {
+constexpr void fill_cascades(kernel_table& table, dtype type) {
   const int t = static_cast<int>(type);
   fill_order<T, 0>(table, t);
   fill_order<T, 1>(table, t);
@@ -176,7 +176,7 @@ void fill_cascades(kernel_table& table, dtype type) {
 }
 
 template <class T, class B>
-void fill_sums(kernel_table& table, dtype type, dtype base) {
+constexpr void fill_sums(kernel_table& table, dtype type, dtype base) {
   sum_fn* const sums = table.gated_sum[static_cast<int>(type)][static_cast<int>(base)];
   sums[0] = gated_sum<T, B, 1>;
   sums[1] = gated_sum<T, B, 2>;
@@ -185,7 +185,7 @@ void fill_sums(kernel_table& table, dtype type, dtype base) {
   sums[4] = gated_sum<T, B, 5>;
 }
 
-kernel_table make_table() {
+constexpr kernel_table make_table() {
   kernel_table table = {};
   table.name = HICACHE_ISA_NAME;
   fill_cascades<float>(table, dtype::f32);
@@ -205,10 +205,7 @@ kernel_table make_table() {
 
 }  // namespace
 
-const kernel_table& kernels() {
-  static const kernel_table table = make_table();
-  return table;
-}
+extern constexpr kernel_table kernels = make_table();  // made by the compiler
 
 }  // namespace HICACHE_ISA
 }  // namespace hicache

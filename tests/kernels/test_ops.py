@@ -266,6 +266,46 @@ def test_special_values_survive(backend):
         torch.testing.assert_close(halved, orders[0] * 0.5, rtol=0, atol=0, equal_nan=True)
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as whole numbers: zeros of either sign differ, and NaN equals itself."""
+    return tensor.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.itemsize])
+
+
+@dtypes
+@pytest.mark.parametrize("channels", [1, 3, 5, 9, 17, 33])
+def test_ragged_channels_keep_the_sign_of_zero(dtype, channels):
+    """A row's last vector must not touch the sums of the next row, not even by adding zero to them."""
+    base = torch.full((2, 7, channels), -0.0, dtype=dtype)
+    orders = torch.full((2, 3, base.numel()), -0.0, dtype=dtype)
+    gates = torch.ones(3, 2, channels, dtype=dtype)
+    sums = [gated_sum(base, orders, gates, torch.ones(2), backend=name) for name in ("reference", "native")]
+    assert torch.equal(bits(sums[0]), bits(base))
+    assert torch.equal(bits(sums[1]), bits(base))
+
+
+@dtypes
+def test_flushing_of_denormals_is_the_caller_s_on_every_thread(dtype):
+    """A result does not depend on which thread computed it."""
+    before = torch.get_num_threads()
+    tiny = torch.finfo(dtype).tiny
+    values = torch.tensor([tiny / 4, tiny, -tiny / 2, 1.0, -0.0, 3 * tiny], dtype=torch.float64).to(dtype)
+    orders = values.repeat(3, 8 * THREAD_SHARE)
+    torch.set_num_threads(4)
+    forecast(orders, torch.ones(3), backend="native")  # threads begin with the mode of whoever made them
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormal numbers")
+    try:
+        results = []
+        for threads in (1, *[4] * 8):
+            torch.set_num_threads(threads)
+            results.append(forecast(orders, torch.tensor([1.0, 0.5, 0.25]), backend="native"))
+        for result in results[1:]:
+            assert torch.equal(bits(result), bits(results[0]))
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+
+
 @backends
 def test_rows_may_be_a_slice_of_a_larger_history(backend):
     whole = torch.randn(3, 300)
@@ -277,56 +317,6 @@ def test_rows_may_be_a_slice_of_a_larger_history(backend):
     assert torch.equal(whole[:, 40:140], expected)
     assert torch.equal(whole[:, :40], others[:, :40])
     assert torch.equal(whole[:, 140:], others[:, 140:])
-
-
-def run_script(name: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """One of ``scripts/`` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "scripts" / name)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-# what the processor must have for a build to be taken (csrc/cpu.cpp)
-NEEDS = {"baseline": set(), "avx2": {"avx2", "f16c"}, "avx512": {"avx512f", "avx512bw"}}
-
-
-def cpu_flags() -> set[str]:
-    """What the processor has, as Linux tells it."""
-    told = Path("/proc/cpuinfo")
-    found = re.search(r"^flags\s*:(.*)$", told.read_text(), re.M) if told.exists() else None
-    return set(found[1].split()) if found else set()
-
-
-@pytest.mark.parametrize("isa", NEEDS)
-def test_every_instruction_set_gives_the_same_bits(isa):
-    if "native" not in USABLE:
-        pytest.skip(f"native: {backend_status('cpu')['native']}")
-    missing = NEEDS[isa] - cpu_flags()
-    if missing:
-        pytest.skip(f"this processor has no {', '.join(sorted(missing))}: {isa} cannot run here")
-    done = run_script("instruction_set.py", HICACHE_CPU_ISA=isa)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [isa]
-
-
-def test_unknown_instruction_set_is_an_error():
-    if "native" not in USABLE:
-        pytest.skip(f"native: {backend_status('cpu')['native']}")
-    done = run_script("instruction_set.py", HICACHE_CPU_ISA="sse9")
-    assert done.returncode != 0
-    assert "expected baseline, avx2 or avx512, got 'sse9'" in done.stderr
-
-
-def test_threads_follow_torch_and_survive_a_fork():
-    if "native" not in USABLE:
-        pytest.skip(f"native: {backend_status('cpu')['native']}")
-    done = run_script("threads.py")
-    assert done.returncode == 0, done.stderr
 
 
 def test_history_layout():

@@ -60,8 +60,9 @@ HICACHE_INLINE float promote(fp16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // inf, nan
-  // Multiplying by 2^112 moves the exponent bias from 15 to 127 and normalises subnormals, exactly.
-  return float_of(sign | bits_of(float_of(magnitude << 13) * float_of(239u << 23)));
+  // A subnormal is so many times 2^-24: exact, and of normal numbers, which no mode of the processor flushes to zero.
+  if (magnitude < 0x400u) return float_of(sign | bits_of(static_cast<float>(magnitude) * float_of(103u << 23)));
+  return float_of(sign | ((magnitude << 13) + (112u << 23)));  // the exponent's bias goes from 15 to 127
 #endif
 }
 
