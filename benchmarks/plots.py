@@ -28,6 +28,7 @@ COLOURS = {
     "triton": "tab:orange",
     "ours": "tab:blue",
     "compiled": "tab:purple",
+    "mm": "tab:brown",
     "foreach": "tab:green",
     "eager": "tab:red",
 }

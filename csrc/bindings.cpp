@@ -101,6 +101,14 @@ void gated_sum(uintptr_t orders, int64_t order_stride, int num_orders, int type,
   LAUNCH(args, where...);
 }
 
+py::list measured() {
+  py::list found;
+  for (const measured_tactics& one : cpu_tactics()) {
+    found.append(py::make_tuple(one.update, static_cast<int>(one.type), one.chosen, py::cast(one.costs)));
+  }
+  return found;
+}
+
 py::tuple archs() {
 #if defined(HICACHE_CUDA)
   return py::tuple(py::cast(cuda_archs()));
@@ -116,6 +124,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("MAX_ORDERS") = kMaxOrders;
   m.def("launches", [] { return launch_count.load(); }, "CPU kernel calls and CUDA launches of this process so far.");
   m.def("cpu_isa", &cpu_isa);
+  m.def("cpu_tactics", &measured, "Of gated sums: (with an update, dtype, tactic taken, seconds a byte of each).");
   m.def("update_", &update<cpu_update, int>);
   m.def("forecast", &forecast<cpu_forecast, int>);
   m.def("update_forecast_", &update_forecast<cpu_update_forecast, int>);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -31,7 +32,7 @@ extern const kernel_table kernels;
 
 namespace {
 
-constexpr int64_t kGrain = 1 << 11;  // ranges start at whole blocks of gated_sum
+constexpr int64_t kGrain = 1 << 11;  // ranges of a row start at multiples of it
 constexpr int64_t kLeast = 1 << 17;  // elements a thread is woken for
 
 #if defined(HICACHE_X86)
@@ -68,38 +69,77 @@ const kernel_table& table() {
   return *found;
 }
 
+// Made when the extension is loaded: nothing below waits for a lock that a fork may leave held.
 [[maybe_unused]] const int watched = thread_pool::survive_forks();
+const cache_sizes caches;
+chooser<kTactics> choosers[2][4];  // of a sum without and with an update, by dtype of the history
 
-// `reads`: elements that are read for one of the `numel`.
-template <class Kernel, class Args>
-void launch(Kernel kernel, const Args& args, int64_t numel, int64_t reads, int threads) {
+constexpr int64_t kItemsize[] = {4, 2, 2, 8};  // by dtype
+
+// Vectors of a result begin at addresses that they divide, and the last level could not keep half of it.
+bool worth_streaming(const void* out, int64_t row, int64_t numel, dtype type) {
+  const int64_t itemsize = kItemsize[static_cast<int>(type)];
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && row * itemsize % 64 == 0;
+  return aligned && numel * itemsize > caches.last / 2;
+}
+
+void launch_cascade(cascade_fn kernel, const cascade_args& args, int threads) {
+  if (args.numel == 0) return;
+  ++launch_count;
+  const tactic how = {0, false, false, args.out && worth_streaming(args.out, kGrain, args.numel, args.past.type)};
+  parallel_for(args.numel, kGrain, kLeast, threads, [&](int64_t begin, int64_t end) { kernel(args, how, begin, end); });
+}
+
+void launch_sum(sum_fn kernel, const sum_args& args, int threads) {
+  const int64_t numel = args.batch * args.rows * args.channels, elements = numel * args.num_features;
   if (numel == 0) return;
   ++launch_count;
-  const int64_t least = std::max(kGrain, kLeast / reads);
-  parallel_for(numel, kGrain, least, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  const int64_t itemsize = kItemsize[static_cast<int>(args.past.type)], moved = elements * args.num_coeffs * itemsize;
+  chooser<kTactics>& by_time = choosers[args.update][static_cast<int>(args.past.type)];
+  const bool measured = moved > caches.last;
+  const int choice = measured ? by_time.next() : 0;
+  tactic how = tactics(caches.first, args.num_coeffs * itemsize + 4)[static_cast<size_t>(choice)];
+  how.streamed = args.out != args.base &&
+                 worth_streaming(args.out, args.gates ? args.channels : kGrain, numel, args.base_type);
+  const int64_t least = std::max(how.block, kLeast / args.num_features);
+  const auto begun = std::chrono::steady_clock::now();
+  parallel_for(numel, how.block, least, threads, [&](int64_t begin, int64_t end) { kernel(args, how, begin, end); });
+  const std::chrono::duration<float> taken = std::chrono::steady_clock::now() - begun;
+  if (measured) by_time.tell(choice, taken.count() / static_cast<float>(moved));
 }
 
 }  // namespace
 
 const char* cpu_isa() { return table().name; }
 
+std::vector<measured_tactics> cpu_tactics() {
+  std::vector<measured_tactics> found;
+  for (int update = 0; update < 2; ++update) {
+    for (int type = 0; type < 4; ++type) {
+      const chooser<kTactics>& one = choosers[update][type];
+      found.push_back({update == 1, static_cast<dtype>(type), one.chosen(), one.costs()});
+    }
+  }
+  return found;
+}
+
 void cpu_update(const cascade_args& args, int threads) {
-  launch(table().update[static_cast<int>(args.past.type)][args.num_differences], args, args.numel, 1, threads);
+  launch_cascade(table().update[static_cast<int>(args.past.type)][args.num_differences], args, threads);
 }
 
 void cpu_update_forecast(const cascade_args& args, int threads) {
-  launch(table().update_forecast[static_cast<int>(args.past.type)][args.num_differences], args, args.numel, 1, threads);
+  launch_cascade(table().update_forecast[static_cast<int>(args.past.type)][args.num_differences], args, threads);
 }
 
 void cpu_forecast(const cascade_args& args, int threads) {
-  launch(table().forecast[static_cast<int>(args.past.type)][args.num_differences], args, args.numel, 1, threads);
+  launch_cascade(table().forecast[static_cast<int>(args.past.type)][args.num_differences], args, threads);
 }
 
 void cpu_gated_sum(const sum_args& args, int threads) {
   const sum_fn kernel =
       table().gated_sum[static_cast<int>(args.past.type)][static_cast<int>(args.base_type)][args.num_coeffs - 1];
   if (kernel == nullptr) throw std::invalid_argument("gated_sum: no native kernel for this pair of dtypes");
-  launch(kernel, args, args.batch * args.rows * args.channels, args.num_features, threads);
+  launch_sum(kernel, args, threads);
 }
 
 }  // namespace hicache

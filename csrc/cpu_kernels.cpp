@@ -30,10 +30,15 @@ inline void put(T* to, vector_t<accumulate_t<T>> value, int count) {
   }
 }
 
-// A result nobody reads here: its line is asked for early, because a store that misses holds up the loads behind it.
+// A result nobody reads here. Streamed, it does not pass through a cache; else its line is asked for early, because a
+// store that misses holds up the loads behind it.
 template <bool TAIL, class T>
-inline void put_fresh(T* to, vector_t<accumulate_t<T>> value, int count) {
+inline void put_fresh(T* to, vector_t<accumulate_t<T>> value, int count, bool streamed) {
   constexpr int kAhead = 1024;
+  if (!TAIL && streamed) {
+    stream(to, value);
+    return;
+  }
   __builtin_prefetch(to + kAhead, 1);  // any address may be named
   put<TAIL>(to, value, count);
 }
@@ -65,7 +70,7 @@ inline void cascade_at(T* orders, int64_t stride, int top, int64_t i, int count,
 }
 
 template <class T, int DIFFERENCES>
-void update(const cascade_args& a, int64_t begin, int64_t end) {
+void update(const cascade_args& a, const tactic&, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   T* const orders = static_cast<T*>(a.past.orders);
   const A inv_gap = scalar<A>(a.inv_gap, 0);
@@ -76,7 +81,7 @@ void update(const cascade_args& a, int64_t begin, int64_t end) {
 }
 
 template <class T, int DIFFERENCES>
-void update_forecast(const cascade_args& a, int64_t begin, int64_t end) {
+void update_forecast(const cascade_args& a, const tactic& how, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   T* const orders = static_cast<T*>(a.past.orders);
   T* const out = static_cast<T*>(a.out);
@@ -86,12 +91,13 @@ void update_forecast(const cascade_args& a, int64_t begin, int64_t end) {
     constexpr bool TAIL = decltype(tail)::value;
     vector_t<A> d[DIFFERENCES + 1];
     cascade_at<TAIL, DIFFERENCES>(orders, a.past.order_stride, a.past.top, i, count, inv_gap, d);
-    put_fresh<TAIL>(out + i, evaluate<DIFFERENCES + 1>(d, coeffs.values), count);
+    put_fresh<TAIL>(out + i, evaluate<DIFFERENCES + 1>(d, coeffs.values), count, how.streamed);
   });
+  if (how.streamed) stream_fence();
 }
 
 template <class T, int COEFFS>
-void forecast(const cascade_args& a, int64_t begin, int64_t end) {
+void forecast(const cascade_args& a, const tactic& how, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
   const T* const orders = static_cast<const T*>(a.past.orders);
   T* const out = static_cast<T*>(a.out);
@@ -100,17 +106,16 @@ void forecast(const cascade_args& a, int64_t begin, int64_t end) {
     constexpr bool TAIL = decltype(tail)::value;
     vector_t<A> d[COEFFS];
     for (int k = 0; k < COEFFS; ++k) d[k] = get<TAIL>(orders + k * a.past.order_stride + i, count);
-    put_fresh<TAIL>(out + i, evaluate<COEFFS>(d, coeffs.values), count);
+    put_fresh<TAIL>(out + i, evaluate<COEFFS>(d, coeffs.values), count, how.streamed);
   });
+  if (how.streamed) stream_fence();
 }
 
-// Sums feature by feature over blocks that stay in the first-level cache, so that a history is read as a few long
-// streams.
-template <class T, class B, int COEFFS>
-void gated_sum(const sum_args& a, int64_t begin, int64_t end) {
+// Sums feature by feature over blocks whose sums stay in a cache, so that a history is read as a few long streams.
+template <class T, class B, int COEFFS, bool NEAR>
+void sum_blocks(const sum_args& a, const tactic& how, int64_t begin, int64_t end) {
   using A = accumulate_t<T>;
-  constexpr int64_t kBlock = 2048;
-  alignas(64) A sums[kBlock];
+  alignas(64) A sums[kLargestBlock];
   T* const orders = static_cast<T*>(a.past.orders);
   const B* const base = static_cast<const B*>(a.base);
   const B* const gates = static_cast<const B*>(a.gates);
@@ -121,14 +126,14 @@ void gated_sum(const sum_args& a, int64_t begin, int64_t end) {
   const int64_t channels = gates ? a.channels : end;
   const int64_t sample = gates ? a.rows * a.channels : end;
 
-  for (int64_t block = begin; block < end; block += kBlock) {
-    const int64_t block_end = smaller(block + kBlock, end);
+  for (int64_t block = begin; block < end; block += how.block) {
+    const int64_t block_end = smaller(block + how.block, end);
     for (int64_t feature = 0; feature < a.num_features; ++feature) {
       T* const slot = orders + feature * a.feature_stride;
       const bool first = feature == 0, last = feature == a.num_features - 1;
-      // The processor's own prefetcher follows a stream within a page, and a block ends with its page: it is told what
-      // comes next, the block of the next feature or the next block. A prefetch may name any address.
-      const T* const next = last ? orders + kBlock : slot + a.feature_stride;
+      // A processor's own prefetcher follows a stream, and loses it where a block ends: it may be told what comes next,
+      // the block of the next feature or the next block. A prefetch may name any address; of what is read now it is none.
+      const T* const next = !how.ahead ? slot : last ? orders + how.block : slot + a.feature_stride;
       for (int64_t row = block; row < block_end;) {
         const int64_t channel = row % channels;
         const int64_t row_end = smaller(block_end, row - channel + channels);
@@ -142,12 +147,12 @@ void gated_sum(const sum_args& a, int64_t begin, int64_t end) {
           } else {
             for (int k = 0; k < COEFFS; ++k) d[k] = get<TAIL>(slot + k * a.past.order_stride + i, count);
           }
-          for (int k = 0; k < COEFFS; ++k) __builtin_prefetch(next + k * a.past.order_stride + i);
+          for (int k = 0; k < COEFFS; ++k) __builtin_prefetch(next + k * a.past.order_stride + i, 0, NEAR ? 3 : 2);
           vector_t<A> value = evaluate<COEFFS>(d, coeffs.values);
           if (gate) value = value * get<TAIL>(gate + i, count);
           value = value + (first ? get<TAIL>(base + i, count) : get<TAIL>(sums + (i - block), count));
           if (last) {
-            put_fresh<TAIL>(out + i, value, count);
+            put_fresh<TAIL>(out + i, value, count, how.streamed);
           } else {  // a whole vector would end in the next row's sums
             put<TAIL>(sums + (i - block), value, count);
           }
@@ -156,6 +161,12 @@ void gated_sum(const sum_args& a, int64_t begin, int64_t end) {
       }
     }
   }
+  if (how.streamed) stream_fence();
+}
+
+template <class T, class B, int COEFFS>
+void gated_sum(const sum_args& a, const tactic& how, int64_t begin, int64_t end) {
+  (how.near ? sum_blocks<T, B, COEFFS, true> : sum_blocks<T, B, COEFFS, false>)(a, how, begin, end);
 }
 
 template <class T, int N>

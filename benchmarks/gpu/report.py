@@ -78,7 +78,7 @@ class Report:
         for row in self.rows:
             if row.order == 2 and row.size in self.sizes:
                 problems.setdefault((row.size, row.dtype, row.op), {})[row.backend] = row
-        names = ("native", "triton", "eager", "foreach", "compiled")
+        names = ("native", "triton", "mm", "eager", "foreach", "compiled")
         lines.append(f"{'order 2: ms (of a copy)':<55}" + "".join(f"{name:>17}" for name in names))
         for problem, found in problems.items():
             cells = [

@@ -14,7 +14,7 @@ import time
 
 from benchmarks.common import command, tables
 from benchmarks.common.machine import device_name, place, versions
-from benchmarks.kernels.measure import ORDERS, Row, line, measure
+from benchmarks.kernels.measure import ORDERS, Row, line, measure, tactics
 from benchmarks.kernels.parity import check_parity
 from benchmarks.kernels.problems import DTYPES, OPS, SIZES
 
@@ -56,6 +56,8 @@ def main() -> None:
         for row in block:
             print(line(row), flush=True)
         rows += block
+    if options.device == "cpu":
+        print(*tactics(), sep="\n", file=sys.stderr)
     if options.csv:
         tables.write_rows(options.csv, Row, rows, place(options.device))
         print(f"saved {options.csv}", file=sys.stderr)

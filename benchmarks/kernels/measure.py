@@ -24,6 +24,7 @@ from benchmarks.kernels.problems import (
     peak_bytes,
     usable_backends,
 )
+from hicache_kernels.backends import native
 
 ORDERS = (2, 1, 3, 0, 4)
 COMPILED = ("update_forecast_", "gated_sum", "gated_sum, no gates")
@@ -64,6 +65,7 @@ def contestants(
     for name, call in problem.peers(op).items():
         if peak_bytes(op, problem.size, problem.order, itemsize, name) <= room:
             calls[name] = call
+    calls |= problem.product(op)
     if compiled and peak_bytes(op, problem.size, problem.order, itemsize, "compiled") <= room:
         calls |= problem.compiled(op)
     return calls
@@ -88,7 +90,7 @@ def time_op(
     for contestant, call in calls.items():
         timing = timings[contestant]
         speed = moved / timing.p50 / 1e9
-        graphed = device == "cuda" and moved <= _GRAPHED and contestant not in ("compiled", "foreach")
+        graphed = device == "cuda" and moved <= _GRAPHED and contestant not in ("compiled", "foreach", "mm")
         rows.append(
             Row(
                 name,
@@ -169,6 +171,16 @@ def measure(
         del problem
         if device == "cuda":
             torch.cuda.empty_cache()
+
+
+def tactics() -> Iterator[str]:
+    """Say what the native backend has measured of sums that no cache of this processor holds, and taken."""
+    if native.unavailable(torch.device("cpu")) is not None:
+        return
+    for (dtype, update), (chosen, costs) in native.tactics().items():
+        what = f"{dtype} gated sums{' with an update' if update else ''}"
+        each = ", ".join(f"{cost:.0f}" for cost in costs)
+        yield f"{what}: tactic {chosen} is taken, of {each} ns a KiB of history"
 
 
 def _rank(chosen: tuple[int, str, str]) -> tuple[bool, int, bool]:

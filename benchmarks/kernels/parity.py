@@ -98,6 +98,7 @@ def check_parity(
                 for op in ops_at(order):
                     backends = usable_backends(device, dtype, order + 1)
                     calls = {name: problem.call(op, name) for name in backends} | problem.peers(op)
+                    calls |= problem.product(op)
                     if compiled and order == 2 and size == sizes[0]:
                         calls |= problem.compiled(op)
                     for name, call in calls.items():

@@ -2,7 +2,8 @@
 
 Everything is in the history's own dtype and rounded after every operator. ``eager_*`` go feature by feature;
 ``foreach_*`` use torch's operators over lists of tensors; ``whole_*`` work on all features as one tensor, the
-form that suits ``torch.compile`` best. In float64 the eager forms are what correctness is judged by.
+form that suits ``torch.compile`` best; ``product_*`` are one product of coefficients and history, where an op
+is that. In float64 the eager forms are what correctness is judged by.
 
 Arguments: ``orders[k][i]`` is the k-th difference of feature i; ``gap`` the steps since the last full step;
 ``weights`` the forecast's α, lowest order first; ``gates`` broadcast to a feature, or None.
@@ -144,3 +145,13 @@ def whole_gated_sum(
     differences = orders.unbind()
     value = _weigh(differences if gap is None else _update(differences, gap), weights)
     return base + (value if gates is None else value * gates).sum(0)
+
+
+def product_forecast(orders: Tensor, coeffs: Tensor, out: Tensor) -> None:
+    """``forecast`` of ``orders [K, numel]`` with ``coeffs [1, K]`` into ``out [numel]``."""
+    torch.mm(coeffs, orders, out=out[None])
+
+
+def product_gated_sum(base: Tensor, orders: Tensor, coeffs: Tensor) -> Tensor:
+    """``gated_sum`` without gates, of ``orders [K * features, numel]`` with ``coeffs [1, K * features]``."""
+    return torch.addmm(base.view(1, -1), coeffs, orders).view_as(base)

@@ -43,6 +43,7 @@ SIZES = {
     "16Mi": Size(1, 4096, 4096),
     "Qwen-Image 1328² stack": Size(1, 6889, 3072),
     "76 small": Size(76, 256, 512),
+    "32 of 4Mi": Size(32, 4096, 1024),
     "Wan-14B 720p stack": Size(1, 75600, 5120),
     "FLUX 1024² module": Size(76, 4096, 3072),
     "Qwen-Image 1328² module": Size(120, 6889, 3072),
@@ -179,6 +180,16 @@ class Problem:
         """Return the calls in eager torch and in torch's operators over lists; sums return their result."""
         arguments = self._arguments(op, self.orders, self.base, self.gates, self.row)
         return {name: functools.partial(forms[op.form], *arguments) for name, forms in peers.FORMS.items()}
+
+    def product(self, op: Op) -> dict[str, Call]:
+        """Return the op as one matrix product, where it is one; low precision would round coefficients."""
+        if op.updates or op.gated or self.dtype.itemsize < 4:
+            return {}
+        if not op.sums:
+            return {"mm": functools.partial(peers.product_forecast, self.orders, self.coeffs[None], self.row)}
+        rows = self.history.orders_by_feature().flatten(0, 1)[:, : self.size.numel]
+        coeffs = self.coeffs.repeat_interleave(self.size.features)[None]
+        return {"mm": functools.partial(peers.product_gated_sum, self.base, rows, coeffs)}
 
     def compiled(self, op: Op) -> dict[str, Call]:
         """Return ``torch.compile`` of the eager form over all features at once, for the two fused ops."""

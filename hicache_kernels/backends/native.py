@@ -75,6 +75,20 @@ def isa() -> str:
     return str(_native.cpu_isa())
 
 
+def tactics() -> dict[tuple[torch.dtype, bool], tuple[int, tuple[float, ...]]]:
+    """How gated sums that no CPU cache holds are walked through: what was tried so far, and is taken.
+
+    (dtype of the history, with an update) → the index of the tactic that is taken (csrc/include/hicache/
+    tactics.h lists them) and the nanoseconds a KiB of history that each took at best, infinite if not tried.
+    """
+    dtypes = {code: dtype for dtype, code in _CODES.items()}
+    return {
+        (dtypes[code], update): (chosen, tuple(cost * 2**10 * 1e9 for cost in costs))
+        for update, code, chosen, costs in _native.cpu_tactics()
+        if min(costs) < float("inf")
+    }
+
+
 def cuda_archs() -> tuple[int, ...]:
     """Compute capabilities the CUDA kernels are compiled for, such as 90, ascending; none without CUDA."""
     return () if _MISSING is not None else tuple(_native.cuda_archs())

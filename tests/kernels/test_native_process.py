@@ -42,13 +42,30 @@ def cpu_flags() -> set[str]:
 
 @pytest.mark.parametrize("isa", NEEDS)
 def test_every_instruction_set_gives_the_same_bits(isa):
-    missing = NEEDS[isa] - cpu_flags()
-    if missing:
+    if missing := NEEDS[isa] - cpu_flags():
         pytest.skip(f"this processor has no {', '.join(sorted(missing))}: {isa} cannot run here")
     done = run_script("instruction_set.py", HICACHE_CPU_ISA=isa)
     assert done.returncode == 0, done.stderr
     baseline = run_script("instruction_set.py", HICACHE_CPU_ISA="baseline")
     assert done.stdout.split() == [isa, baseline.stdout.split()[1]]
+
+
+@pytest.mark.parametrize("isa", NEEDS)
+def test_past_the_cache_every_tactic_gives_the_reference_s_bits(isa):
+    if missing := NEEDS[isa] - cpu_flags():
+        pytest.skip(f"this processor has no {', '.join(sorted(missing))}: {isa} cannot run here")
+    done = run_script("past_the_cache.py", HICACHE_CPU_ISA=isa, HICACHE_CPU_LAST_LEVEL="0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [isa]
+
+
+def test_in_the_cache_nothing_is_tried():
+    code = (
+        "import torch; from hicache_kernels import gated_sum; from hicache_kernels.backends import native; "
+    )
+    code += "gated_sum(torch.ones(2, 8), torch.ones(1, 1, 16), None, torch.ones(1)); print(native.tactics())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["{}"]
 
 
 def test_unknown_instruction_set_is_an_error():

@@ -2,12 +2,13 @@
 #pragma once
 
 #include "hicache/kernels.h"
+#include "hicache/tactics.h"
 
 namespace hicache {
 
 // Work on the elements [begin, end) of one call; the legend is in kernels.h.
-using cascade_fn = void (*)(const cascade_args&, int64_t begin, int64_t end);
-using sum_fn = void (*)(const sum_args&, int64_t begin, int64_t end);
+using cascade_fn = void (*)(const cascade_args&, const tactic&, int64_t begin, int64_t end);
+using sum_fn = void (*)(const sum_args&, const tactic&, int64_t begin, int64_t end);
 
 struct kernel_table {
   const char* name;

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -142,6 +142,35 @@ inline void store_tail(T* to, vector_t<accumulate_t<T>> value, int count) {
   T buffer[simd<accumulate_t<T>>::lanes];
   store(buffer, value);
   std::memcpy(to, buffer, sizeof(T) * static_cast<size_t>(count));
+}
+
+// A store past the caches, to an address that a vector of T divides; an ordinary one where the instruction set has none.
+template <class T>
+inline void stream(T* to, vector_t<accumulate_t<T>> value) {
+  alignas(64) T packed[simd<accumulate_t<T>>::lanes];  // in a register, once compiled
+  store(packed, value);
+#if defined(__AVX512F__)
+  if constexpr (sizeof packed == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_load_si512(packed));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof packed == 32) {
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
+                               _mm256_load_si256(reinterpret_cast<const __m256i*>(packed)));
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof packed == 16) {
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_load_si128(reinterpret_cast<const __m128i*>(packed)));
+  }
+#endif
+  std::memcpy(to, packed, sizeof packed);
+}
+
+// Ends a row of streamed stores: whoever is told that a kernel has ended may read them.
+inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 }  // namespace HICACHE_ISA
