@@ -50,7 +50,7 @@ CLEAN = (
 )
 CLEAN_AFTER_A_CALL = ("Qwen-Image", "Z-Image")
 BLOCKED_INSIDE = ("CogView4", "HiDream", "Mochi")
-# Which ops the models' own code runs differs from one diffusers to the next; that the cache adds none does not.
+# What a model's own code runs differs from one diffusers to the next; that the cache adds nothing does not.
 of_the_page = pytest.mark.skipif(
     f"Made with diffusers {diffusers.__version__} " not in PAGE.read_text(),
     reason=f"docs/capture-safety.md is of another diffusers than {diffusers.__version__}",

@@ -45,7 +45,9 @@ def offload_groups(pipe: Any) -> None:
     if torch.accelerator.current_accelerator() is None and diffusers_before(0, 41):
         pytest.skip(f"diffusers {diffusers.__version__} offloads groups from an accelerator only")
     cpu = torch.device("cpu")
-    pipe.transformer.enable_group_offload(onload_device=cpu, offload_type="block_level", num_blocks_per_group=1)
+    pipe.transformer.enable_group_offload(
+        onload_device=cpu, offload_type="block_level", num_blocks_per_group=1
+    )
 
 
 def diffusers_before(*version: int) -> bool:
