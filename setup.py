@@ -52,22 +52,29 @@ def digest(environment: Mapping[str, str], *more: str) -> str:
     for path in sorted(path for path in sources if path.is_file()):
         found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     chosen = sorted(item for item in environment.items() if item[0].startswith(OPTIONS))
-    named = [environment.get(name, "") for name in ("CC", "CXX", "CUDACXX")]
-    tools = [*filter(None, named), "c++", "g++", "clang++", "ld", "nvcc", "/usr/local/cuda/bin/nvcc", "cmake"]
-    versions = [version(tool, environment) for tool in tools]
+    compilers = [*filter(None, map(environment.get, ("CC", "CXX", "CUDACXX"))), "c++", "g++", "clang++"]
+    compilers += ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    # pip puts CMake into another folder each time
+    tools = [(place(tool, environment), version(tool, environment)) for tool in compilers]
+    more = *more, version("ld", environment), version("cmake", environment)
     system = sys.version, sys.executable, sysconfig.get_platform()
-    found.update(repr((chosen, versions, system, more)).encode())
+    found.update(repr((chosen, tools, system, more)).encode())
     return found.hexdigest()[:16]
 
 
-def version(command: str, environment: Mapping[str, str]) -> tuple[str | None, bytes]:
-    """Where a tool is, and what it says of itself: an upgrade leaves its path as it was."""
-    program, *options = shlex.split(command)
-    path = shutil.which(program, path=environment.get("PATH"))
+def place(command: str, environment: Mapping[str, str]) -> str | None:
+    """The program that a command runs; None where there is none."""
+    return shutil.which(shlex.split(command)[0], path=environment.get("PATH"))
+
+
+def version(command: str, environment: Mapping[str, str]) -> str:
+    """What a tool says of itself, if it is there: an upgrade leaves its path as it was."""
+    path = place(command, environment)
     if path is None:
-        return None, b""
-    asked = [path, *options, "--version"]
-    return path, subprocess.run(asked, check=False, env=environment, capture_output=True).stdout
+        return ""
+    asked = [path, *shlex.split(command)[1:], "--version"]
+    done = subprocess.run(asked, check=False, env=environment, capture_output=True, text=True)
+    return str(done.stdout)
 
 
 def long_description(repository: str | None) -> str:

@@ -126,6 +126,18 @@ def test_another_version_of_a_compiler_is_another_build(digest):
     assert digest(CXX="c++ -m64") != digest("c++ 13", CXX="c++ -m64")
 
 
+def test_the_same_cmake_elsewhere_is_the_same_build(build, tmp_path):
+    """pip installs it into a new folder for every build."""
+    found = set()
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        cmake = tmp_path / name / "cmake"
+        cmake.write_text("#!/bin/sh\necho cmake version 4.0\n")
+        cmake.chmod(0o755)
+        found.add(build["digest"]({"PATH": str(cmake.parent)}))
+    assert len(found) == 1
+
+
 def test_arguments_reach_cmake(build, tmp_path, monkeypatch):
     from setuptools import Distribution
 
