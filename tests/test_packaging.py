@@ -32,7 +32,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def tracked() -> list[str]:
     """Files under version control."""
     done = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=False)
-    if done.returncode:
+    if done.returncode or not done.stdout:
         pytest.skip("no git checkout, so what belongs into the source distribution is not known")
     return [name for name in done.stdout.splitlines() if (ROOT / name).exists()]
 
