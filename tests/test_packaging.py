@@ -31,6 +31,8 @@ def build(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def tracked() -> list[str]:
     """Files under version control."""
+    if shutil.which("git") is None:
+        pytest.skip("no git, so what belongs into the source distribution is not known")
     done = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=False)
     if done.returncode or not done.stdout:
         pytest.skip("no git checkout, so what belongs into the source distribution is not known")
