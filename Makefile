@@ -1,4 +1,5 @@
 # make demo | make test | make test-slow | make lint | make bench, each on a machine with only Python, gcc and make.
+# docs/installing.md: make matrix | make compilers | make wheels
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +7,7 @@ BIN := $(VENV)/bin
 RESULTS := benchmarks/results
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cmake csrc/include/hicache/*.h)
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench matrix compilers wheels clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/hicache generate --out demo.png
@@ -30,13 +31,28 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.launches --csv $(RESULTS)/launches.csv
 	$(BIN)/python -m benchmarks.plots $(RESULTS)/kernels-cpu.csv $(RESULTS)/launches.csv
 
+# every Python on the path, with every diffusers that is promised: many GB of downloads
+matrix: $(VENV)/test.stamp
+	$(BIN)/python -m tests.installation.matrix --csv $(RESULTS)/matrix.csv
+
+# every C++ compiler on the path, and the bits of what it makes
+compilers: $(VENV)/test.stamp
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m tests.installation.compilers --csv $(RESULTS)/compilers.csv
+
+# dist/: the source distribution, and a wheel of it for this Python that runs on other Linuxes
+wheels: $(VENV)/release.stamp
+	rm -rf build/wheels
+	HICACHE_FORCE_NATIVE_BUILD=1 $(BIN)/python -m build --outdir build/wheels
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/wheels/*.whl
+	cp build/wheels/*.tar.gz dist
+
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
-# an editable install of the package with one of its extras: demo, test, lint or bench
+# an editable install of the package with one of its extras: demo, test, lint, bench or release
 $(VENV)/%.stamp: $(BIN)/pip $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info hicache_kernels/*.so demo.png
+	rm -rf $(VENV) build dist *.egg-info hicache_kernels/*.so demo.png

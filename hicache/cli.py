@@ -72,6 +72,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 def generate(options: argparse.Namespace) -> int:
     """Draw, save the picture and print the table."""
     try:
+        from diffusers.utils.logging import disable_progress_bar
         from PIL import Image
         from rich.console import Console
         from rich.table import Table
@@ -98,8 +99,11 @@ def generate(options: argparse.Namespace) -> int:
         basis=options.basis,
         last_step_full=options.last_step_full,
     )
+    no_bars = not sys.stderr.isatty()
+    if no_bars:
+        disable_progress_bar()
     pipe = hicache.demo.load()
-    pipe.set_progress_bar_config(desc="denoising", leave=False)
+    pipe.set_progress_bar_config(desc="denoising", leave=False, disable=no_bars)
     result = compare(
         pipe,
         options.prompts,

@@ -25,8 +25,24 @@ BACKENDS: Final[dict[str, Backend]] = load()
 # the faster where an op takes longer than its launch (benchmarks/results).
 _PREFERENCE: Final = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference")}
 
+
+def _namespace() -> torch.library.Library:
+    """``torch.ops.hicache``, to define ops in.
+
+    Raises:
+        ImportError: this process has it already.
+    """
+    try:
+        return torch.library.Library("hicache", "DEF")
+    except RuntimeError as error:
+        raise ImportError(
+            "hicache_kernels: expected to be imported once in a process, and torch.ops.hicache is there "
+            "already: from before a reload, or from another copy of the package; start a new process"
+        ) from error
+
+
 # define/impl rather than custom_op: cheaper to call, and these are called once a step
-_LIBRARY: Final = torch.library.Library("hicache", "DEF")
+_LIBRARY: Final = _namespace()
 
 
 def backend_status(device: torch.device | str = "cpu") -> dict[str, str | None]:

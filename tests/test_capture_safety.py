@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -49,6 +50,11 @@ CLEAN = (
 )
 CLEAN_AFTER_A_CALL = ("Qwen-Image", "Z-Image")
 BLOCKED_INSIDE = ("CogView4", "HiDream", "Mochi")
+# What a model's own code runs differs from one diffusers to the next; that the cache adds nothing does not.
+of_the_page = pytest.mark.skipif(
+    f"Made with diffusers {diffusers.__version__} " not in PAGE.read_text(),
+    reason=f"docs/capture-safety.md is of another diffusers than {diffusers.__version__}",
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +65,7 @@ def surveys() -> dict[str, Survey]:
 # The page.
 
 
+@of_the_page
 def test_the_page_is_what_the_models_do(surveys: dict[str, Survey]):
     def body(text: str) -> list[str]:
         return [line for line in text.splitlines() if not line.startswith("Made with")]
@@ -106,6 +113,7 @@ def test_models_are_cached_by_module_where_they_can_be(surveys: dict[str, Survey
     }
 
 
+@of_the_page
 def test_other_families(surveys: dict[str, Survey]):
     for title in CLEAN_AFTER_A_CALL:
         assert surveys[title].own.verdict == "clean after a first call"

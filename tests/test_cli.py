@@ -99,4 +99,8 @@ def test_info_without_the_extension(tmp_path):
     done = run_script("cli_without_extension.py", tmp_path / "x.png")
     assert done.returncode == 0, done.stderr
     assert "native on cpu     not usable: the native extension is not built" in done.stdout
-    assert "backend 'native' cannot run: the native extension is not built" in done.stderr
+    # without these options pip takes the wheel again that it made without a compiler
+    assert "pip install --force-reinstall --no-deps --no-cache-dir --no-binary hicache hicache" in done.stdout
+    # and nothing else: no progress bar where there is no terminal, no warning of somebody else's
+    [error] = done.stderr.splitlines()
+    assert "backend 'native' cannot run: the native extension is not built" in error

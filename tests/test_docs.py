@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,16 @@ def test_a_citation_of_a_missing_section_is_found():
     assert not missing('(docs/algorithm.md, "Lazy update")')
     assert not missing('# docs/algorithm.md, "Lazy\n    # update"')
     assert missing('(docs/algorithm.md, "Lazy\n    updates")') == [("docs/algorithm.md", "Lazy updates")]
+
+
+@pytest.mark.parametrize("name", ["matrix", "compilers"])
+def test_tables_of_installing_are_what_was_run(name):
+    with (ROOT / "benchmarks" / "results" / f"{name}.csv").open() as file:
+        rows = ["| " + " | ".join(row) + " |" for row in csv.reader(file)]
+    lines = (ROOT / "docs" / "installing.md").read_text().splitlines()
+    begin = lines.index(rows[0])
+    assert lines[begin + 2 : begin + len(rows) + 1] == rows[1:]
+    assert not lines[begin + len(rows) + 1]  # nothing below them
 
 
 def broken(document: Path, text: str) -> list[str]:

@@ -330,9 +330,7 @@ def test_offload_comes_and_goes():
     pipe, arguments = pipelines.build("flux")
     plain = pipelines.draw(pipe, arguments)
     with hicache.fast.apply(pipe, HiCacheConfig(interval=1)):
-        pipe.transformer.enable_group_offload(
-            onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
-        )
+        pipelines.offload_groups(pipe)
         assert torch.equal(pipelines.draw(pipe, arguments), plain)
     assert torch.equal(pipelines.draw(pipe, arguments), plain)
 

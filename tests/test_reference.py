@@ -608,9 +608,7 @@ def test_group_offloading_comes_and_goes():
     pipe, arguments = pipelines.build("flux")
     with hicache.reference.apply(pipe, EVERY_THIRD):
         expected = pipelines.draw(pipe, arguments)
-        pipe.transformer.enable_group_offload(
-            onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
-        )
+        pipelines.offload_groups(pipe)
         assert torch.equal(pipelines.draw(pipe, arguments), expected)
 
 

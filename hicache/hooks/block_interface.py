@@ -14,6 +14,7 @@ from hicache import compat
 _IMAGE_INDEX: Final = {
     "AuraFlowJointTransformerBlock": 1,
     "ChromaTransformerBlock": 1,
+    "Flux2TransformerBlock": 1,  # diffusers has a record of it from 0.42 on
     "HiDreamImageTransformerBlock": 0,
     "HiDreamBlock": 0,
     "HunyuanVideo15TransformerBlock": 0,

@@ -26,7 +26,12 @@ try:
     _MISSING: str | None = None
 except ImportError as error:
     _native = None
-    _MISSING = f"the native extension is not built ({error}); reinstall where a C++17 compiler is found"
+    _MISSING = (
+        f"the native extension is not built ({error}); where a C++17 compiler is found: "
+        "HICACHE_FORCE_NATIVE_BUILD=1 "
+        "pip install --force-reinstall --no-deps --no-cache-dir --no-binary hicache hicache "
+        "(in a checkout: . in place of the last word)"
+    )
 
 # hicache::dtype in csrc/include/hicache/kernels.h
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}

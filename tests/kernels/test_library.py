@@ -7,6 +7,7 @@ import torch
 
 import hicache_kernels
 from hicache_kernels import History, forecast, gated_sum, update_, update_forecast_
+from tests.support.scripts import run_script
 
 GAP = torch.tensor(0.25)
 COEFFS = torch.tensor([1.0, 0.5, -0.125])
@@ -125,3 +126,14 @@ def test_base_in_the_history_is_refused_while_it_is_updated():
 def test_public_names():
     for name in hicache_kernels.__all__:
         assert getattr(hicache_kernels, name) is not None
+
+
+def test_imported_twice():
+    """It says so in words of its own, and the first copy works on."""
+    done = run_script("import_twice.py")
+    assert done.returncode == 0, done.stderr
+    reload, copy, result = done.stdout.splitlines()
+    for message in (reload, copy):
+        assert message.startswith("hicache_kernels: expected to be imported once in a process")
+        assert message.endswith("start a new process")
+    assert result == "[3.0, 3.0, 3.0]"

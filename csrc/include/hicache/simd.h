@@ -11,6 +11,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "hicache/types.h"
@@ -87,6 +89,20 @@ inline void store(bf16* to, vector_t<float> value) {
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(out, out), 0b1000);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
 }
+#elif defined(__aarch64__)
+inline vector_t<float> load(const bf16* from) {
+  uint16x4_t raw;
+  std::memcpy(&raw, from, sizeof raw);
+  return reinterpret_cast<vector_t<float>>(vshlq_n_u32(vmovl_u16(raw), 16));
+}
+inline void store(bf16* to, vector_t<float> value) {
+  const uint32x4_t bits = reinterpret_cast<uint32x4_t>(value), number = reinterpret_cast<uint32x4_t>(value == value);
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t sum = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd);
+  const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+  const uint16x4_t out = vshrn_n_u32(vbslq_u32(number, sum, quiet), 16);
+  std::memcpy(to, &out, sizeof out);
+}
 #else
 inline vector_t<float> load(const bf16* from) {
   halves raw;
@@ -117,6 +133,16 @@ inline vector_t<float> load(const fp16* from) {
 inline void store(fp16* to, vector_t<float> value) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                    _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__aarch64__)
+inline vector_t<float> load(const fp16* from) {
+  uint16x4_t raw;
+  std::memcpy(&raw, from, sizeof raw);
+  return reinterpret_cast<vector_t<float>>(vcvt_f32_f16(vreinterpret_f16_u16(raw)));
+}
+inline void store(fp16* to, vector_t<float> value) {
+  const float16x4_t out = vcvt_f16_f32(reinterpret_cast<float32x4_t>(value));
+  std::memcpy(to, &out, sizeof out);
 }
 #else
 inline vector_t<float> load(const fp16* from) {
