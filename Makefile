@@ -1,5 +1,5 @@
 # make demo | make test | make test-slow | make lint | make bench, each on a machine with only Python, gcc and make.
-# docs/installing.md: make matrix | make compilers | make wheels
+# docs/installing.md: make matrix | make compilers | make sanitize | make wheels
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RESULTS := benchmarks/results
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cmake csrc/include/hicache/*.h)
 
-.PHONY: demo test test-slow lint bench matrix compilers wheels clean
+.PHONY: demo test test-slow lint bench matrix compilers sanitize wheels clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/hicache generate --out demo.png
@@ -38,6 +38,10 @@ matrix: $(VENV)/test.stamp
 # every C++ compiler on the path, and the bits of what it makes
 compilers: $(VENV)/test.stamp
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m tests.installation.compilers --csv $(RESULTS)/compilers.csv
+
+# fuzzed calls of the CPU kernels under gcc's sanitizers
+sanitize: $(VENV)/test.stamp
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m tests.installation.sanitizers --csv $(RESULTS)/sanitizers.csv
 
 # dist/: the source distribution, and a wheel of it for this Python that runs on other Linuxes
 wheels: $(VENV)/release.stamp

@@ -33,7 +33,11 @@ extern const kernel_table kernels;
 namespace {
 
 constexpr int64_t kGrain = 1 << 11;  // ranges of a row start at multiples of it
+#if defined(HICACHE_LEAST)  // a test's: threads for little work
+constexpr int64_t kLeast = HICACHE_LEAST;
+#else
 constexpr int64_t kLeast = 1 << 17;  // elements a thread is woken for
+#endif
 
 #if defined(HICACHE_X86)
 bool has_f16c() {  // __builtin_cpu_supports knows the name only in recent compilers

@@ -120,7 +120,7 @@ def make_case(seed: int) -> Case:
         num_coeffs,
         gated,
         pending,
-        draw(1, 2),
+        draw(1, 2, 4),
     )
     arrays = [orders, coeffs, inv_gap, base, *([] if gates is None else [gates])]
     given = raw(torch.tensor(codes, dtype=torch.int64), *arrays)

@@ -25,11 +25,13 @@ size_t size_of(int64_t type) { return type == 0 ? 4 : type == 3 ? 8 : 2; }
 
 bytes read(size_t count) {
   bytes found(count);
-  if (std::fread(found.data(), 1, count, stdin) != count) throw std::runtime_error("a case ends early");
+  if (count != 0 && std::fread(found.data(), 1, count, stdin) != count) throw std::runtime_error("a case ends early");
   return found;
 }
 
-void write(const bytes& from) { std::fwrite(from.data(), 1, from.size(), stdout); }
+void write(const bytes& from) {
+  if (!from.empty()) std::fwrite(from.data(), 1, from.size(), stdout);
+}
 
 void run(const header& h) {
   const int64_t elements = h.batch * h.rows * h.channels, row = h.num_features * elements;
