@@ -113,6 +113,19 @@ def inside_compiled_call() -> bool:
     return False
 
 
+def arguments_of_calls() -> Iterator[Any]:
+    """The first two arguments of every ``__call__`` of Python that goes on, from the innermost out."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__call__":
+            variables = frame.f_locals
+            for name in code.co_varnames[: min(2, code.co_argcount)]:
+                if name in variables:
+                    yield variables[name]
+        frame = frame.f_back
+
+
 def weight_parts(weight: Tensor) -> Iterator[Tensor]:
     """The tensors that hold a weight's numbers: those of a quantised one are inside it (torchao)."""
     if not hasattr(weight, "__tensor_flatten__"):

@@ -44,7 +44,14 @@ class Steps(Protocol):
 Denoiser = TypeVar("Denoiser", bound=Hooked)
 
 
-class BaseHandle(ABC, Generic[Denoiser]):
+class NotCopied:
+    """A part of a cached pipeline: its hooks reach into that, and a copy's would reach into the original."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("hicache: a cached pipeline cannot be copied or pickled; call remove() first")
+
+
+class BaseHandle(NotCopied, ABC, Generic[Denoiser]):
     """A cached pipeline: leave the ``with`` block or call :meth:`remove` to get it back as it was.
 
     Args:
@@ -129,7 +136,3 @@ class BaseHandle(ABC, Generic[Denoiser]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # its hooks reach into the pipeline, and a copy's would still reach into the original
-        raise TypeError("hicache: a cached pipeline cannot be copied or pickled; call remove() first")

@@ -93,6 +93,15 @@ def test_inside_a_compiled_call(layer: nn.Linear):
     )
 
 
+def test_arguments_of_calls():
+    class Call:
+        def __call__(self, inner: Any, more: int) -> list[Any]:
+            return list(compat.arguments_of_calls()) if inner is None else inner(None, more)
+
+    inner, outer = Call(), Call()
+    assert outer(inner, 1)[:4] == [inner, None, outer, inner]
+
+
 class Quantised(torch.Tensor):
     """A weight of two tensors, flattened as torchao's are."""
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from hicache.hooks.block_interface import UNCACHED
 from hicache.hooks.dynamo import CompilePause
@@ -15,7 +11,6 @@ from hicache.runtime.budget import RecorderChoice
 from hicache.runtime.context import BegunCall, Context
 from hicache.runtime.lesson import FirstCall
 from hicache.runtime.session import Session
-from hicache.step_plan import SkippedStep
 
 
 class CallPlanner:
@@ -76,26 +71,6 @@ class CallPlanner:
             self._hooked.module.forward(*begun.args, **begun.kwargs)
             call.rotary_index, call.verifying = 0, False
             self._pause.resume()
-
-    def forecast(self, plan: SkippedStep, base: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
-        """The hidden state after the blocks, with gates prefetched or computed now; maybe compiled.
-
-        Args:
-            plan: of this skipped step.
-            base: ``[batch, tokens, channels]``, the hidden state that enters the first block.
-            block_kwargs: the first block's arguments by name.
-        """
-        started = None if self._hooked.call.opaque else self._session.watch.start(base.device)
-        with torch.no_grad():
-            gates = plan.gates
-            if gates is None:
-                gates = self._choice.recorder.gates(block_kwargs, base)
-            for residual in plan.between:
-                base = base + residual
-            out = plan.sum(base, gates)
-        if started is not None:
-            self._session.watch.stop(started)
-        return out
 
     def commit(self, begun: BegunCall) -> None:
         """A call has come to its end: take in what it recorded, and prefetch gates of the steps to come."""

@@ -1,15 +1,23 @@
-"""What all denoisers of a pipeline share: the step clock, the settings of the current run, the stopwatch."""
+"""What all denoisers of a pipeline share in a run: the step clock, the settings, the stopwatch.
+
+A transformer may be shared by pipelines with schedulers of their own, in several threads: each run that goes
+on has a session of its own.
+"""
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import nn
 
 from hicache.config import HiCacheConfig
 from hicache.handle import Steps
+from hicache.hooks.caller import calling_scheduler
+from hicache.hooks.step_clock import SchedulerClock, TimestepClock
+from hicache.pipeline import check_scheduler
 from hicache.schedule import bound, with_speedup
 from hicache.stats import Stopwatch
 
@@ -28,7 +36,7 @@ class StepClock(Steps, Protocol):
     def timesteps(self) -> Any:
         """The scheduler's timesteps, where there is one."""
 
-    def tick(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
+    def tick(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
         """A call of a transformer begins, with these arguments by name."""
 
     def abort(self) -> None:
@@ -36,7 +44,7 @@ class StepClock(Steps, Protocol):
 
 
 class Session:
-    """What all denoisers of a pipeline share.
+    """What all denoisers of a pipeline share in a run, and in the runs after it.
 
     Args:
         clock: counts runs and steps.
@@ -80,6 +88,77 @@ class Session:
             )
 
 
+class Sessions:
+    """The sessions of a cached pipeline: as many as runs went on at a time.
+
+    Args:
+        source: gives the scheduler of the pipeline; None for a bare transformer without one.
+        callers: whether a call from a pipeline is of that one's scheduler, whatever ``source`` gives.
+        make: makes a session that counts by a clock.
+    """
+
+    def __init__(
+        self, source: Callable[[], Any] | None, callers: bool, make: Callable[[StepClock], Session]
+    ) -> None:
+        self._source = source
+        self._callers = callers
+        self._make = make
+        self._lock = threading.Lock()
+        # watched from here on: a loop of one's own may call set_timesteps before the transformer
+        self.latest = make(TimestepClock() if source is None else SchedulerClock(source()))
+        self._sessions = [self.latest]
+
+    def of_call(self, module: nn.Module) -> Session:
+        """The session of the run that calls a transformer now, from this thread.
+
+        Raises:
+            TypeError: its scheduler cannot be watched.
+        """
+        scheduler = calling_scheduler(module) if self._callers else None
+        if scheduler is None and self._source is not None:
+            scheduler = self._source()
+            check_scheduler(scheduler)
+        with self._lock:
+            self.latest = self._by_thread() if scheduler is None else self._by_scheduler(scheduler)
+            return self.latest
+
+    def _by_thread(self) -> Session:
+        thread = threading.get_ident()
+        for session in self._sessions:
+            if isinstance(session.clock, TimestepClock) and session.clock.thread == thread:
+                return session
+        return self._add(TimestepClock())
+
+    def _by_scheduler(self, scheduler: Any) -> Session:
+        thread = threading.get_ident()
+        clocks = [(s, s.clock) for s in self._sessions if isinstance(s.clock, SchedulerClock)]
+        held = [(s, clock) for s, clock in clocks if clock.scheduler is scheduler]
+        for session, clock in sorted(held, key=lambda pair: pair[1].thread != thread):
+            if clock.counts(thread):
+                return session
+        begun = {thread for _, clock in held for thread in clock.begun}
+        for session, clock in clocks:
+            if clock.idle:
+                clock.follow(scheduler, begun)  # its memory serves this run
+                return session
+        return self._add(SchedulerClock(scheduler, begun))
+
+    def _add(self, clock: StepClock) -> Session:
+        session = self._make(clock)
+        self._sessions.append(session)
+        return session
+
+    def restart(self) -> None:
+        """Start new runs at the next calls."""
+        for session in self._sessions:
+            session.clock.restart()
+
+    def detach(self) -> None:
+        """Leave all schedulers as they were."""
+        for session in self._sessions:
+            session.clock.detach()
+
+
 class StepCounter:
     """Which call of which step this is, for one denoiser.
 
@@ -96,7 +175,7 @@ class StepCounter:
     def tick(self, module: nn.Module, model_kwargs: Mapping[str, Any]) -> bool:
         """A call begins; whether it is the first of a run."""
         clock = self._session.clock
-        clock.tick(module, dict(model_kwargs))
+        clock.tick(module, model_kwargs)
         started = self._run != clock.run
         if started:
             self._run, self.step = clock.run, -1
