@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, Final
 
@@ -113,16 +113,15 @@ def inside_compiled_call() -> bool:
     return False
 
 
-def arguments_of_calls() -> Iterator[Any]:
-    """The first two arguments of every ``__call__`` of Python that goes on, from the innermost out."""
+def running_calls() -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """The first two arguments of every ``__call__`` of Python that goes on, and its variables, inside out."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__call__":
             variables = frame.f_locals
-            for name in code.co_varnames[: min(2, code.co_argcount)]:
-                if name in variables:
-                    yield variables[name]
+            names = code.co_varnames[: min(2, code.co_argcount)]
+            yield [variables[name] for name in names if name in variables], variables
         frame = frame.f_back
 
 
@@ -168,6 +167,15 @@ def block_metadata(block: nn.Module) -> Any:
         return TransformerBlockRegistry.get(type(block))
     except ValueError:
         return None
+
+
+def guider_prediction(variables: Mapping[str, Any]) -> str | None:
+    """Which prediction the block of a modular pipeline is calling for: ``"pred_uncond"``.
+
+    Of ``guider_state_batch``, as every one calls it, under the key ``BaseGuidance._identifier_key``.
+    """
+    batch = variables.get("guider_state_batch")
+    return None if batch is None else getattr(batch, "__guidance_identifier__", None)
 
 
 def attention_backend() -> str:

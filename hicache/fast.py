@@ -58,7 +58,7 @@ class Handle(BaseHandle[Denoiser]):
             contexts={
                 context.label: ContextStats(context.full_steps, context.skipped_steps, context.engine.nbytes)
                 for track in tracks.values()
-                for context in track.contexts.current.values()
+                for context in track.contexts.current
             },
             history_bytes=sum(denoiser.nbytes for denoiser in denoisers),
             cache_ms=session.watch.read(),

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import nn
@@ -93,13 +94,24 @@ def test_inside_a_compiled_call(layer: nn.Linear):
     )
 
 
-def test_arguments_of_calls():
+def test_running_calls():
     class Call:
         def __call__(self, inner: Any, more: int) -> list[Any]:
-            return list(compat.arguments_of_calls()) if inner is None else inner(None, more)
+            return list(compat.running_calls()) if inner is None else inner(None, more)
 
     inner, outer = Call(), Call()
-    assert outer(inner, 1)[:4] == [inner, None, outer, inner]
+    (first, variables), (second, _), *_ = outer(inner, 1)
+    assert (first, second) == ([inner, None], [outer, inner])
+    assert variables["more"] == 1
+
+
+def test_predictions_of_a_guider():
+    guider = diffusers.ClassifierFreeGuidance(guidance_scale=2.0)
+    guider.set_state(step=0, num_inference_steps=2, timestep=torch.tensor(1))
+    batches = guider.prepare_inputs({"text": (torch.ones(1), torch.zeros(1))})
+    names = [compat.guider_prediction({"guider_state_batch": batch}) for batch in batches]
+    assert names == ["pred_cond", "pred_uncond"], moved("BaseGuidance._identifier_key", "guider_prediction")
+    assert compat.guider_prediction({}) is None
 
 
 class Quantised(torch.Tensor):

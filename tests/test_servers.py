@@ -192,7 +192,7 @@ def test_threads_with_one_scheduler_that_keeps_no_count():
     barrier = threading.Barrier(len(numbers))
 
     def together(number: int) -> Tensor:
-        barrier.wait()
+        barrier.wait(timeout=60)
         return draw(number)
 
     with hicache.fast.apply(pipe, HiCacheConfig(interval=1)), ThreadPoolExecutor(len(numbers)) as pool:
@@ -253,7 +253,7 @@ def test_loops_of_ones_own_in_threads():
         with torch.no_grad():
             for sigma in torch.linspace(1, 0.1, 9):
                 latents = latents - transformer(**flux_call(latents, sigma))[0] / 9
-                barrier.wait()
+                barrier.wait(timeout=60)
         return latents
 
     with hicache.fast.apply(transformer, EVERY_THIRD):

@@ -15,16 +15,16 @@ from hicache import compat
 from hicache.adapters.base import ModuleAdapter
 from hicache.cuda_graphs.runner import GraphRunner
 from hicache.handle import NotCopied
+from hicache.hooks.caller import CallName, find_caller
 from hicache.hooks.transformer import HookedTransformer
 from hicache.runtime.budget import Policy
-from hicache.runtime.context import BegunCall
+from hicache.runtime.context import MAX_CONTEXTS, BegunCall
 from hicache.runtime.recorders import ModuleRecorder
 from hicache.runtime.session import Session, Sessions
 from hicache.runtime.signature import requires_grad
 from hicache.runtime.track import Track
 from hicache.step_plan import SkippedStep
 
-_MAX_CONTEXTS: Final = 16  # calls of one denoiser in one step; more means that the step is not being counted
 # Arguments that only feed the blocks: their effect is in the cached residual already. A list of ControlNet
 # residuals would be added a second time, and skip-layer guidance would leave out the stand-in.
 BLOCK_ONLY_ARGUMENTS: Final = (
@@ -68,6 +68,7 @@ class Denoiser(NotCopied):
         self._policy = policy
         self._tracks: dict[Session, Track] = {}
         self._names = tuple(inspect.signature(type(self.module).forward).parameters)[1:]
+        self._name = CallName(self.module)
         self._turn = threading.RLock()
         self._has_turn = False  # whether a call has, that has not ended
         self._track: Track | None = None  # of the call that has the turn
@@ -85,6 +86,7 @@ class Denoiser(NotCopied):
             self.module.register_forward_pre_hook(before, with_kwargs=True).remove,
             # also after an exception: nothing of a call may reach the next one
             self.module.register_forward_hook(after, always_call=True).remove,
+            self._name.install(),
         ]
         self.hooked.install(self._forecast)
         if self._modules is not None:
@@ -134,18 +136,26 @@ class Denoiser(NotCopied):
         if torch.is_grad_enabled() and (module.training or requires_grad(model_kwargs)):
             self._warn("is called for its gradients: it runs uncached")
             return None
-        track = self._track = self.track(self.sessions.of_call(module))
+        caller = find_caller(module)
+        track = self._track = self.track(self.sessions.of_call(caller.scheduler))
         counter = track.counter
         if counter.tick(module, model_kwargs):
             self._start_run(track)
-        if counter.ordinal >= _MAX_CONTEXTS:
+        if counter.ordinal >= MAX_CONTEXTS:
             self._warn(
-                f"was called more than {_MAX_CONTEXTS} times without a step of the scheduler: these calls "
+                f"was called more than {MAX_CONTEXTS} times without a step of the scheduler: these calls "
                 "run uncached; is this the scheduler of the run? (see apply(..., scheduler=...))"
             )
             return None
         step = counter.step
-        context = track.contexts.find(counter, model_kwargs, track.session)
+        name = self._name.current or caller.name
+        context = track.contexts.find(counter, name, model_kwargs, track.session)
+        if context is None:
+            self._warn(
+                f"was called in more than {MAX_CONTEXTS} forms or with as many prompts in one run: further "
+                "ones run uncached"
+            )
+            return None
         full = context.is_full(step)
         dropped = {name for name in BLOCK_ONLY_ARGUMENTS if model_kwargs.get(name) is not None}
         if dropped and not full:

@@ -15,7 +15,6 @@ from torch import nn
 
 from hicache.config import HiCacheConfig
 from hicache.handle import Steps
-from hicache.hooks.caller import calling_scheduler
 from hicache.hooks.step_clock import SchedulerClock, TimestepClock
 from hicache.pipeline import check_scheduler
 from hicache.schedule import bound, with_speedup
@@ -93,7 +92,7 @@ class Sessions:
 
     Args:
         source: gives the scheduler of the pipeline; None for a bare transformer without one.
-        callers: whether a call from a pipeline is of that one's scheduler, whatever ``source`` gives.
+        callers: whether a call that a pipeline makes is of that one's scheduler, whatever ``source`` gives.
         make: makes a session that counts by a clock.
     """
 
@@ -108,14 +107,16 @@ class Sessions:
         self.latest = make(TimestepClock() if source is None else SchedulerClock(source()))
         self._sessions = [self.latest]
 
-    def of_call(self, module: nn.Module) -> Session:
+    def of_call(self, scheduler: Any) -> Session:
         """The session of the run that calls a transformer now, from this thread.
+
+        Args:
+            scheduler: of the pipeline that calls; None where none does.
 
         Raises:
             TypeError: its scheduler cannot be watched.
         """
-        scheduler = calling_scheduler(module) if self._callers else None
-        if scheduler is None and self._source is not None:
+        if self._source is not None and (scheduler is None or not self._callers):
             scheduler = self._source()
             check_scheduler(scheduler)
         with self._lock:
