@@ -113,6 +113,22 @@ def inside_compiled_call() -> bool:
     return False
 
 
+def is_calling(thread: int, module: nn.Module) -> bool:
+    """Whether a thread is in a call of a module (``Module._call_impl``), or in a compiled one of any.
+
+    Compiled calls go on in functions called ``torch_dynamo_resume_in_...``.
+    """
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name.startswith("torch_dynamo_resume") or name == "compile_wrapper":
+            return True
+        if name == "_call_impl" and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def running_calls() -> Iterator[tuple[list[Any], dict[str, Any]]]:
     """The first two arguments of every ``__call__`` of Python that goes on, and its variables, inside out."""
     frame: FrameType | None = sys._getframe()

@@ -20,6 +20,7 @@ from hicache.hooks.transformer import HookedTransformer
 from hicache.pipeline import (
     GRANULARITIES,
     MEMORY_BUDGET,
+    PartsCheck,
     check_backend,
     check_budget,
     check_choice,
@@ -58,6 +59,7 @@ class Handle(BaseHandle[Denoiser]):
             contexts={
                 context.label: ContextStats(context.full_steps, context.skipped_steps, context.engine.nbytes)
                 for track in tracks.values()
+                if not track.counter.outdated
                 for context in track.contexts.current
             },
             history_bytes=sum(denoiser.nbytes for denoiser in denoisers),
@@ -137,7 +139,12 @@ def apply(
 
     # everything that can fail has been checked: from here on the pipeline is changed
     Handle.remove_from(modules.values())
-    sessions = Sessions(source, scheduler is None, lambda clock: Session(clock, config, speedup, backend))
+    sessions = Sessions(
+        source,
+        callers=scheduler is None,
+        make=lambda clock: Session(clock, config, speedup, backend),
+        on_run=PartsCheck(pipe, modules).warn,
+    )
     policy = Policy(granularity, memory_budget)
     denoisers = []
     for name, transformer in hooked.items():

@@ -68,11 +68,26 @@ class BaseHandle(NotCopied, ABC, Generic[Denoiser]):
 
     @classmethod
     def remove_from(cls, modules: Iterable[nn.Module]) -> None:
-        """Remove what an earlier ``apply()`` of the same owner left on these transformers."""
+        """Remove what earlier ``apply()`` of the same owner left on these transformers, and on no others."""
+        modules = list(modules)
         for module in modules:
             previous = module.__dict__.get(HANDLE_ATTRIBUTES[cls.owner])
             if previous is not None:
-                previous.remove()
+                previous._let_go(modules)
+
+    def _let_go(self, modules: list[nn.Module]) -> None:
+        """Leave some transformers as they were; without any left, all of the pipeline."""
+        kept = [denoiser for denoiser in self._denoisers if denoiser.module not in modules]
+        if not kept:
+            self.remove()
+        for denoiser in [denoiser for denoiser in self._denoisers if denoiser not in kept]:
+            self._leave(denoiser)
+            self._denoisers.remove(denoiser)
+
+    def _leave(self, denoiser: Denoiser) -> None:
+        denoiser.remove()
+        denoiser.release()
+        denoiser.module.__dict__.pop(HANDLE_ATTRIBUTES[self.owner], None)
 
     def install(self) -> None:
         """Hook all denoisers, or none where one of them fails."""
@@ -121,9 +136,7 @@ class BaseHandle(NotCopied, ABC, Generic[Denoiser]):
             return
         self._final = self._read_stats()
         for denoiser in self._denoisers:
-            denoiser.remove()
-            denoiser.release()
-            denoiser.module.__dict__.pop(HANDLE_ATTRIBUTES[self.owner], None)
+            self._leave(denoiser)
         self._denoisers.clear()
         self._steps.detach()
 

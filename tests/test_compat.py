@@ -6,6 +6,7 @@ One test a name: when a release moves one, the test names it and the function of
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,6 +104,23 @@ def test_running_calls():
     (first, variables), (second, _), *_ = outer(inner, 1)
     assert (first, second) == ([inner, None], [outer, inner])
     assert variables["more"] == 1
+
+
+def test_a_thread_in_a_call():
+    class Waiting(nn.Module):
+        def forward(self) -> list[bool]:
+            thread = threading.get_ident()
+            return [compat.is_calling(thread, module) for module in (self, nn.Identity())]
+
+    assert Waiting()() == [True, False], moved("Module._call_impl", "is_calling")
+    assert not compat.is_calling(threading.get_ident(), nn.Identity())
+    compiled: list[bool] = []
+    layer = nn.Linear(2, 2)
+    look = torch.compiler.disable(lambda *_: compiled.append(compat.is_calling(threading.get_ident(), layer)))
+    layer.register_forward_pre_hook(look)
+    layer.register_forward_hook(look)
+    torch.compile(layer, backend="eager")(torch.ones(1, 2))
+    assert compiled == [True, True], moved("torch_dynamo_resume", "is_calling")
 
 
 def test_predictions_of_a_guider():

@@ -244,6 +244,25 @@ def test_threads_take_turns_with_one_pipeline():
         assert handle.stats.history_bytes == held
 
 
+def test_an_interrupt_in_the_middle_of_a_call_keeps_no_turn():
+    """torch tells nobody of a call that ended by one; other threads are not kept waiting."""
+    shared, arguments = pipelines.build("flux")
+    server = Server(shared)
+
+    def interrupt(*_: Any) -> None:
+        hook.remove()
+        raise KeyboardInterrupt
+
+    with hicache.fast.apply(shared, EVERY_THIRD):
+        alone = Request(0).draw(shared, arguments)
+        for block in (0, 1):
+            hook = shared.transformer.single_transformer_blocks[block].register_forward_pre_hook(interrupt)
+            assert Request(3).draw(server.pipeline(), arguments) is None
+            with ThreadPoolExecutor(1) as pool:
+                drawn = pool.submit(Request(0).draw, server.pipeline(), arguments).result(timeout=60)
+            assert torch.equal(drawn, alone)
+
+
 def test_loops_of_ones_own_in_threads():
     """Without a scheduler the timesteps of every thread are counted by themselves."""
     transformer = models.flux_transformer()
@@ -275,7 +294,7 @@ def test_schedulers_of_requests_are_not_kept():
         with hicache.fast.apply(shared, EVERY_THIRD) as handle:
             for number in (1, 1, 0, 4, 4, 3):
                 Request(number).draw(server.pipeline(), arguments)
-            assert len(handle._sessions._sessions) == 1
+            assert len(handle._sessions._sessions) == 2  # the pipeline's own scheduler stays watched
             held = handle.stats.history_bytes
             assert held == sum(context.history_bytes for context in handle.stats.contexts.values())
     finally:

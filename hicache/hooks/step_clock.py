@@ -23,15 +23,24 @@ _METHODS: Final = ("set_timesteps", "step")
 _TIMESTEPS: Final = ("timestep", "timesteps", "t")  # what transformers call it
 
 
-def timestep_of(kwargs: Mapping[str, Any]) -> float | None:
-    """The timestep among a transformer's arguments by name, read on the host; None if there is none.
+def _timestep(kwargs: Mapping[str, Any]) -> Any:
+    """The timestep among a transformer's arguments by name, a number or a tensor; None if there is none.
 
     Per-token timesteps (Wan 2.2 TI2V) hold zeros for the tokens that are given: the largest is the step's.
     """
     timestep = next((kwargs[name] for name in _TIMESTEPS if kwargs.get(name) is not None), None)
-    if timestep is None:
-        return None
-    return float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
+    return timestep.max() if isinstance(timestep, torch.Tensor) else timestep
+
+
+def _index(timesteps: Any, timestep: Any) -> int:
+    """Where a run begins among its scheduler's timesteps; 0 if that is not to be seen. Reads the device."""
+    if not isinstance(timesteps, torch.Tensor) or not isinstance(timestep, torch.Tensor):
+        return 0
+    known = timesteps.to(timestep.device)
+    # pipelines give their model the scheduler's timestep, or a thousandth of it
+    same = (known.to(timestep.dtype) == timestep) | ((known / 1000).to(timestep.dtype) == timestep)
+    found = same.nonzero().flatten().tolist()
+    return found[0] if found else 0
 
 
 class _Watched:
@@ -83,13 +92,18 @@ class SchedulerClock:
     Args:
         scheduler: held weakly; :meth:`follow` puts another in its place.
         begun: as for :meth:`follow`.
+        on_run: called when ``set_timesteps`` begins a run.
 
     Raises:
         TypeError: it cannot be watched.
     """
 
-    def __init__(self, scheduler: Any, begun: Iterable[int] = ()) -> None:
+    def __init__(
+        self, scheduler: Any, begun: Iterable[int] = (), on_run: Callable[[], None] = lambda: None
+    ) -> None:
         self.run = 0
+        self._on_run = on_run
+        self._first = 0  # the run's first timestep among the scheduler's, where that does not say
         self.step = 0
         self.begun: set[int] = set()
         self._scheduler: Callable[[], Any] = lambda: None
@@ -139,6 +153,7 @@ class SchedulerClock:
         self.begun.add(thread)
         if thread == self.thread or not self.busy:
             self.restart()
+            self._on_run()
 
     def _on_step(self) -> None:
         if self.counts(threading.get_ident()):
@@ -152,14 +167,15 @@ class SchedulerClock:
 
     @property
     def num_steps(self) -> int | None:
-        """Steps of the run: the scheduler's timesteps, less those before its ``begin_index``.
+        """Steps of the run: the scheduler's timesteps, less those before the run's first one.
 
-        Image-to-image pipelines that leave out steps set that; a loop over a slice of the timesteps has to.
+        Image-to-image pipelines leave out steps. They set its ``begin_index``, where it has one; else the
+        timestep of the run's first call tells.
         """
         timesteps = self.timesteps
         if timesteps is None or len(timesteps) == 0:
             return None
-        return len(timesteps) - (getattr(self.scheduler, "begin_index", None) or 0)
+        return len(timesteps) - (getattr(self.scheduler, "begin_index", None) or self._first)
 
     @property
     def idle(self) -> bool:
@@ -176,7 +192,10 @@ class SchedulerClock:
         if self._finished:
             # past the last step without set_timesteps: another picture, not one more step of the last
             self.restart()
-        self.busy = True
+        if not self.busy:
+            self.busy = True
+            if not getattr(self.scheduler, "begin_index", None):
+                self._first = max(0, _index(self.timesteps, _timestep(kwargs)) - self.step)
 
     def abort(self) -> None:
         """A call raised: nothing to do, the next run begins with ``set_timesteps``."""
@@ -184,7 +203,7 @@ class SchedulerClock:
     def restart(self) -> None:
         """Start a new run at the next call."""
         self.run += 1
-        self.step = 0
+        self.step = self._first = 0
         self.busy = False
 
     def detach(self) -> None:
@@ -225,13 +244,14 @@ class TimestepClock:
         Raises:
             ValueError: it was called without a timestep.
         """
-        value = timestep_of(kwargs)
-        if value is None:
+        timestep = _timestep(kwargs)
+        if timestep is None:
             raise ValueError(
                 f"hicache: expected {type(module).__name__} to be called with `timestep`, got "
                 f"{', '.join(sorted(kwargs)) or 'nothing'}; pass apply(..., scheduler=...) to count steps "
                 f"instead"
             )
+        value = float(timestep)
         if self._last is None:
             self._last = value
             return

@@ -43,24 +43,25 @@ class Conditions:
         return same
 
     def may_be(self, later: Conditions) -> bool:
-        """Whether a later call may be given the same: nobody has kept the tensors, from the first call on.
+        """Whether a later call may be given the same numbers, in other tensors; reads the device.
 
-        Where :meth:`kept` has, numbers are compared, which reads the device.
+        So it may where nobody has kept the first ones: neither the pipeline, from the first call on, nor
+        :meth:`kept`.
         """
-        pairs = [(given(), now()) for (given, _), (now, _) in zip(self._given, later._given, strict=True)]
-        if self._kept is not None:
-            return all(one is other or _equal(one, other) for one, other in pairs)
-        lost = not self._lasted and any(one is None for one, _ in pairs)
-        return lost and all(one is None or one is other for one, other in pairs)
+        for (given, count), (now, count_now) in zip(self._given, later._given, strict=True):
+            one, other = given(), now()
+            if one is None or other is None:
+                same = not self._lasted
+            else:
+                same = count == count_now if one is other else torch.equal(one, other)
+            if not same:
+                return False
+        return True
 
     def kept(self) -> Conditions:
         """The same, with the tensors, to compare their numbers; of a call that goes on."""
         self._kept = [tensor for given, _ in self._given if (tensor := given()) is not None]
         return self
-
-
-def _equal(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is not None and other is not None and torch.equal(one, other)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

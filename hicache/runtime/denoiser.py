@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -19,10 +18,12 @@ from hicache.hooks.caller import CallName, find_caller
 from hicache.hooks.transformer import HookedTransformer
 from hicache.runtime.budget import Policy
 from hicache.runtime.context import MAX_CONTEXTS, BegunCall
+from hicache.runtime.planner import forecast
 from hicache.runtime.recorders import ModuleRecorder
 from hicache.runtime.session import Session, Sessions
 from hicache.runtime.signature import requires_grad
 from hicache.runtime.track import Track
+from hicache.runtime.turns import Turns
 from hicache.step_plan import SkippedStep
 
 # Arguments that only feed the blocks: their effect is in the cached residual already. A list of ControlNet
@@ -37,8 +38,6 @@ BLOCK_ONLY_ARGUMENTS: Final = (
 
 class Denoiser(NotCopied):
     """One hooked transformer: counts its calls, and has them planned, run and taken in.
-
-    Calls come from any thread and take turns: what is hooked is there once.
 
     Args:
         name: the pipeline's for it.
@@ -69,9 +68,8 @@ class Denoiser(NotCopied):
         self._tracks: dict[Session, Track] = {}
         self._names = tuple(inspect.signature(type(self.module).forward).parameters)[1:]
         self._name = CallName(self.module)
-        self._turn = threading.RLock()
-        self._has_turn = False  # whether a call has, that has not ended
-        self._track: Track | None = None  # of the call that has the turn
+        self._turns = Turns(self.module)
+        self._track: Track | None = None  # of the call whose turn it is
         self._begun: BegunCall | None = None
         self._seen: list[Any] = []  # the model's fingerprint when it was learned from
         self._version = 0  # how often that was another
@@ -94,7 +92,7 @@ class Denoiser(NotCopied):
 
     def remove(self) -> None:
         """Leave the transformer as it was."""
-        with self._turn:
+        with self._turns.none():
             self._end()
             if self._modules is not None:
                 self._modules.forget()
@@ -106,7 +104,7 @@ class Denoiser(NotCopied):
 
     def release(self) -> None:
         """Free its histories, and the graphs that are of use with them only."""
-        with self._turn:
+        with self._turns.none():
             for track in self._tracks.values():
                 track.contexts.release()
             if self.graphs is not None:
@@ -129,10 +127,8 @@ class Denoiser(NotCopied):
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model_kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        self._turn.acquire()
-        if self._has_turn:  # this thread's last call, which an interrupt ended without _after()
-            self._end()
-        self._has_turn = True
+        if self._turns.take():
+            self._clear()
         if torch.is_grad_enabled() and (module.training or requires_grad(model_kwargs)):
             self._warn("is called for its gradients: it runs uncached")
             return None
@@ -184,26 +180,11 @@ class Denoiser(NotCopied):
             call.opaque = graphs.due = True
 
     def _forecast(self, plan: SkippedStep, base: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
-        """The hidden state after the blocks, with gates prefetched or computed now; maybe compiled.
-
-        Args:
-            plan: of this skipped step.
-            base: ``[batch, tokens, channels]``, the hidden state that enters the first block.
-            block_kwargs: the first block's arguments by name.
-        """
-        watch = None if self.hooked.call.opaque or self._track is None else self._track.session.watch
-        started = None if watch is None else watch.start(base.device)
-        with torch.no_grad():
-            gates = plan.gates
-            if gates is None and plan.gated:
-                assert self._modules is not None
-                gates = self._modules.gates(block_kwargs, base)
-            for residual in plan.between:
-                base = base + residual
-            out = plan.sum(base, gates)
-        if watch is not None:
-            watch.stop(started)
-        return out
+        """See :func:`~hicache.runtime.planner.forecast`; maybe compiled, and then nothing is timed."""
+        if self.hooked.call.opaque or self._track is None:
+            return forecast(plan, self._modules, base, block_kwargs)
+        with self._track.session.watch.measure(base.device):
+            return forecast(plan, self._modules, base, block_kwargs)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         begun, track = self._begun, self._track
@@ -216,15 +197,17 @@ class Denoiser(NotCopied):
             self._end()
 
     def _end(self) -> None:
-        """A call has ended, or never came to its end: the next one's turn."""
+        """A call has ended: the next one's turn."""
+        self._clear()
+        self._turns.give_back()
+
+    def _clear(self) -> None:
+        """A call has ended, or never came to its end: let go of its tensors."""
         track, self._begun, self._track = self._track, None, None
         if self.graphs is not None:
             self.graphs.due = False
         if track is not None:
             track.planner.end()
-        if self._has_turn:
-            self._has_turn = False
-            self._turn.release()
 
     def _start_run(self, track: Track) -> None:
         seen = self.hooked.fingerprint()

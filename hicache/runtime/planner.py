@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from hicache.hooks.block_interface import UNCACHED
 from hicache.hooks.dynamo import CompilePause
@@ -10,7 +14,9 @@ from hicache.hooks.transformer import HookedTransformer
 from hicache.runtime.budget import RecorderChoice
 from hicache.runtime.context import BegunCall, Context
 from hicache.runtime.lesson import FirstCall
+from hicache.runtime.recorders import ModuleRecorder
 from hicache.runtime.session import Session
+from hicache.step_plan import SkippedStep
 
 
 class CallPlanner:
@@ -121,3 +127,24 @@ class CallPlanner:
             self._choice.modules.end()
         self._hooked.end()
         self._pause.resume()
+
+
+def forecast(
+    plan: SkippedStep, modules: ModuleRecorder | None, base: Tensor, block_kwargs: Mapping[str, Any]
+) -> Tensor:
+    """The hidden state after the blocks, with gates prefetched or computed now.
+
+    Args:
+        plan: of this skipped step.
+        modules: computes gates.
+        base: ``[batch, tokens, channels]``, the hidden state that enters the first block.
+        block_kwargs: the first block's arguments by name.
+    """
+    with torch.no_grad():
+        gates = plan.gates
+        if gates is None and plan.gated:
+            assert modules is not None
+            gates = modules.gates(block_kwargs, base)
+        for residual in plan.between:
+            base = base + residual
+        return plan.sum(base, gates)

@@ -94,17 +94,22 @@ class Sessions:
         source: gives the scheduler of the pipeline; None for a bare transformer without one.
         callers: whether a call that a pipeline makes is of that one's scheduler, whatever ``source`` gives.
         make: makes a session that counts by a clock.
+        on_run: called when ``set_timesteps`` of the scheduler of ``source`` begins a run.
     """
 
     def __init__(
-        self, source: Callable[[], Any] | None, callers: bool, make: Callable[[StepClock], Session]
+        self,
+        source: Callable[[], Any] | None,
+        callers: bool,
+        make: Callable[[StepClock], Session],
+        on_run: Callable[[], None],
     ) -> None:
         self._source = source
         self._callers = callers
         self._make = make
         self._lock = threading.Lock()
         # watched from here on: a loop of one's own may call set_timesteps before the transformer
-        self.latest = make(TimestepClock() if source is None else SchedulerClock(source()))
+        self.latest = make(TimestepClock() if source is None else SchedulerClock(source(), on_run=on_run))
         self._sessions = [self.latest]
 
     def of_call(self, scheduler: Any) -> Session:
@@ -138,8 +143,9 @@ class Sessions:
             if clock.counts(thread):
                 return session
         begun = {thread for _, clock in held for thread in clock.begun}
+        own = None if self._source is None else self._source()  # stays watched: other runs may begin with it
         for session, clock in clocks:
-            if clock.idle:
+            if clock.idle and (clock.scheduler is not own or own is scheduler):
                 clock.follow(scheduler, begun)  # its memory serves this run
                 return session
         return self._add(SchedulerClock(scheduler, begun))
@@ -172,6 +178,12 @@ class StepCounter:
         self._run = -1
         self.step = -1
         self.ordinal = 0  # of the call in the step
+
+    @property
+    def outdated(self) -> bool:
+        """Whether another run has had steps since the last call."""
+        clock = self._session.clock
+        return self._run != clock.run and clock.step > 0
 
     def tick(self, module: nn.Module, model_kwargs: Mapping[str, Any]) -> bool:
         """A call begins; whether it is the first of a run."""
