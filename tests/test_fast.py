@@ -571,6 +571,14 @@ def test_transformer_whose_scheduler_is_not_counted_stays_right():
     assert torch.equal(picture, plain)
 
 
+def test_a_scheduler_that_stands_still_is_told_at_the_second_step():
+    pipe, arguments = pipelines.build("flux_cfg")
+    plain = pipelines.draw(pipe, arguments, 4)
+    with hicache.fast.apply(pipe, EVERY_THIRD, scheduler=CountingScheduler()):
+        with pytest.warns(RuntimeWarning, match="with another timestep without a step of the scheduler"):
+            assert torch.equal(pipelines.draw(pipe, arguments, 4), plain)
+
+
 def test_training_is_left_alone():
     transformer = models.flux_transformer().train()
     with hicache.fast.apply(transformer, HiCacheConfig(warmup=1)) as handle:

@@ -23,7 +23,7 @@ _METHODS: Final = ("set_timesteps", "step")
 _TIMESTEPS: Final = ("timestep", "timesteps", "t")  # what transformers call it
 
 
-def _timestep(kwargs: Mapping[str, Any]) -> Any:
+def timestep_of(kwargs: Mapping[str, Any]) -> Any:
     """The timestep among a transformer's arguments by name, a number or a tensor; None if there is none.
 
     Per-token timesteps (Wan 2.2 TI2V) hold zeros for the tokens that are given: the largest is the step's.
@@ -195,7 +195,7 @@ class SchedulerClock:
         if not self.busy:
             self.busy = True
             if not getattr(self.scheduler, "begin_index", None):
-                self._first = max(0, _index(self.timesteps, _timestep(kwargs)) - self.step)
+                self._first = max(0, _index(self.timesteps, timestep_of(kwargs)) - self.step)
 
     def abort(self) -> None:
         """A call raised: nothing to do, the next run begins with ``set_timesteps``."""
@@ -244,7 +244,7 @@ class TimestepClock:
         Raises:
             ValueError: it was called without a timestep.
         """
-        timestep = _timestep(kwargs)
+        timestep = timestep_of(kwargs)
         if timestep is None:
             raise ValueError(
                 f"hicache: expected {type(module).__name__} to be called with `timestep`, got "

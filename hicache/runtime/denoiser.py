@@ -26,6 +26,9 @@ from hicache.runtime.track import Track
 from hicache.runtime.turns import Turns
 from hicache.step_plan import SkippedStep
 
+_UNCOUNTED: Final = (
+    "these calls run uncached; is this the scheduler of the run? (see apply(..., scheduler=...))"
+)
 # Arguments that only feed the blocks: their effect is in the cached residual already. A list of ControlNet
 # residuals would be added a second time, and skip-layer guidance would leave out the stand-in.
 BLOCK_ONLY_ARGUMENTS: Final = (
@@ -137,10 +140,11 @@ class Denoiser(NotCopied):
         counter = track.counter
         if counter.tick(module, model_kwargs):
             self._start_run(track)
+        if counter.stands_still(model_kwargs):
+            self._warn(f"was called with another timestep without a step of the scheduler: {_UNCOUNTED}")
         if counter.ordinal >= MAX_CONTEXTS:
             self._warn(
-                f"was called more than {MAX_CONTEXTS} times without a step of the scheduler: these calls "
-                "run uncached; is this the scheduler of the run? (see apply(..., scheduler=...))"
+                f"was called more than {MAX_CONTEXTS} times without a step of the scheduler: {_UNCOUNTED}"
             )
             return None
         step = counter.step

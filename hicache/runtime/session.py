@@ -15,7 +15,7 @@ from torch import nn
 
 from hicache.config import HiCacheConfig
 from hicache.handle import Steps
-from hicache.hooks.step_clock import SchedulerClock, TimestepClock
+from hicache.hooks.step_clock import SchedulerClock, TimestepClock, timestep_of
 from hicache.pipeline import check_scheduler
 from hicache.schedule import bound, with_speedup
 from hicache.stats import Stopwatch
@@ -178,6 +178,7 @@ class StepCounter:
         self._run = -1
         self.step = -1
         self.ordinal = 0  # of the call in the step
+        self._timestep: Any = None  # of the step's first call
 
     @property
     def outdated(self) -> bool:
@@ -194,6 +195,17 @@ class StepCounter:
             self._run, self.step = clock.run, -1
         if self.step != clock.step:
             self.step, self.ordinal = clock.step, 0
+            self._timestep = None if self.step else timestep_of(model_kwargs)
         else:
             self.ordinal += 1
         return started
+
+    def stands_still(self, model_kwargs: Mapping[str, Any]) -> bool:
+        """Whether this is another step and the scheduler was not stepped; looked at in a run's first step.
+
+        Reads the device.
+        """
+        if not self.ordinal or self._timestep is None:
+            return False
+        timestep = timestep_of(model_kwargs)
+        return timestep is not None and bool(timestep != self._timestep)
