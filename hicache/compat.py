@@ -194,6 +194,20 @@ def guider_prediction(variables: Mapping[str, Any]) -> str | None:
     return None if batch is None else getattr(batch, "__guidance_identifier__", None)
 
 
+def split_for_rank(
+    block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The part of a block's arguments that this process has, where diffusers splits them at the block itself.
+
+    Context parallelism puts a ``ContextParallelSplitHook`` among the ``hooks`` of ``_diffusers_hook``.
+    """
+    registry = block.__dict__.get("_diffusers_hook")
+    for hook in getattr(registry, "hooks", {}).values():
+        if type(hook).__name__ == "ContextParallelSplitHook":
+            args, kwargs = hook.pre_forward(block, *args, **kwargs)
+    return args, kwargs
+
+
 def attention_backend() -> str:
     """diffusers' choice for processors that have none of their own (``_AttentionBackendRegistry``)."""
     dispatch: Any = sys.modules.get("diffusers.models.attention_dispatch")

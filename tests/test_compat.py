@@ -8,12 +8,19 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+import torch.distributed as dist
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.context_parallel import ContextParallelSplitHook
+from diffusers.models._modeling_parallel import ContextParallelInput
+from diffusers.models.attention import JointTransformerBlock
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hicache import compat
 
@@ -121,6 +128,26 @@ def test_a_thread_in_a_call():
     layer.register_forward_hook(look)
     torch.compile(layer, backend="eager")(torch.ones(1, 2))
     assert compiled == [True, True], moved("torch_dynamo_resume", "is_calling")
+
+
+def test_the_part_of_a_process():
+    """Of two, in one: a process group that sends nothing."""
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        mesh = dist.init_device_mesh("cpu", (2,))
+        config = SimpleNamespace(ulysses_anything=False, ring_anything=False, _flattened_mesh=mesh)
+        block = JointTransformerBlock(8, 2, 4).eval()
+        plan = {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)}
+        hook = ContextParallelSplitHook(plan, config)
+        HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, "split")
+        hidden, text = torch.randn(1, 6, 8), torch.randn(1, 4, 8)
+        args, kwargs = compat.split_for_rank(block, (hidden,), {"encoder_hidden_states": text})
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(args[0], hidden[:, 3:]), moved("ContextParallelSplitHook", "split_for_rank")
+    assert kwargs["encoder_hidden_states"] is text
+    args, _ = compat.split_for_rank(JointTransformerBlock(8, 2, 4), (hidden,), {})
+    assert args[0] is hidden
 
 
 def test_predictions_of_a_guider():
