@@ -124,7 +124,7 @@ class Denoiser(NotCopied):
     @property
     def nbytes(self) -> int:
         """Bytes of history held, of all sessions together."""
-        return sum(track.contexts.nbytes for track in self._tracks.values())
+        return sum(track.contexts.nbytes for track in tuple(self._tracks.values()))
 
     # What a call of the transformer goes through, in order. From _before() to _after() it may be compiled.
 
