@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, Final
 
@@ -113,6 +113,34 @@ def inside_compiled_call() -> bool:
     return False
 
 
+def is_calling(thread: int, module: nn.Module) -> bool:
+    """Whether a thread is in a call of a module (``Module._call_impl``), or in a compiled one of any.
+
+    Compiled calls go on in functions called ``torch_dynamo_resume_in_...``.
+    """
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        name = frame.f_code.co_name
+        if name.startswith("torch_dynamo_resume") or name == "compile_wrapper":
+            return True
+        if name == "_call_impl" and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def running_calls() -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """The first two arguments of every ``__call__`` of Python that goes on, and its variables, inside out."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__call__":
+            variables = frame.f_locals
+            names = code.co_varnames[: min(2, code.co_argcount)]
+            yield [variables[name] for name in names if name in variables], variables
+        frame = frame.f_back
+
+
 def weight_parts(weight: Tensor) -> Iterator[Tensor]:
     """The tensors that hold a weight's numbers: those of a quantised one are inside it (torchao)."""
     if not hasattr(weight, "__tensor_flatten__"):
@@ -155,6 +183,29 @@ def block_metadata(block: nn.Module) -> Any:
         return TransformerBlockRegistry.get(type(block))
     except ValueError:
         return None
+
+
+def guider_prediction(variables: Mapping[str, Any]) -> str | None:
+    """Which prediction the block of a modular pipeline is calling for: ``"pred_uncond"``.
+
+    Of ``guider_state_batch``, as every one calls it, under the key ``BaseGuidance._identifier_key``.
+    """
+    batch = variables.get("guider_state_batch")
+    return None if batch is None else getattr(batch, "__guidance_identifier__", None)
+
+
+def split_for_rank(
+    block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The part of a block's arguments that this process has, where diffusers splits them at the block itself.
+
+    Context parallelism puts a ``ContextParallelSplitHook`` among the ``hooks`` of ``_diffusers_hook``.
+    """
+    registry = block.__dict__.get("_diffusers_hook")
+    for hook in getattr(registry, "hooks", {}).values():
+        if type(hook).__name__ == "ContextParallelSplitHook":
+            args, kwargs = hook.pre_forward(block, *args, **kwargs)
+    return args, kwargs
 
 
 def attention_backend() -> str:

@@ -16,11 +16,11 @@ from hicache.config import HiCacheConfig
 from hicache.cuda_graphs.capture import CudaBackend
 from hicache.cuda_graphs.runner import GraphRunner
 from hicache.handle import BaseHandle
-from hicache.hooks.step_clock import SchedulerClock, TimestepClock
 from hicache.hooks.transformer import HookedTransformer
 from hicache.pipeline import (
     GRANULARITIES,
     MEMORY_BUDGET,
+    PartsCheck,
     check_backend,
     check_budget,
     check_choice,
@@ -33,7 +33,7 @@ from hicache.pipeline import (
 from hicache.plan import DenoiserPlan, Plan, plan
 from hicache.runtime.budget import Policy
 from hicache.runtime.denoiser import Denoiser
-from hicache.runtime.session import Session
+from hicache.runtime.session import Session, Sessions
 from hicache.stats import ContextStats, Stats
 from hicache_kernels import BACKENDS
 
@@ -45,24 +45,26 @@ class Handle(BaseHandle[Denoiser]):
 
     owner = "hicache.fast"
 
-    def __init__(self, session: Session, denoisers: list[Denoiser]) -> None:
-        super().__init__(denoisers, session.clock)
-        self._session = session
+    def __init__(self, sessions: Sessions, denoisers: list[Denoiser]) -> None:
+        super().__init__(denoisers, sessions)
+        self._sessions = sessions
 
     def _read_stats(self) -> Stats:
-        session, denoisers = self._session, self._denoisers
+        session, denoisers = self._sessions.latest, self._denoisers
+        tracks = {denoiser.name: denoiser.track(session) for denoiser in denoisers}
         return Stats(
             config=session.config,
-            granularity=" and ".join(sorted({denoiser.choice.recorder.name for denoiser in denoisers})),
+            granularity=" and ".join(sorted({track.choice.recorder.name for track in tracks.values()})),
             backend=session.backend,
             contexts={
                 context.label: ContextStats(context.full_steps, context.skipped_steps, context.engine.nbytes)
-                for denoiser in denoisers
-                for context in denoiser.contexts.current.values()
+                for track in tracks.values()
+                if not track.counter.outdated
+                for context in track.contexts.current
             },
-            history_bytes=sum(denoiser.contexts.nbytes for denoiser in denoisers),
+            history_bytes=sum(denoiser.nbytes for denoiser in denoisers),
             cache_ms=session.watch.read(),
-            choices={denoiser.name: denoiser.choice.describe() for denoiser in denoisers},
+            choices={name: track.choice.describe() for name, track in tracks.items()},
             graphs={
                 denoiser.name: dataclasses.replace(denoiser.graphs.stats)
                 for denoiser in denoisers
@@ -137,15 +139,19 @@ def apply(
 
     # everything that can fail has been checked: from here on the pipeline is changed
     Handle.remove_from(modules.values())
-    clock = TimestepClock() if source is None else SchedulerClock(source)
-    session = Session(clock, config, speedup, backend)
+    sessions = Sessions(
+        source,
+        callers=scheduler is None,
+        make=lambda clock: Session(clock, config, speedup, backend),
+        on_run=PartsCheck(pipe, modules).warn,
+    )
     policy = Policy(granularity, memory_budget)
     denoisers = []
     for name, transformer in hooked.items():
         graphs = None
         if cuda_graphs is not False:
             graphs = GraphRunner(transformer, CudaBackend(), wanted=cuda_graphs is True)
-        denoisers.append(Denoiser(name, transformer, adapters[name], policy, session, graphs))
-    handle = Handle(session, denoisers)
+        denoisers.append(Denoiser(name, transformer, adapters[name], policy, sessions, graphs))
+    handle = Handle(sessions, denoisers)
     handle.install()
     return handle

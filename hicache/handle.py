@@ -44,7 +44,14 @@ class Steps(Protocol):
 Denoiser = TypeVar("Denoiser", bound=Hooked)
 
 
-class BaseHandle(ABC, Generic[Denoiser]):
+class NotCopied:
+    """A part of a cached pipeline: its hooks reach into that, and a copy's would reach into the original."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("hicache: a cached pipeline cannot be copied or pickled; call remove() first")
+
+
+class BaseHandle(NotCopied, ABC, Generic[Denoiser]):
     """A cached pipeline: leave the ``with`` block or call :meth:`remove` to get it back as it was.
 
     Args:
@@ -61,11 +68,26 @@ class BaseHandle(ABC, Generic[Denoiser]):
 
     @classmethod
     def remove_from(cls, modules: Iterable[nn.Module]) -> None:
-        """Remove what an earlier ``apply()`` of the same owner left on these transformers."""
+        """Remove what earlier ``apply()`` of the same owner left on these transformers, and on no others."""
+        modules = list(modules)
         for module in modules:
             previous = module.__dict__.get(HANDLE_ATTRIBUTES[cls.owner])
             if previous is not None:
-                previous.remove()
+                previous._let_go(modules)
+
+    def _let_go(self, modules: list[nn.Module]) -> None:
+        """Leave some transformers as they were; without any left, all of the pipeline."""
+        kept = [denoiser for denoiser in self._denoisers if denoiser.module not in modules]
+        if not kept:
+            self.remove()
+        for denoiser in [denoiser for denoiser in self._denoisers if denoiser not in kept]:
+            self._leave(denoiser)
+            self._denoisers.remove(denoiser)
+
+    def _leave(self, denoiser: Denoiser) -> None:
+        denoiser.remove()
+        denoiser.release()
+        denoiser.module.__dict__.pop(HANDLE_ATTRIBUTES[self.owner], None)
 
     def install(self) -> None:
         """Hook all denoisers, or none where one of them fails."""
@@ -114,9 +136,7 @@ class BaseHandle(ABC, Generic[Denoiser]):
             return
         self._final = self._read_stats()
         for denoiser in self._denoisers:
-            denoiser.remove()
-            denoiser.release()
-            denoiser.module.__dict__.pop(HANDLE_ATTRIBUTES[self.owner], None)
+            self._leave(denoiser)
         self._denoisers.clear()
         self._steps.detach()
 
@@ -129,7 +149,3 @@ class BaseHandle(ABC, Generic[Denoiser]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # its hooks reach into the pipeline, and a copy's would still reach into the original
-        raise TypeError("hicache: a cached pipeline cannot be copied or pickled; call remove() first")

@@ -7,6 +7,8 @@ hooks, counts or computes.
 from __future__ import annotations
 
 import math
+import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -82,6 +84,38 @@ def find_scheduler(pipe: Any, scheduler: Any) -> Callable[[], Any] | None:
     return lambda: pipe.scheduler
 
 
+class PartsCheck:
+    """Notices transformers that were put into a pipeline after it was cached.
+
+    Args:
+        pipe: the pipeline, which is not kept alive, or a transformer.
+        modules: the transformers that are cached, by name.
+    """
+
+    def __init__(self, pipe: Any, modules: Mapping[str, nn.Module]) -> None:
+        self._pipe = weakref.ref(pipe)
+        self._modules = dict(modules)
+
+    def warn(self) -> None:
+        """Warn of those that are not cached, once each."""
+        pipe = self._pipe()
+        if pipe is None or isinstance(pipe, nn.Module):
+            return
+        for name in self._modules:
+            held = getattr(pipe, name, None)
+            if not isinstance(held, nn.Module):
+                continue
+            module = compat.original_module(held)
+            if module is not self._modules[name] and not _is_cached(module):
+                self._modules[name] = module
+                warnings.warn(
+                    f"hicache: {type(pipe).__name__}.{name} is another {type(module).__name__} than the one "
+                    "that was cached: it runs uncached; call apply() again",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+
+
 def check_scheduler(scheduler: Any) -> None:
     """Check that the steps of a scheduler can be counted, by watching the methods of the instance.
 
@@ -99,6 +133,10 @@ def check_scheduler(scheduler: Any) -> None:
             "hicache: expected a scheduler whose methods can be watched, got "
             f"{type(scheduler).__name__} with __slots__"
         )
+
+
+def _is_cached(module: nn.Module) -> bool:
+    return any(attribute in module.__dict__ for attribute in HANDLE_ATTRIBUTES.values())
 
 
 def check_one_cache(module: nn.Module, wanted: str) -> None:

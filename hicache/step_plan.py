@@ -36,12 +36,14 @@ class SkippedStep:
 
     Args:
         sum: orders and coefficients.
-        gates: ``[num_features, batch, channels]`` where they were prefetched; None has them computed.
+        gates: ``[num_features, batch, channels]`` where they were prefetched.
+        gated: whether they are computed where they were not; without, gates are one.
         between: what the model itself adds to the hidden state between its blocks.
     """
 
     sum: Sum
     gates: Tensor | None = None
+    gated: bool = False
     between: tuple[Tensor, ...] = ()
 
     @property

@@ -6,12 +6,21 @@ One test a name: when a release moves one, the test names it and the function of
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+import torch.distributed as dist
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.context_parallel import ContextParallelSplitHook
+from diffusers.models._modeling_parallel import ContextParallelInput
+from diffusers.models.attention import JointTransformerBlock
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hicache import compat
 
@@ -91,6 +100,63 @@ def test_inside_a_compiled_call(layer: nn.Linear):
     assert seen == [False, True], moved(
         "compile_wrapper of torch/_dynamo/eval_frame.py", "inside_compiled_call"
     )
+
+
+def test_running_calls():
+    class Call:
+        def __call__(self, inner: Any, more: int) -> list[Any]:
+            return list(compat.running_calls()) if inner is None else inner(None, more)
+
+    inner, outer = Call(), Call()
+    (first, variables), (second, _), *_ = outer(inner, 1)
+    assert (first, second) == ([inner, None], [outer, inner])
+    assert variables["more"] == 1
+
+
+def test_a_thread_in_a_call():
+    class Waiting(nn.Module):
+        def forward(self) -> list[bool]:
+            thread = threading.get_ident()
+            return [compat.is_calling(thread, module) for module in (self, nn.Identity())]
+
+    assert Waiting()() == [True, False], moved("Module._call_impl", "is_calling")
+    assert not compat.is_calling(threading.get_ident(), nn.Identity())
+    compiled: list[bool] = []
+    layer = nn.Linear(2, 2)
+    look = torch.compiler.disable(lambda *_: compiled.append(compat.is_calling(threading.get_ident(), layer)))
+    layer.register_forward_pre_hook(look)
+    layer.register_forward_hook(look)
+    torch.compile(layer, backend="eager")(torch.ones(1, 2))
+    assert compiled == [True, True], moved("torch_dynamo_resume", "is_calling")
+
+
+def test_the_part_of_a_process():
+    """Of two, in one: a process group that sends nothing."""
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        mesh = dist.init_device_mesh("cpu", (2,))
+        config = SimpleNamespace(ulysses_anything=False, ring_anything=False, _flattened_mesh=mesh)
+        block = JointTransformerBlock(8, 2, 4).eval()
+        plan = {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)}
+        hook = ContextParallelSplitHook(plan, config)
+        HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, "split")
+        hidden, text = torch.randn(1, 6, 8), torch.randn(1, 4, 8)
+        args, kwargs = compat.split_for_rank(block, (hidden,), {"encoder_hidden_states": text})
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(args[0], hidden[:, 3:]), moved("ContextParallelSplitHook", "split_for_rank")
+    assert kwargs["encoder_hidden_states"] is text
+    args, _ = compat.split_for_rank(JointTransformerBlock(8, 2, 4), (hidden,), {})
+    assert args[0] is hidden
+
+
+def test_predictions_of_a_guider():
+    guider = diffusers.ClassifierFreeGuidance(guidance_scale=2.0)
+    guider.set_state(step=0, num_inference_steps=2, timestep=torch.tensor(1))
+    batches = guider.prepare_inputs({"text": (torch.ones(1), torch.zeros(1))})
+    names = [compat.guider_prediction({"guider_state_batch": batch}) for batch in batches]
+    assert names == ["pred_cond", "pred_uncond"], moved("BaseGuidance._identifier_key", "guider_prediction")
+    assert compat.guider_prediction({}) is None
 
 
 class Quantised(torch.Tensor):

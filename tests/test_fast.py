@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import hicache.fast
+import hicache.reference
 from hicache import HiCacheConfig, full_steps
 from hicache.adapters import registry
 from hicache.adapters.base import ModuleAdapter, ModuleOutput
@@ -568,6 +569,14 @@ def test_transformer_whose_scheduler_is_not_counted_stays_right():
     assert torch.equal(picture, plain)
 
 
+def test_a_scheduler_that_stands_still_is_told_at_the_second_step():
+    pipe, arguments = pipelines.build("flux_cfg")
+    plain = pipelines.draw(pipe, arguments, 4)
+    with hicache.fast.apply(pipe, EVERY_THIRD, scheduler=CountingScheduler()):
+        with pytest.warns(RuntimeWarning, match="with another timestep without a step of the scheduler"):
+            assert torch.equal(pipelines.draw(pipe, arguments, 4), plain)
+
+
 def test_training_is_left_alone():
     transformer = models.flux_transformer().train()
     with hicache.fast.apply(transformer, HiCacheConfig(warmup=1)) as handle:
@@ -812,3 +821,103 @@ def test_rotary_embeddings_are_not_computed_on_skipped_steps():
         assert len(calls) == 2 * handle.stats.full_steps == 12
         assert type(pipe.transformer.pos_embed) is not inner
     assert type(pipe.transformer.pos_embed) is inner
+
+
+def test_another_transformer_put_in_is_told():
+    pipe, arguments = pipelines.build("flux")
+    other, _ = pipelines.build("flux")
+    plain = pipelines.draw(other, arguments)
+    with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
+        pipelines.draw(pipe, arguments)
+        cached, pipe.transformer = pipe.transformer, other.transformer
+        with pytest.warns(RuntimeWarning, match=r"FluxPipeline.transformer is another Flux.* runs uncached"):
+            assert torch.equal(pipelines.draw(pipe, arguments), plain)
+        assert handle.stats.contexts == {}  # not those of the run before
+        assert handle.stats.full_steps == 0
+        pipe.transformer = cached
+        pipelines.draw(pipe, arguments)
+        assert handle.stats.skipped_steps == 6
+    with hicache.fast.apply(pipe, EVERY_THIRD), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.transformer = other.transformer
+        with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
+            pipelines.draw(pipe, arguments)
+            assert handle.stats.skipped_steps == 6
+
+
+def test_stats_of_a_denoiser_whose_turn_is_still_to_come_are_not_the_last_runs():
+    pipe, arguments = pipelines.build("wan22")
+    seen = []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append({label.split("[")[0] for label in handle.stats.contexts})
+        return tensors
+
+    with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
+        pipelines.draw(pipe, arguments)
+        pipelines.draw(pipe, arguments, callback_on_step_end=look)
+    assert seen[0] == {"transformer"}
+    assert seen[-1] == {"transformer", "transformer_2"}
+
+
+@pytest.mark.parametrize("package", [hicache.fast, hicache.reference], ids=["fast", "reference"])
+def test_settings_of_one_denoiser_leave_the_other_cached(package):
+    pipe, arguments = pipelines.build("wan22")
+    pipelines.draw(pipe, arguments)  # diffusers itself leaves attributes behind
+    before = everything(pipe)
+    with package.apply(pipe, EVERY_THIRD) as both:
+        pipelines.draw(pipe, arguments)
+        first = {label: c for label, c in both.stats.contexts.items() if label.startswith("transformer[")}
+        with package.apply(pipe.transformer_2, HiCacheConfig(interval=2), scheduler=pipe.scheduler) as second:
+            pipelines.draw(pipe, arguments)
+            assert both.active
+            assert both.stats.contexts == first
+            assert all(c.skipped_steps > 0 for c in second.stats.contexts.values())
+        assert both.active
+    assert everything(pipe) == before
+
+
+def test_a_second_handle_of_the_whole_pipeline_replaces_all_others():
+    pipe, arguments = pipelines.build("wan22")
+    both = hicache.fast.apply(pipe, EVERY_THIRD)
+    second = hicache.fast.apply(pipe.transformer_2, EVERY_THIRD)
+    with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
+        assert not both.active
+        assert not second.active
+        pipelines.draw(pipe, arguments)
+        assert handle.stats.skipped_steps > 0
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.8])
+def test_video_to_video_counts_only_its_own_steps(strength):
+    """CogVideoX's schedulers have no begin index: the first timestep tells where the run begins."""
+    made, arguments = pipelines.build("cogvideox")
+    pipe = diffusers.CogVideoXVideoToVideoPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=made.transformer, scheduler=made.scheduler
+    )
+    pipe.set_progress_bar_config(disable=True)
+    counter = BlockCounter(pipe)
+    given = {name: value for name, value in arguments.items() if name != "num_frames"}
+    latents = models.noise(1, 3, made.transformer.config.in_channels, 4, 4)
+    steps = int(20 * strength)
+    wanted = HiCacheConfig(interval=5, last_step_full=True)
+    with hicache.fast.apply(pipe, wanted):
+        pipelines.draw(pipe, {**given, "latents": latents, "strength": strength}, 20)
+    assert [step for step, count in enumerate(counter.calls) if count] == full_steps(wanted, steps)
+    with hicache.fast.apply(pipe, speedup=2.0) as handle:
+        pipelines.draw(pipe, {**given, "latents": latents, "strength": strength}, 20)
+        assert handle.stats.full_steps + handle.stats.skipped_steps == steps
+        assert handle.stats.bound >= 2.0
+
+
+def test_a_loop_over_a_slice_of_the_timesteps():
+    pipe, _ = pipelines.build("flux")
+    config = HiCacheConfig(interval=5, last_step_full=True)
+    counter = BlockCounter(pipe)
+    with torch.no_grad(), hicache.fast.apply(pipe, config):
+        pipe.scheduler.set_timesteps(20)
+        latents = models.noise(1, 16, 4)
+        for timestep in pipe.scheduler.timesteps[8:]:
+            velocity = pipe.transformer(**flux_call(latents, timestep / 1000))[0]
+            latents = pipe.scheduler.step(velocity, timestep, latents)[0]
+    assert [step for step, count in enumerate(counter.calls) if count] == full_steps(config, 12)

@@ -168,6 +168,19 @@ class Loop:
         self.scheduler = self.first
 
 
+class FollowingClock(SchedulerClock):
+    """The fast path's, told at every call which scheduler it is of."""
+
+    def __init__(self, source: Callable[[], Any]) -> None:
+        super().__init__(source())
+        self._source = source
+
+    def tick(self, module: torch.nn.Module, kwargs: Mapping[str, Any]) -> None:
+        if self._source() is not self.scheduler:
+            self.follow(self._source())
+        super().tick(module, kwargs)
+
+
 # What a loop does, in order: a method of Loop and its arguments.
 LOOPS: dict[str, list[tuple[Any, ...]]] = {
     "a run": [("set", 6), ("go", 6)],
@@ -220,7 +233,7 @@ def seen_by(
 def test_both_count_a_scheduler_alike(name: str):
     seen = seen_by(SchedulerSteps, LOOPS[name])
     assert seen
-    assert seen == seen_by(SchedulerClock, LOOPS[name])
+    assert seen == seen_by(FollowingClock, LOOPS[name])
 
 
 def test_both_count_any_loop_alike():
@@ -233,7 +246,7 @@ def test_both_count_any_loop_alike():
             events.append(
                 (name, choose.randint(0, 5)) if name in ("set", "begin", "swap", "back") else (name,)
             )
-        assert seen_by(SchedulerSteps, events) == seen_by(SchedulerClock, events), events
+        assert seen_by(SchedulerSteps, events) == seen_by(FollowingClock, events), events
 
 
 # Timesteps of calls, in order; "restart" and "abort" between them.
@@ -329,7 +342,7 @@ def test_a_copied_scheduler_drives_itself():
 def test_one_scheduler_can_drive_both(first: int):
     """One on each of two transformers; the last one that came goes first."""
     scheduler = Scheduler()
-    counters = [SchedulerClock, SchedulerSteps]
+    counters = [FollowingClock, SchedulerSteps]
     outer, inner = counters[1 - first], counters[first]
     below = inner(lambda: scheduler)
     above = outer(lambda: scheduler)

@@ -45,12 +45,17 @@ class BlockInterface:
         # One entry an element returned: "image", the argument passed through, or None; () for a tensor.
         self.layout: tuple[str | None, ...] | None = None  # None: no block has been seen to return
 
-    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def arguments(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
         """The hidden state among a block's arguments, and all of them by name.
+
+        Of tokens spread over several processes, those that this one has.
 
         Raises:
             RuntimeError: there is none.
         """
+        args, kwargs = compat.split_for_rank(block, args, kwargs)
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         hidden = named.get(self._hidden_name, named.get(self._names[0]) if self._names else None)
         if not isinstance(hidden, Tensor):

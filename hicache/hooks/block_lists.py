@@ -152,15 +152,15 @@ class _WatchedBlock:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         transformer, call = self._transformer, self._call
         if self._first and not call.result.entered:
-            transformer.enter(*transformer.interface.arguments(args, kwargs))
+            transformer.enter(*transformer.interface.arguments(self.block, args, kwargs))
         elif transformer.returned is not None:
-            transformer.compare(transformer.interface.arguments(args, kwargs)[0])
+            transformer.compare(transformer.interface.arguments(self.block, args, kwargs)[0])
         if call.run_block is not None:
             output = call.run_block(self.block, args, kwargs)
         else:
             output = self.block(*args, **kwargs)
         if call.lesson is not None and transformer.interface.layout is None:
-            transformer.interface.learn(*transformer.interface.arguments(args, kwargs), output)
+            transformer.interface.learn(*transformer.interface.arguments(self.block, args, kwargs), output)
         if self._first and call.checked and not call.opaque:
             transformer.returned = transformer.interface.image(output)
         return output

@@ -8,7 +8,11 @@ the same.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import torch
@@ -19,61 +23,120 @@ _METHODS: Final = ("set_timesteps", "step")
 _TIMESTEPS: Final = ("timestep", "timesteps", "t")  # what transformers call it
 
 
+def timestep_of(kwargs: Mapping[str, Any]) -> Any:
+    """The timestep among a transformer's arguments by name, a number or a tensor; None if there is none.
+
+    Per-token timesteps (Wan 2.2 TI2V) hold zeros for the tokens that are given: the largest is the step's.
+    """
+    timestep = next((kwargs[name] for name in _TIMESTEPS if kwargs.get(name) is not None), None)
+    return timestep.max() if isinstance(timestep, torch.Tensor) else timestep
+
+
+def _index(timesteps: Any, timestep: Any) -> int:
+    """Where a run begins among its scheduler's timesteps; 0 if that is not to be seen. Reads the device."""
+    if not isinstance(timesteps, torch.Tensor) or not isinstance(timestep, torch.Tensor):
+        return 0
+    known = timesteps.to(timestep.device)
+    # pipelines give their model the scheduler's timestep, or a thousandth of it
+    same = (known.to(timestep.dtype) == timestep) | ((known / 1000).to(timestep.dtype) == timestep)
+    found = same.nonzero().flatten().tolist()
+    return found[0] if found else 0
+
+
 class _Watched:
-    """A bound method of one scheduler that tells its watchers after every call that succeeds."""
+    """A method of one scheduler that tells its watchers after every call that succeeds.
+
+    It does not keep the scheduler alive: a server makes one for every request.
+    """
 
     def __init__(self, owner: Any, name: str) -> None:
-        self.owner = owner
+        self.owner = weakref.ref(owner)
         self.name = name
         # what stood in the instance before, if anything: restored exactly
         self.shadowed = owner.__dict__.get(name)
-        self.method = getattr(owner, name)
+        method = getattr(owner, name)
         self.watchers: list[Callable[[], None]] = []
+        functools.update_wrapper(self, method)
         # retrieve_timesteps() inspects the signature to see whether custom sigmas are accepted
-        functools.update_wrapper(self, self.method)
+        self.__dict__.pop("__wrapped__")
+        self.__signature__ = inspect.signature(method)
+        self._bound: Callable[[], Any] = lambda: method
+        if isinstance(method, types.MethodType) and method.__self__ is owner:
+            self._bound = weakref.WeakMethod(method)
+            del method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = self.method(*args, **kwargs)
+        result = self._bound()(*args, **kwargs)
         for watcher in tuple(self.watchers):
             watcher()
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # Some pipelines copy their scheduler; the copy must drive itself, not this one.
-        owner = memo.get(id(self.owner))
+        owner = memo.get(id(self.owner()))
         return self if owner is None else functools.partial(getattr(type(owner), self.name), owner)
 
     def restore(self) -> None:
-        if self.owner.__dict__.get(self.name) is not self:
+        owner = self.owner()
+        if owner is None or owner.__dict__.get(self.name) is not self:
             return  # wrapped by somebody else since: without watchers this only passes calls on
         if self.shadowed is None:
-            del self.owner.__dict__[self.name]
+            del owner.__dict__[self.name]
         else:
-            self.owner.__dict__[self.name] = self.shadowed
+            owner.__dict__[self.name] = self.shadowed
 
 
 class SchedulerClock:
-    """Counts the steps of a scheduler instance, such as ``pipe.scheduler``.
+    """Counts the steps of a scheduler instance, such as ``pipe.scheduler``, in one thread's run.
 
     Args:
-        source: gives the scheduler in use, so that one put in its place later is found.
+        scheduler: held weakly; :meth:`follow` puts another in its place.
+        begun: as for :meth:`follow`.
+        on_run: called when ``set_timesteps`` begins a run.
 
     Raises:
         TypeError: it cannot be watched.
     """
 
-    def __init__(self, source: Callable[[], Any]) -> None:
-        self._source = source
+    def __init__(
+        self, scheduler: Any, begun: Iterable[int] = (), on_run: Callable[[], None] = lambda: None
+    ) -> None:
         self.run = 0
+        self._on_run = on_run
+        self._first = 0  # the run's first timestep among the scheduler's, where that does not say
         self.step = 0
+        self.begun: set[int] = set()
+        self._scheduler: Callable[[], Any] = lambda: None
         self._watched: list[tuple[_Watched, Callable[[], None]]] = []
-        self._attach(source())
+        self._attach(scheduler, begun)
 
-    def _attach(self, scheduler: Any) -> None:
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler; None once nobody else holds it."""
+        return self._scheduler()
+
+    def follow(self, scheduler: Any, begun: Iterable[int] = ()) -> None:
+        """The calling thread has begun a run with this scheduler, which is counted from here on.
+
+        Args:
+            scheduler: the scheduler.
+            begun: other threads that are known to have begun runs of their own with it.
+        """
+        self._attach(scheduler, begun)
+        self.restart()
+
+    def _attach(self, scheduler: Any, begun: Iterable[int]) -> None:
         check_scheduler(scheduler)
+        self.thread = threading.get_ident()
+        # Threads that called its set_timesteps. One scheduler may serve several at once if it keeps no count
+        # of its own (DDIM); and a run that one thread began may go on in others.
+        self.begun = {*begun, *(self.begun if scheduler is self.scheduler else ())}
+        self.busy = False  # whether a run goes on: from its first call to its last step
+        if scheduler is self.scheduler:
+            return
         self.detach()
-        self._scheduler = scheduler
-        for name, watcher in zip(_METHODS, (self.restart, self._on_step), strict=True):
+        self._scheduler = weakref.ref(scheduler)
+        for name, watcher in zip(_METHODS, (self._on_set_timesteps, self._on_step), strict=True):
             watched = scheduler.__dict__.get(name)
             if not isinstance(watched, _Watched):
                 watched = _Watched(scheduler, name)
@@ -81,35 +144,58 @@ class SchedulerClock:
             watched.watchers.append(watcher)
             self._watched.append((watched, watcher))
 
+    def counts(self, thread: int) -> bool:
+        """Whether what a thread does is of this run: it began it, or none of its own."""
+        return thread == self.thread or thread not in self.begun
+
+    def _on_set_timesteps(self) -> None:
+        thread = threading.get_ident()
+        self.begun.add(thread)
+        if thread == self.thread or not self.busy:
+            self.restart()
+            self._on_run()
+
     def _on_step(self) -> None:
-        self.step += 1
+        if self.counts(threading.get_ident()):
+            self.step += 1
+            self.busy = self.busy and not self._finished
 
     @property
     def timesteps(self) -> Any:
         """The scheduler's timesteps, those before its ``begin_index`` included; None if it has none."""
-        return getattr(self._scheduler, "timesteps", None)
+        return getattr(self.scheduler, "timesteps", None)
 
     @property
     def num_steps(self) -> int | None:
-        """Steps of the run: the scheduler's timesteps, less those before its ``begin_index``.
+        """Steps of the run: the scheduler's timesteps, less those before the run's first one.
 
-        Image-to-image pipelines that leave out steps set that; a loop over a slice of the timesteps has to.
+        Image-to-image pipelines leave out steps. They set its ``begin_index``, where it has one; else the
+        timestep of the run's first call tells.
         """
-        timesteps = getattr(self._scheduler, "timesteps", None)
+        timesteps = self.timesteps
         if timesteps is None or len(timesteps) == 0:
             return None
-        return len(timesteps) - (getattr(self._scheduler, "begin_index", None) or 0)
+        return len(timesteps) - (getattr(self.scheduler, "begin_index", None) or self._first)
 
-    def tick(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
-        """Called before every call of a denoiser: follow the pipeline, should it use another scheduler
-        now."""
-        current = self._source()
-        if current is not self._scheduler:
-            self._attach(current)
-            self.restart()
-        elif self.num_steps is not None and self.step >= self.num_steps:
+    @property
+    def idle(self) -> bool:
+        """Whether no run goes on that anybody could go on with."""
+        return not self.busy or self.scheduler is None
+
+    @property
+    def _finished(self) -> bool:
+        num_steps = self.num_steps
+        return num_steps is not None and self.step >= num_steps
+
+    def tick(self, module: torch.nn.Module, kwargs: Mapping[str, Any]) -> None:
+        """Called before every call of a denoiser."""
+        if self._finished:
             # past the last step without set_timesteps: another picture, not one more step of the last
             self.restart()
+        if not self.busy:
+            self.busy = True
+            if not getattr(self.scheduler, "begin_index", None):
+                self._first = max(0, _index(self.timesteps, timestep_of(kwargs)) - self.step)
 
     def abort(self) -> None:
         """A call raised: nothing to do, the next run begins with ``set_timesteps``."""
@@ -117,7 +203,8 @@ class SchedulerClock:
     def restart(self) -> None:
         """Start a new run at the next call."""
         self.run += 1
-        self.step = 0
+        self.step = self._first = 0
+        self.busy = False
 
     def detach(self) -> None:
         """Leave the scheduler as it was."""
@@ -140,6 +227,7 @@ class TimestepClock:
     timesteps: Any = None
 
     def __init__(self) -> None:
+        self.thread = threading.get_ident()
         self.run = -1
         self.restart()
 
@@ -150,22 +238,20 @@ class TimestepClock:
         self._last: float | None = None
         self._direction = 0.0
 
-    def tick(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
+    def tick(self, module: torch.nn.Module, kwargs: Mapping[str, Any]) -> None:
         """Called before every call of the transformer, with its arguments by name.
 
         Raises:
             ValueError: it was called without a timestep.
         """
-        timestep = next((kwargs[name] for name in _TIMESTEPS if kwargs.get(name) is not None), None)
+        timestep = timestep_of(kwargs)
         if timestep is None:
             raise ValueError(
                 f"hicache: expected {type(module).__name__} to be called with `timestep`, got "
                 f"{', '.join(sorted(kwargs)) or 'nothing'}; pass apply(..., scheduler=...) to count steps "
                 f"instead"
             )
-        # Per-token timesteps (Wan 2.2 TI2V) hold zeros for the tokens that are given: the largest is the
-        # step's.
-        value = float(timestep.max()) if isinstance(timestep, torch.Tensor) else float(timestep)
+        value = float(timestep)
         if self._last is None:
             self._last = value
             return

@@ -161,7 +161,7 @@ class HookedTransformer:
         """What the first block returns on a skipped step."""
         assert self._forecast is not None
         assert isinstance(self.call.plan, SkippedStep)
-        hidden, block_kwargs = self.interface.arguments(args, kwargs)
+        hidden, block_kwargs = self.interface.arguments(self.first_block, args, kwargs)
         image = self._forecast(self.call.plan, hidden, block_kwargs)
         if self.call.verifying:
             self._expected = image

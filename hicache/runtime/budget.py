@@ -82,7 +82,7 @@ class RecorderChoice:
         self.recorder, self._why_stack = self.stack, reason
         if self.modules is not None:
             self.modules.end()
-        for context in self._contexts.current.values():
+        for context in self._contexts.current:
             context.engine.release()
 
     def give_up_modules(self, reason: str) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from hicache.engine import Engine
+from hicache.runtime.conditions import Conditions
 from hicache.runtime.gate_prefetch import GatePrefetch
 from hicache.runtime.session import Session, StepCounter
 from hicache.runtime.signature import signature
+
+MAX_CONTEXTS: Final = 16  # of one denoiser in a run; more means that steps or calls are not what they seem
 
 
 @dataclass
@@ -34,17 +37,27 @@ class CallForm:
 
 
 class Context:
-    """One call of a denoiser in every step: its own history, its own count of steps."""
+    """One call of a denoiser in every step: its own history, its own count of steps.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: its own.
+        ordinal: of its first call in the step.
+        arguments: what must be equal for its history to fit.
+    """
+
+    def __init__(self, engine: Engine, ordinal: int, arguments: tuple[Any, ...]) -> None:
+        self.ordinal = ordinal
+        self.arguments = arguments
         self.engine = engine
         self.prefetch = GatePrefetch()
         self.form: CallForm | None = None  # learned from its first call
         self.rotary: list[Any] = []  # embeddings of the last full step
 
-    def restart(self, label: str, first_step: int) -> None:
+    def restart(self, label: str, first_step: int, conditions: Conditions) -> None:
         """A run starts in which this context's first call is made at ``first_step``."""
         self.label = label
+        self.conditions = conditions
+        self.last_step = first_step  # it had a call in
         # the schedule counts from here: a second denoiser warms up when it starts
         self.first_step = first_step
         self.full_steps = 0
@@ -90,7 +103,10 @@ class BegunCall:
 
 
 class Contexts:
-    """The contexts of one denoiser, told apart by ordinal of the call in its step and form of its arguments.
+    """The contexts of one denoiser.
+
+    They are told apart by the form of their arguments, by the names diffusers' pipelines give their calls, by
+    what they are conditioned on, and by their order in the step where all of that is the same.
 
     Args:
         denoiser: its name, for labels.
@@ -98,51 +114,86 @@ class Contexts:
 
     def __init__(self, denoiser: str) -> None:
         self._denoiser = denoiser
-        self.current: dict[Any, Context] = {}
-        self._idle: dict[Any, Context] = {}  # of the last run: their memory is kept for one run
+        self.current: list[Context] = []
+        self._idle: list[Context] = []  # of the last run: their memory is kept for one run
 
     def start_run(self) -> None:
         """A run starts: its contexts may be others."""
-        self._idle = {key: context for key, context in self.current.items() if context.full_steps}
-        self.current = {}
+        self._idle = [context for context in self.current if context.full_steps]
+        self.current = []
 
     def forget_forms(self) -> None:
         """The model may have changed: what was learned from earlier runs does not hold."""
-        for context in self._idle.values():
+        for context in self._idle:
             context.form = None
 
-    def find(self, counter: StepCounter, model_kwargs: Mapping[str, Any], session: Session) -> Context:
-        """The context of a call, by its place in the step and its arguments by name."""
+    def find(
+        self, counter: StepCounter, name: str | None, model_kwargs: Mapping[str, Any], session: Session
+    ) -> Context | None:
+        """The context of a call.
+
+        Args:
+            counter: which call of which step it is.
+            name: the pipeline's for the call, if it has one.
+            model_kwargs: the transformer's arguments by name.
+            session: of the run.
+
+        Returns:
+            None: there are too many.
+        """
+        arguments, conditions = (name, *signature(model_kwargs)), Conditions(model_kwargs)
+        context = self._met(counter.step, arguments, conditions)
+        if context is None and len(self.current) < MAX_CONTEXTS:
+            context = self._take(counter, arguments, session)
+            twins = sum(other.ordinal == context.ordinal for other in self.current)
+            label = f"{self._denoiser}[{counter.ordinal}]" + (f" #{twins + 1}" if twins else "")
+            context.restart(label, counter.step, conditions)
+            self.current.append(context)
+        return context
+
+    def _met(self, step: int, arguments: tuple[Any, ...], conditions: Conditions) -> Context | None:
+        """The context of this run that a call is of, if it is of one."""
+        waiting = [
+            context
+            for context in self.current
+            if context.last_step != step and context.arguments == arguments
+        ]
+        for context in waiting:
+            if context.conditions.are(conditions):
+                context.last_step = step
+                return context
+        for context in waiting:
+            # Made anew in every step: by their order once, by their numbers from then on.
+            if context.conditions.may_be(conditions):
+                context.last_step, context.conditions = step, conditions.kept()
+                return context
+        return None
+
+    def _take(self, counter: StepCounter, arguments: tuple[Any, ...], session: Session) -> Context:
+        """A context for the rest of a run, with the memory of one of the last run if that was alike."""
         ordinal, step, num_steps = counter.ordinal, counter.step, session.clock.num_steps
-        key = (ordinal, *signature(model_kwargs))
-        context = self.current.get(key)
-        if context is not None:
-            return context
-        context = self._idle.pop(key, None)
-        label = f"{self._denoiser}[{ordinal}]"
-        twins = sum(other.label.split(" ")[0] == label for other in self.current.values())
-        label += f" #{twins + 1}" if twins else ""
-        if context is None:
+        alike = [c for c in self._idle if (c.ordinal, c.arguments) == (ordinal, arguments)]
+        if alike:
+            self._idle.remove(alike[0])
+        else:
             # other shapes than in the last run: that memory will not be wanted
-            self._idle = {k: c for k, c in self._idle.items() if k[0] != ordinal}
-            context = Context(Engine(session.config, session.backend))
-        context.restart(label, step)
+            self._idle = [context for context in self._idle if context.ordinal != ordinal]
+        context = alike[0] if alike else Context(Engine(session.config, session.backend), ordinal, arguments)
         context.engine.reset(session.config, None if num_steps is None else num_steps - step)
-        self.current[key] = context
         return context
 
     def release(self) -> None:
         """Free all memory."""
         self._idle.clear()
-        for context in self.current.values():
+        for context in self.current:
             context.release()
 
     @property
     def nbytes(self) -> int:
         """Bytes of history held."""
-        return sum(context.engine.nbytes for context in (*self.current.values(), *self._idle.values()))
+        return sum(context.engine.nbytes for context in (*self.current, *self._idle))
 
     @property
     def planned_nbytes(self) -> int:
         """Bytes of history the contexts of this run want, by module."""
-        return sum(context.planned_nbytes for context in self.current.values())
+        return sum(context.planned_nbytes for context in self.current)

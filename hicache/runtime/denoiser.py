@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hicache import compat
 from hicache.adapters.base import ModuleAdapter
 from hicache.cuda_graphs.runner import GraphRunner
+from hicache.handle import NotCopied
+from hicache.hooks.caller import CallName, find_caller
 from hicache.hooks.transformer import HookedTransformer
-from hicache.runtime.budget import Policy, RecorderChoice
-from hicache.runtime.context import BegunCall, Contexts
-from hicache.runtime.planner import CallPlanner
+from hicache.runtime.budget import Policy
+from hicache.runtime.context import MAX_CONTEXTS, BegunCall
+from hicache.runtime.planner import forecast
 from hicache.runtime.recorders import ModuleRecorder
-from hicache.runtime.session import Session, StepCounter
+from hicache.runtime.session import Session, Sessions
 from hicache.runtime.signature import requires_grad
+from hicache.runtime.track import Track
+from hicache.runtime.turns import Turns
+from hicache.step_plan import SkippedStep
 
-_MAX_CONTEXTS: Final = 16  # calls of one denoiser in one step; more means that the step is not being counted
+_UNCOUNTED: Final = (
+    "these calls run uncached; is this the scheduler of the run? (see apply(..., scheduler=...))"
+)
 # Arguments that only feed the blocks: their effect is in the cached residual already. A list of ControlNet
 # residuals would be added a second time, and skip-layer guidance would leave out the stand-in.
 BLOCK_ONLY_ARGUMENTS: Final = (
@@ -32,7 +39,7 @@ BLOCK_ONLY_ARGUMENTS: Final = (
 )
 
 
-class Denoiser:
+class Denoiser(NotCopied):
     """One hooked transformer: counts its calls, and has them planned, run and taken in.
 
     Args:
@@ -40,7 +47,7 @@ class Denoiser:
         hooked: the transformer, watched.
         adapter: knows what its modules compute; None where nobody does.
         policy: what to cache.
-        session: what all denoisers of the pipeline share.
+        sessions: what all denoisers of the pipeline share.
         graphs: captures and replays its calls; None for none.
     """
 
@@ -50,22 +57,25 @@ class Denoiser:
         hooked: HookedTransformer,
         adapter: ModuleAdapter | None,
         policy: Policy,
-        session: Session,
+        sessions: Sessions,
         graphs: GraphRunner | None = None,
     ) -> None:
         self.name = name
         self.module = hooked.module
         self.hooked = hooked
-        self.session = session
+        self.sessions = sessions
         self.graphs = graphs
-        self.contexts = Contexts(name)
-        modules = None if adapter is None else ModuleRecorder(adapter, hooked.call)
-        self.choice = RecorderChoice(hooked.name, policy, modules, self.contexts, self._warn)
-        self._planner = CallPlanner(hooked, self.choice, session)
+        by_module = adapter is not None and policy.granularity != "stack"
+        self._modules = ModuleRecorder(adapter, hooked.call) if adapter is not None and by_module else None
+        self._policy = policy
+        self._tracks: dict[Session, Track] = {}
         self._names = tuple(inspect.signature(type(self.module).forward).parameters)[1:]
-        self._counter = StepCounter(session)
+        self._name = CallName(self.module)
+        self._turns = Turns(self.module)
+        self._track: Track | None = None  # of the call whose turn it is
         self._begun: BegunCall | None = None
         self._seen: list[Any] = []  # the model's fingerprint when it was learned from
+        self._version = 0  # how often that was another
         self._warned: set[str] = set()
         self._undo: list[Callable[[], None]] = []
 
@@ -77,46 +87,75 @@ class Denoiser:
             self.module.register_forward_pre_hook(before, with_kwargs=True).remove,
             # also after an exception: nothing of a call may reach the next one
             self.module.register_forward_hook(after, always_call=True).remove,
+            self._name.install(),
         ]
-        self.hooked.install(self._planner.forecast)
-        if self.choice.modules is not None:
-            self._undo += self.choice.modules.adapter.hooks()
+        self.hooked.install(self._forecast)
+        if self._modules is not None:
+            self._undo += self._modules.adapter.hooks()
 
     def remove(self) -> None:
         """Leave the transformer as it was."""
-        self._end()
-        if self.choice.modules is not None:
-            self.choice.modules.forget()
-        while self._undo:
-            self._undo.pop()()
-        self.hooked.remove()
-        if self.graphs is not None:
-            self.graphs.remove()
+        with self._turns.none():
+            self._end()
+            if self._modules is not None:
+                self._modules.forget()
+            while self._undo:
+                self._undo.pop()()
+            self.hooked.remove()
+            if self.graphs is not None:
+                self.graphs.remove()
 
     def release(self) -> None:
         """Free its histories, and the graphs that are of use with them only."""
-        self.contexts.release()
-        if self.graphs is not None:
-            self.graphs.drop()
+        with self._turns.none():
+            for track in self._tracks.values():
+                track.contexts.release()
+            if self.graphs is not None:
+                self.graphs.drop()
+
+    def track(self, session: Session) -> Track:
+        """What it has of a session."""
+        if session not in self._tracks:
+            self._tracks[session] = Track(
+                self.name, self.hooked, self._policy, self._modules, session, self._warn
+            )
+        return self._tracks[session]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of history held, of all sessions together."""
+        return sum(track.contexts.nbytes for track in tuple(self._tracks.values()))
 
     # What a call of the transformer goes through, in order. From _before() to _after() it may be compiled.
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model_kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        self._end()
+        if self._turns.take():
+            self._clear()
         if torch.is_grad_enabled() and (module.training or requires_grad(model_kwargs)):
             self._warn("is called for its gradients: it runs uncached")
             return None
-        if self._counter.tick(module, model_kwargs):
-            self._start_run()
-        if self._counter.ordinal >= _MAX_CONTEXTS:
+        caller = find_caller(module)
+        track = self._track = self.track(self.sessions.of_call(caller.scheduler))
+        counter = track.counter
+        if counter.tick(module, model_kwargs):
+            self._start_run(track)
+        if counter.stands_still(model_kwargs):
+            self._warn(f"was called with another timestep without a step of the scheduler: {_UNCOUNTED}")
+        if counter.ordinal >= MAX_CONTEXTS:
             self._warn(
-                f"was called more than {_MAX_CONTEXTS} times without a step of the scheduler: these calls "
-                "run uncached; is this the scheduler of the run? (see apply(..., scheduler=...))"
+                f"was called more than {MAX_CONTEXTS} times without a step of the scheduler: {_UNCOUNTED}"
             )
             return None
-        session, step = self.session, self._counter.step
-        context = self.contexts.find(self._counter, model_kwargs, session)
+        step = counter.step
+        name = self._name.current or caller.name
+        context = track.contexts.find(counter, name, model_kwargs, track.session)
+        if context is None:
+            self._warn(
+                f"was called in more than {MAX_CONTEXTS} forms or with as many prompts in one run: further "
+                "ones run uncached"
+            )
+            return None
         full = context.is_full(step)
         dropped = {name for name in BLOCK_ONLY_ARGUMENTS if model_kwargs.get(name) is not None}
         if dropped and not full:
@@ -126,10 +165,10 @@ class Denoiser:
         # what is known to be added between blocks, and dropped on skipped steps, is not looked for
         self._begun = BegunCall(context, step, args, kwargs, model_kwargs, compiled, checked=not dropped)
         if full:
-            self._planner.begin_full(self._begun)
+            track.planner.begin_full(self._begun)
         else:
             graphs = self.graphs is not None and self.graphs.stats.eager is None
-            self._planner.begin_skipped(self._begun, fixed=compiled or graphs)
+            track.planner.begin_skipped(self._begun, fixed=compiled or graphs)
         self._use_graphs(compiled)
         return None if full else (args, kwargs)
 
@@ -144,37 +183,53 @@ class Denoiser:
         if graphs.usable():
             call.opaque = graphs.due = True
 
+    def _forecast(self, plan: SkippedStep, base: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
+        """See :func:`~hicache.runtime.planner.forecast`; maybe compiled, and then nothing is timed."""
+        if self.hooked.call.opaque or self._track is None:
+            return forecast(plan, self._modules, base, block_kwargs)
+        with self._track.session.watch.measure(base.device):
+            return forecast(plan, self._modules, base, block_kwargs)
+
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        begun = self._begun
+        begun, track = self._begun, self._track
         try:
-            if begun is not None and output is not None:
-                self._planner.commit(begun)
+            if begun is not None and track is not None and output is not None:
+                track.planner.commit(begun)
         finally:
+            if output is None and track is not None:  # the call raised
+                track.session.clock.abort()
             self._end()
-        if output is None:  # the call raised
-            self.session.clock.abort()
 
     def _end(self) -> None:
-        """A call has ended, or never came to its end."""
-        self._begun = None
+        """A call has ended: the next one's turn."""
+        self._clear()
+        self._turns.give_back()
+
+    def _clear(self) -> None:
+        """A call has ended, or never came to its end: let go of its tensors."""
+        track, self._begun, self._track = self._track, None, None
         if self.graphs is not None:
             self.graphs.due = False
-        self._planner.end()
+        if track is not None:
+            track.planner.end()
 
-    def _start_run(self) -> None:
+    def _start_run(self, track: Track) -> None:
         seen = self.hooked.fingerprint()
         changed = seen != self._seen
-        self.contexts.start_run()
+        track.contexts.start_run()
         if self.graphs is not None:
             self.graphs.start_run(changed)
         if changed:
             # blocks, processors or hooks have been put in place since: what was learned may not hold
             self._seen, self.hooked.verified = seen, False
-            self.contexts.forget_forms()
-            if self.choice.modules is not None:
-                self.choice.modules.forget()
-        self.choice.start_run()
-        self.session.start_run(self.session.clock.run, self.session.clock.num_steps)
+            self._version += 1
+            if self._modules is not None:
+                self._modules.forget()
+        if track.learned_from != self._version:
+            track.learned_from = self._version
+            track.contexts.forget_forms()
+        track.choice.start_run()
+        track.session.start_run(track.session.clock.run, track.session.clock.num_steps)
 
     def _warn(self, what: str) -> None:
         if what not in self._warned:

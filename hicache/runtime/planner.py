@@ -14,6 +14,7 @@ from hicache.hooks.transformer import HookedTransformer
 from hicache.runtime.budget import RecorderChoice
 from hicache.runtime.context import BegunCall, Context
 from hicache.runtime.lesson import FirstCall
+from hicache.runtime.recorders import ModuleRecorder
 from hicache.runtime.session import Session
 from hicache.step_plan import SkippedStep
 
@@ -77,26 +78,6 @@ class CallPlanner:
             call.rotary_index, call.verifying = 0, False
             self._pause.resume()
 
-    def forecast(self, plan: SkippedStep, base: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
-        """The hidden state after the blocks, with gates prefetched or computed now; maybe compiled.
-
-        Args:
-            plan: of this skipped step.
-            base: ``[batch, tokens, channels]``, the hidden state that enters the first block.
-            block_kwargs: the first block's arguments by name.
-        """
-        started = None if self._hooked.call.opaque else self._session.watch.start(base.device)
-        with torch.no_grad():
-            gates = plan.gates
-            if gates is None:
-                gates = self._choice.recorder.gates(block_kwargs, base)
-            for residual in plan.between:
-                base = base + residual
-            out = plan.sum(base, gates)
-        if started is not None:
-            self._session.watch.stop(started)
-        return out
-
     def commit(self, begun: BegunCall) -> None:
         """A call has come to its end: take in what it recorded, and prefetch gates of the steps to come."""
         context, call = begun.context, self._hooked.call
@@ -146,3 +127,24 @@ class CallPlanner:
             self._choice.modules.end()
         self._hooked.end()
         self._pause.resume()
+
+
+def forecast(
+    plan: SkippedStep, modules: ModuleRecorder | None, base: Tensor, block_kwargs: Mapping[str, Any]
+) -> Tensor:
+    """The hidden state after the blocks, with gates prefetched or computed now.
+
+    Args:
+        plan: of this skipped step.
+        modules: computes gates.
+        base: ``[batch, tokens, channels]``, the hidden state that enters the first block.
+        block_kwargs: the first block's arguments by name.
+    """
+    with torch.no_grad():
+        gates = plan.gates
+        if gates is None and plan.gated:
+            assert modules is not None
+            gates = modules.gates(block_kwargs, base)
+        for residual in plan.between:
+            base = base + residual
+        return plan.sum(base, gates)

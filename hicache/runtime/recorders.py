@@ -40,10 +40,6 @@ class Recorder:
         """A skipped step begins: the sum to make."""
         return SkippedStep(total)
 
-    def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor | None:
-        """The gates of this step, ``[num_features, batch, channels]``; None for gates of one."""
-        return None
-
     def learn(self, hidden: Tensor, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> None:
         """A call that is learned from has come to its first block: keep what :meth:`verify` needs."""
 
@@ -120,9 +116,10 @@ class ModuleRecorder(Recorder):
 
     def plan_skipped(self, begun: BegunCall, total: Sum) -> SkippedStep:
         gates = begun.context.prefetch.gates(self.adapter, begun.step, begun.model_kwargs)
-        return SkippedStep(total, gates, tuple(self.adapter.between(begun.model_kwargs)))
+        return SkippedStep(total, gates, True, tuple(self.adapter.between(begun.model_kwargs)))
 
     def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
+        """The gates of this step, ``[num_features, batch, channels]``."""
         gates = self.adapter.gates(block_kwargs, base)
         # One timestep may serve several pictures, and autocast may leave embeddings of higher precision than
         # hidden states: blocks broadcast and promote. Mostly this changes nothing.

@@ -1,15 +1,22 @@
-"""What all denoisers of a pipeline share: the step clock, the settings of the current run, the stopwatch."""
+"""What all denoisers of a pipeline share in a run: the step clock, the settings, the stopwatch.
+
+A transformer may be shared by pipelines with schedulers of their own, in several threads: each run that goes
+on has a session of its own.
+"""
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import nn
 
 from hicache.config import HiCacheConfig
 from hicache.handle import Steps
+from hicache.hooks.step_clock import SchedulerClock, TimestepClock, timestep_of
+from hicache.pipeline import check_scheduler
 from hicache.schedule import bound, with_speedup
 from hicache.stats import Stopwatch
 
@@ -28,7 +35,7 @@ class StepClock(Steps, Protocol):
     def timesteps(self) -> Any:
         """The scheduler's timesteps, where there is one."""
 
-    def tick(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
+    def tick(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
         """A call of a transformer begins, with these arguments by name."""
 
     def abort(self) -> None:
@@ -36,7 +43,7 @@ class StepClock(Steps, Protocol):
 
 
 class Session:
-    """What all denoisers of a pipeline share.
+    """What all denoisers of a pipeline share in a run, and in the runs after it.
 
     Args:
         clock: counts runs and steps.
@@ -80,6 +87,85 @@ class Session:
             )
 
 
+class Sessions:
+    """The sessions of a cached pipeline: as many as runs went on at a time.
+
+    Args:
+        source: gives the scheduler of the pipeline; None for a bare transformer without one.
+        callers: whether a call that a pipeline makes is of that one's scheduler, whatever ``source`` gives.
+        make: makes a session that counts by a clock.
+        on_run: called when ``set_timesteps`` of the scheduler of ``source`` begins a run.
+    """
+
+    def __init__(
+        self,
+        source: Callable[[], Any] | None,
+        callers: bool,
+        make: Callable[[StepClock], Session],
+        on_run: Callable[[], None],
+    ) -> None:
+        self._source = source
+        self._callers = callers
+        self._make = make
+        self._lock = threading.Lock()
+        # watched from here on: a loop of one's own may call set_timesteps before the transformer
+        self.latest = make(TimestepClock() if source is None else SchedulerClock(source(), on_run=on_run))
+        self._sessions = [self.latest]
+
+    def of_call(self, scheduler: Any) -> Session:
+        """The session of the run that calls a transformer now, from this thread.
+
+        Args:
+            scheduler: of the pipeline that calls; None where none does.
+
+        Raises:
+            TypeError: its scheduler cannot be watched.
+        """
+        if self._source is not None and (scheduler is None or not self._callers):
+            scheduler = self._source()
+            check_scheduler(scheduler)
+        with self._lock:
+            self.latest = self._by_thread() if scheduler is None else self._by_scheduler(scheduler)
+            return self.latest
+
+    def _by_thread(self) -> Session:
+        thread = threading.get_ident()
+        for session in self._sessions:
+            if isinstance(session.clock, TimestepClock) and session.clock.thread == thread:
+                return session
+        return self._add(TimestepClock())
+
+    def _by_scheduler(self, scheduler: Any) -> Session:
+        thread = threading.get_ident()
+        clocks = [(s, s.clock) for s in self._sessions if isinstance(s.clock, SchedulerClock)]
+        held = [(s, clock) for s, clock in clocks if clock.scheduler is scheduler]
+        for session, clock in sorted(held, key=lambda pair: pair[1].thread != thread):
+            if clock.counts(thread):
+                return session
+        begun = {thread for _, clock in held for thread in clock.begun}
+        own = None if self._source is None else self._source()  # stays watched: other runs may begin with it
+        for session, clock in clocks:
+            if clock.idle and (clock.scheduler is not own or own is scheduler):
+                clock.follow(scheduler, begun)  # its memory serves this run
+                return session
+        return self._add(SchedulerClock(scheduler, begun))
+
+    def _add(self, clock: StepClock) -> Session:
+        session = self._make(clock)
+        self._sessions.append(session)
+        return session
+
+    def restart(self) -> None:
+        """Start new runs at the next calls."""
+        for session in self._sessions:
+            session.clock.restart()
+
+    def detach(self) -> None:
+        """Leave all schedulers as they were."""
+        for session in self._sessions:
+            session.clock.detach()
+
+
 class StepCounter:
     """Which call of which step this is, for one denoiser.
 
@@ -92,16 +178,34 @@ class StepCounter:
         self._run = -1
         self.step = -1
         self.ordinal = 0  # of the call in the step
+        self._timestep: Any = None  # of the step's first call
+
+    @property
+    def outdated(self) -> bool:
+        """Whether another run has had steps since the last call."""
+        clock = self._session.clock
+        return self._run != clock.run and clock.step > 0
 
     def tick(self, module: nn.Module, model_kwargs: Mapping[str, Any]) -> bool:
         """A call begins; whether it is the first of a run."""
         clock = self._session.clock
-        clock.tick(module, dict(model_kwargs))
+        clock.tick(module, model_kwargs)
         started = self._run != clock.run
         if started:
             self._run, self.step = clock.run, -1
         if self.step != clock.step:
             self.step, self.ordinal = clock.step, 0
+            self._timestep = None if self.step else timestep_of(model_kwargs)
         else:
             self.ordinal += 1
         return started
+
+    def stands_still(self, model_kwargs: Mapping[str, Any]) -> bool:
+        """Whether this is another step and the scheduler was not stepped; looked at in a run's first step.
+
+        Reads the device.
+        """
+        if not self.ordinal or self._timestep is None:
+            return False
+        timestep = timestep_of(model_kwargs)
+        return timestep is not None and bool(timestep != self._timestep)

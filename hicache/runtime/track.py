@@ -1,0 +1,41 @@
+"""What one denoiser has of one session: its contexts, its count of calls, its recorder, its planner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hicache.hooks.transformer import HookedTransformer
+from hicache.runtime.budget import Policy, RecorderChoice
+from hicache.runtime.context import Contexts
+from hicache.runtime.planner import CallPlanner
+from hicache.runtime.recorders import ModuleRecorder
+from hicache.runtime.session import Session, StepCounter
+
+
+class Track:
+    """The calls of one denoiser in one session: nothing of them reaches another one's.
+
+    Args:
+        name: the pipeline's for the denoiser.
+        hooked: the transformer, watched.
+        policy: what to cache.
+        modules: records by module, in all sessions; None where nobody knows the modules.
+        session: what all denoisers of the pipeline share in these runs.
+        warn: tells the user, once.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        hooked: HookedTransformer,
+        policy: Policy,
+        modules: ModuleRecorder | None,
+        session: Session,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.session = session
+        self.counter = StepCounter(session)
+        self.contexts = Contexts(name)
+        self.choice = RecorderChoice(hooked.name, policy, modules, self.contexts, warn)
+        self.planner = CallPlanner(hooked, self.choice, session)
+        self.learned_from = 0  # which of the model's versions

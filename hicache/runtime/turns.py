@@ -1,0 +1,52 @@
+"""Calls of one transformer, from any thread, take turns: what is hooked is there once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from hicache import compat
+
+
+class Turns:
+    """Whose call of a transformer runs.
+
+    Args:
+        module: the transformer.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._free = threading.Condition()  # reentrant
+        self._thread: int | None = None  # whose turn it is
+
+    def take(self) -> bool:
+        """Wait for a turn; whether the last one was not given back: an interrupt has ended its call."""
+        with self._free:
+            self._wait()
+            left, self._thread = self._thread is not None, threading.get_ident()
+            return left
+
+    def give_back(self) -> None:
+        """The next one's turn."""
+        with self._free:
+            self._thread = None
+            self._free.notify()
+
+    @contextmanager
+    def none(self) -> Iterator[None]:
+        """Wait until no other thread has a turn, and give none in the meantime."""
+        with self._free:
+            self._wait()
+            yield
+
+    def _wait(self) -> None:
+        while self._thread not in (None, threading.get_ident()) and self._is_in_its_call():
+            self._free.wait(timeout=1.0)
+
+    def _is_in_its_call(self) -> bool:
+        assert self._thread is not None
+        return compat.is_calling(self._thread, self._module)

@@ -1,0 +1,315 @@
+"""One transformer, many runs at a time: pipelines made of a shared one for each request, in threads."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+import hicache.fast
+from hicache import HiCacheConfig
+from tests.support import models, pipelines
+from tests.support.models import Arguments, flux_call
+from tests.support.pipelines import denoisers
+from tests.support.runs import blocks_of
+from tests.support.schedulers import flow_matching
+
+EVERY_THIRD = HiCacheConfig(interval=3)
+STOPS = ("_interrupt", "error", "interrupt")
+
+
+class Stopped(Exception):
+    """A request is called off."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What somebody asks of a server."""
+
+    number: int
+
+    @property
+    def stop(self) -> str | None:
+        """How it is stopped in the middle: a third of them are."""
+        return STOPS[self.number // 3 % 3] if self.number % 3 == 1 else None
+
+    def draw(self, pipe: Any, arguments: Arguments) -> Tensor | None:
+        """Its picture; None if it was stopped by an exception."""
+
+        def on_step_end(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+            if step == 3 + self.number % 5:
+                if self.stop == "_interrupt":
+                    pipe._interrupt = True
+                elif self.stop is not None:
+                    raise Stopped if self.stop == "error" else KeyboardInterrupt
+            return tensors
+
+        strength = 1 + 0.2 * self.number
+        prompts = {
+            name: value * strength if name.startswith("prompt") and value.is_floating_point() else value
+            for name, value in arguments.items()
+            if isinstance(value, Tensor)
+        }
+        generator = torch.Generator().manual_seed(self.number)
+        try:
+            picture = pipe(
+                num_inference_steps=10 + self.number % 3,
+                generator=generator,
+                callback_on_step_end=on_step_end,
+                **{**arguments, **prompts},
+            )[0]
+        except (Stopped, KeyboardInterrupt):
+            return None
+        return torch.as_tensor(picture)
+
+
+class Server:
+    """The recipe of diffusers' documentation: of one pipeline, another for every request."""
+
+    def __init__(self, shared: Any) -> None:
+        self.shared = shared
+
+    def pipeline(self) -> Any:
+        scheduler = self.shared.scheduler.from_config(self.shared.scheduler.config)
+        pipe = type(self.shared).from_pipe(self.shared, scheduler=scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+class BlockRuns:
+    """How often blocks run, whoever calls."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+        for part in denoisers(pipe).values():
+            for block in blocks_of(part):
+                block.register_forward_hook(self._add)
+
+    def _add(self, *_: Any) -> None:
+        with self._lock:
+            self.count += 1
+
+
+def serve(name: str, threads: int, each: int) -> None:
+    """Requests to a server, a third of them stopped: each as drawn alone, and no block run more often."""
+    shared, arguments = pipelines.build(name)
+    runs = BlockRuns(shared)
+    requests = [Request(number) for number in range(threads * each)]
+    alone = []
+    for request in requests:
+        with hicache.fast.apply(shared, EVERY_THIRD):
+            alone.append(request.draw(shared, arguments))
+    expected, runs.count = runs.count, 0
+    server = Server(shared)
+    with hicache.fast.apply(shared, EVERY_THIRD) as handle:
+        with ThreadPoolExecutor(threads) as pool:
+            drawn = list(pool.map(lambda request: request.draw(server.pipeline(), arguments), requests))
+        assert len(handle._sessions._sessions) <= threads + 1
+    assert runs.count == expected
+    assert sum(picture is None for picture in alone) >= len(requests) // 5
+    for number, (picture, wanted) in enumerate(zip(drawn, alone, strict=True)):
+        if wanted is None:
+            assert picture is None, number
+        else:
+            assert torch.equal(picture, wanted), number
+
+
+@pytest.mark.filterwarnings("error:hicache")
+@pytest.mark.parametrize(("threads", "each"), [(1, 9), (3, 5)], ids=["one thread", "three threads"])
+@pytest.mark.parametrize("name", ["flux_cfg", "sd3", "wan22"])
+def test_a_pipeline_for_every_request(name: str, threads: int, each: int):
+    serve(name, threads, each)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error:hicache")
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_two_hundred_requests(name: str):
+    serve(name, 4, 50)
+
+
+def test_the_server_of_the_documentation():
+    """An event loop that has its requests drawn by an executor."""
+    shared, arguments = pipelines.build("sd3")
+    server = Server(shared)
+    with hicache.fast.apply(shared, EVERY_THIRD):
+        alone = [Request(number * 3).draw(shared, arguments) for number in range(4)]
+
+    async def answer(number: int) -> Tensor | None:
+        pipe, request = server.pipeline(), Request(number * 3)
+        return await asyncio.get_running_loop().run_in_executor(None, lambda: request.draw(pipe, arguments))
+
+    async def answer_all() -> list[Tensor | None]:
+        return await asyncio.gather(*(answer(number) for number in range(4)))
+
+    with hicache.fast.apply(shared, EVERY_THIRD) as handle:
+        drawn = asyncio.run(answer_all())
+        assert handle.stats.skipped_steps > 0
+    assert all(torch.equal(one, other) for one, other in zip(drawn, alone, strict=True))
+
+
+def test_a_run_inside_another_of_the_same_transformer():
+    shared, arguments = pipelines.build("flux")
+    server = Server(shared)
+    with hicache.fast.apply(shared, EVERY_THIRD) as handle:
+        alone = [Request(number).draw(shared, arguments) for number in (0, 3)]
+        nested = []
+
+        def inner(pipe: Any, step: int, timestep: Any, tensors: Any) -> Any:
+            if step in (2, 7):
+                nested.append(Request(3).draw(server.pipeline(), arguments))
+            return tensors
+
+        outer = server.pipeline()
+        scaled = {**arguments, "callback_on_step_end": inner}
+        generator = torch.Generator().manual_seed(0)
+        drawn = outer(num_inference_steps=10, generator=generator, **scaled)[0]
+        assert handle.stats.skipped_steps > 0
+    assert torch.equal(drawn, alone[0])
+    assert all(torch.equal(picture, alone[1]) for picture in nested)
+    assert len(nested) == 2
+
+
+def test_threads_with_one_scheduler_that_keeps_no_count():
+    """DDIM is told the timestep at every step: threads may share the pipeline as it is."""
+    pipe, arguments = pipelines.build("dit")
+    numbers = (0, 3, 6, 9)
+
+    def draw(number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(number)
+        return pipe(num_inference_steps=12, generator=generator, **arguments)[0]
+
+    draws = {number: draw(number) for number in numbers}
+    barrier = threading.Barrier(len(numbers))
+
+    def together(number: int) -> Tensor:
+        barrier.wait(timeout=60)
+        return draw(number)
+
+    with hicache.fast.apply(pipe, HiCacheConfig(interval=1)), ThreadPoolExecutor(len(numbers)) as pool:
+        plain = list(pool.map(together, numbers))
+    assert all(torch.equal(one, other) for one, other in zip(plain, draws.values(), strict=True))
+    runs = BlockRuns(pipe)
+    with hicache.fast.apply(pipe, EVERY_THIRD):
+        alone = [draw(number) for number in numbers]
+        expected, runs.count = runs.count, 0
+        with ThreadPoolExecutor(len(numbers)) as pool:
+            cached = list(pool.map(together, numbers))
+    assert all(torch.equal(one, other) for one, other in zip(cached, alone, strict=True))
+    assert runs.count == expected
+
+
+def test_a_run_may_go_from_thread_to_thread():
+    pipe, _ = pipelines.build("flux")
+
+    def steps(latents: Tensor, timesteps: Tensor) -> Tensor:
+        with torch.no_grad():
+            for timestep in timesteps:
+                velocity = pipe.transformer(**flux_call(latents, timestep / 1000))[0]
+                latents = pipe.scheduler.step(velocity, timestep, latents)[0]
+        return latents
+
+    start = models.noise(1, 16, 4)
+    with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
+        pipe.scheduler.set_timesteps(12)
+        here = steps(start, pipe.scheduler.timesteps)
+        pipe.scheduler.set_timesteps(12)
+        latents = start
+        for timestep in pipe.scheduler.timesteps:
+            with ThreadPoolExecutor(1) as pool:
+                latents = pool.submit(steps, latents, timestep[None]).result()
+        assert (handle.stats.full_steps, handle.stats.skipped_steps) == (6, 6)
+    assert torch.equal(latents, here)
+
+
+def test_threads_take_turns_with_one_pipeline():
+    """A pool of threads, one request at a time: one history serves all of them."""
+    pipe, arguments = pipelines.build("flux")
+    with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
+        alone = [Request(number).draw(pipe, arguments) for number in range(6)]
+        held = handle.stats.history_bytes
+        for number in (0, 2, 3, 5):
+            with ThreadPoolExecutor(1) as pool:
+                drawn = pool.submit(Request(number).draw, pipe, arguments).result()
+            assert torch.equal(drawn, alone[number])
+        assert handle.stats.history_bytes == held
+
+
+def test_an_interrupt_in_the_middle_of_a_call_keeps_no_turn():
+    """torch tells nobody of a call that ended by one; other threads are not kept waiting."""
+    shared, arguments = pipelines.build("flux")
+    server = Server(shared)
+
+    def interrupt(*_: Any) -> None:
+        hook.remove()
+        raise KeyboardInterrupt
+
+    with hicache.fast.apply(shared, EVERY_THIRD):
+        alone = Request(0).draw(shared, arguments)
+        for block in (0, 1):
+            hook = shared.transformer.single_transformer_blocks[block].register_forward_pre_hook(interrupt)
+            assert Request(3).draw(server.pipeline(), arguments) is None
+            with ThreadPoolExecutor(1) as pool:
+                drawn = pool.submit(Request(0).draw, server.pipeline(), arguments).result(timeout=60)
+            assert torch.equal(drawn, alone)
+
+
+def test_loops_of_ones_own_in_threads():
+    """Without a scheduler the timesteps of every thread are counted by themselves."""
+    transformer = models.flux_transformer()
+
+    def loop(number: int) -> Tensor:
+        latents = models.noise(1, 16, 4) * (1 + number)
+        with torch.no_grad():
+            for sigma in torch.linspace(1, 0.1, 9):
+                latents = latents - transformer(**flux_call(latents, sigma))[0] / 9
+                barrier.wait(timeout=60)
+        return latents
+
+    with hicache.fast.apply(transformer, EVERY_THIRD):
+        barrier = threading.Barrier(1)
+        alone = [loop(number) for number in range(2)]
+    with hicache.fast.apply(transformer, EVERY_THIRD):
+        barrier = threading.Barrier(2)
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(loop, range(2)))
+    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+
+
+def test_schedulers_of_requests_are_not_kept():
+    shared, arguments = pipelines.build("flux")
+    server = Server(shared)
+    gc.collect()
+    gc.disable()  # nothing may wait for it
+    try:
+        with hicache.fast.apply(shared, EVERY_THIRD) as handle:
+            for number in (1, 1, 0, 4, 4, 3):
+                Request(number).draw(server.pipeline(), arguments)
+            assert len(handle._sessions._sessions) == 2  # the pipeline's own scheduler stays watched
+            held = handle.stats.history_bytes
+            assert held == sum(context.history_bytes for context in handle.stats.contexts.values())
+    finally:
+        gc.enable()
+    assert not {"step", "set_timesteps"} & set(vars(shared.scheduler))
+
+
+def test_a_copied_pipeline_with_a_scheduler_of_its_own():
+    """diffusers' asynchronous server copies the pipeline's object, not its parts."""
+    shared, arguments = pipelines.build("flux")
+    with hicache.fast.apply(shared, EVERY_THIRD) as handle:
+        alone = Request(0).draw(shared, arguments)
+        twin = object.__new__(type(shared))
+        twin.__dict__.update(vars(shared))
+        twin.scheduler = flow_matching()
+        assert torch.equal(Request(0).draw(twin, arguments), alone)
+        assert handle.stats.skipped_steps > 0
+    assert isinstance(twin, diffusers.FluxPipeline)
