@@ -94,6 +94,8 @@ class RunningCall:
         self.result = CallResult()
         # full, the first of its form: shapes, layout and order are read and checked
         self.lesson: Lesson | None = None
+        # full: what is done as the hidden state enters the first block, once its plan is there
+        self.on_entry: Callable[[], None] | None = None
         # skipped, the first of its form: nothing but the blocks may stand between stand-in and head
         self.verifying = False
         self.checked = False  # whether nothing but the blocks may change the hidden state

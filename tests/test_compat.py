@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hicache import compat
+from tests.support.models import flux_transformer
 
 
 class Doubled(nn.Linear):
@@ -187,6 +188,65 @@ def test_offloading_is_seen(layer: nn.Linear):
     assert not compat.is_offloaded(layer)
     registry.register_hook(DiffusersHook(), "mine")
     assert compat.is_offloaded(layer), moved("diffusers' _diffusers_hook", "is_offloaded")
+
+
+def test_offloading_by_blocks_is_seen(layer: nn.Linear):
+    from diffusers.hooks import apply_group_offloading
+
+    model, cpu = nn.ModuleDict({"blocks": nn.ModuleList([layer])}), torch.device("cpu")
+    assert not compat.is_offloaded_by_blocks(model)
+    apply_group_offloading(model, cpu, cpu, "block_level", num_blocks_per_group=1)
+    assert compat.is_offloaded_by_blocks(model), moved("group_offloading", "is_offloaded_by_blocks")
+
+
+def test_caches_of_diffusers_are_seen():
+    from diffusers import hooks
+
+    for config, apply in (
+        (hooks.FirstBlockCacheConfig(), hooks.apply_first_block_cache),
+        (
+            hooks.PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 1
+            ),
+            hooks.apply_pyramid_attention_broadcast,
+        ),
+        (hooks.MagCacheConfig(num_inference_steps=4, calibrate=True), hooks.apply_mag_cache),
+        (hooks.TaylorSeerCacheConfig(), hooks.apply_taylorseer_cache),
+    ):
+        model = flux_transformer()
+        assert compat.diffusers_cache(model) is None
+        apply(model, config)
+        assert compat.diffusers_cache(model) is not None, moved("a cache's hook", "diffusers_cache")
+        model = flux_transformer()
+        model.enable_cache(config)
+        assert compat.diffusers_cache(model) == type(config).__name__, moved(
+            "CacheMixin._cache_config", "diffusers_cache"
+        )
+        model.disable_cache()
+        assert compat.diffusers_cache(model) is None
+
+
+def test_parts_of_a_module(layer: nn.Linear):
+    assert compat.parts(layer, weights=True) == (layer.weight, layer.bias), moved("_parameters", "parts")
+    assert compat.parts(nn.Sequential(layer), weights=False) == (layer,), moved("_modules", "parts")
+
+
+def test_lora_layers(layer: nn.Linear):
+    peft = pytest.importorskip("peft", reason="LoRA of diffusers models needs peft")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["0"])
+    model = peft.inject_adapter_in_model(config, nn.Sequential(layer))
+    lora = model[0]
+    assert compat.is_lora(lora)
+    assert not compat.is_lora(layer)
+    before = compat.lora_settings(lora)
+    with compat.lora_scaled(model, 0.3):
+        assert lora.scaling == {"default": pytest.approx(0.6)}, moved("scale_lora_layers", "lora_scaled")
+        assert compat.lora_settings(lora) != before
+    assert compat.lora_settings(lora) == before
+    for change in (lambda: lora.set_scale("default", 3), lambda: lora.enable_adapters(False), lora.merge):
+        seen = compat.lora_settings(lora)
+        change()
+        assert compat.lora_settings(lora) != seen, moved("a setting of LoRA", "lora_settings")
 
 
 def test_a_pool_without_a_card_is_left_alone():

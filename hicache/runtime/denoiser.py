@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -14,6 +15,7 @@ from hicache import compat
 from hicache.adapters.base import ModuleAdapter
 from hicache.cuda_graphs.runner import GraphRunner
 from hicache.hooks.transformer import HookedTransformer
+from hicache.pipeline import check_one_cache
 from hicache.runtime.budget import Policy, RecorderChoice
 from hicache.runtime.context import BegunCall, Contexts
 from hicache.runtime.planner import CallPlanner
@@ -117,14 +119,16 @@ class Denoiser:
             return None
         session, step = self.session, self._counter.step
         context = self.contexts.find(self._counter, model_kwargs, session)
-        full = context.is_full(step)
         dropped = {name for name in BLOCK_ONLY_ARGUMENTS if model_kwargs.get(name) is not None}
+        compiled = compat.inside_compiled_call()
+        # what is known to be added between blocks, and dropped on skipped steps, is not looked for
+        begun = BegunCall(context, step, args, kwargs, model_kwargs, compiled, checked=not dropped)
+        full = self._planner.is_full(begun)
         if dropped and not full:
             args = tuple(None if n in dropped else v for n, v in zip(self._names, args, strict=False))
             kwargs = {name: None if name in dropped else value for name, value in kwargs.items()}
-        compiled = compat.inside_compiled_call()
-        # what is known to be added between blocks, and dropped on skipped steps, is not looked for
-        self._begun = BegunCall(context, step, args, kwargs, model_kwargs, compiled, checked=not dropped)
+            begun = replace(begun, args=args, kwargs=kwargs)
+        self._begun = begun
         if full:
             self._planner.begin_full(self._begun)
         else:
@@ -168,6 +172,7 @@ class Denoiser:
         if self.graphs is not None:
             self.graphs.start_run(changed)
         if changed:
+            check_one_cache(self.module, "hicache.fast")
             # blocks, processors or hooks have been put in place since: what was learned may not hold
             self._seen, self.hooked.verified = seen, False
             self.contexts.forget_forms()

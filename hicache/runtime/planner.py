@@ -33,11 +33,17 @@ class CallPlanner:
         self._session = session
         self._pause = CompilePause()
 
+    def is_full(self, begun: BegunCall) -> bool:
+        """Whether the blocks run in this call."""
+        return begun.context.is_full(begun.step) or not self._choice.recorder.can_skip(begun)
+
     def begin_full(self, begun: BegunCall) -> None:
         """Plan a full step; the first of its form is learned from."""
         call, choice, context = self._hooked.call, self._choice, begun.context
         self._hooked.refresh()
         call.checked, call.rotary = begun.checked, context.rotary
+        if choice.modules is not None and choice.modules.late is not None:
+            call.on_entry = lambda: choice.recorder.foresee(begun, self._session.clock)
         if context.form is None:
             call.lesson = FirstCall(begun, choice, self._session.watch)
             self._pause.pause()
@@ -112,7 +118,9 @@ class CallPlanner:
             return
         with self._session.watch.measure(context.form.device), torch.no_grad():
             context.engine.commit(begun.local_step)
-            self._choice.recorder.prefetch(begun, self._session.clock)
+            unforeseen = self._choice.recorder.prefetch(begun, self._session.clock)
+            if unforeseen is not None:
+                self._choice.fall_back(unforeseen)
 
     def take_in(self, context: Context) -> None:
         """Take in what a full step recorded, if it did.
