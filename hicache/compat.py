@@ -67,11 +67,15 @@ def children_of_list(blocks: nn.ModuleList) -> list[nn.Module]:
 def add_output_hook(module: nn.Module, hook: Callable[..., None]) -> None:
     """Call ``hook(module, args, output)`` after the module's forward (``Module._forward_hooks``)."""
     module._forward_hooks[OUTPUT_HOOK] = hook
+    # torch.compile fixes the shapes of all tensors that it finds by way of a module of torch's own, as it
+    # takes them for weights: those a hook writes to as well, so that every height would be another graph
+    module.__dict__["__module__"] = __name__
 
 
 def remove_output_hook(module: nn.Module) -> None:
     """Undo :func:`add_output_hook`."""
     module._forward_hooks.pop(OUTPUT_HOOK, None)
+    module.__dict__.pop("__module__", None)
 
 
 def hook_keys(module: nn.Module) -> tuple[list[Any], list[Any]]:
@@ -111,6 +115,34 @@ def inside_compiled_call() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def of_any_size(value: Any) -> Any:
+    """The same tensors, or those in a tuple, whose sizes torch.compile leaves open from the first time on.
+
+    Without it a second size makes a second graph, and that one serves all (``maybe_mark_dynamic``). Aliases:
+    the mark is not to be seen on a tensor of the caller's, nor what that is a view of.
+    """
+    if isinstance(value, tuple):
+        return tuple(map(of_any_size, value))
+    if not isinstance(value, Tensor):
+        return value
+    alias = value.data
+    torch._dynamo.maybe_mark_dynamic(alias, list(range(alias.ndim)))
+    return alias
+
+
+def take_equal_sizes_for_one(taken: bool) -> bool:
+    """Whether torch.compile takes sizes that are open, and the same once, for the same ever after.
+
+    So it does where nothing is said: a square picture and one that is not are two graphs to it
+    (``torch.fx.experimental._config.use_duck_shape``). Returns what held before.
+    """
+    from torch.fx.experimental import _config
+
+    before: bool = _config.use_duck_shape
+    _config.use_duck_shape = taken
+    return before
 
 
 def weight_parts(weight: Tensor) -> Iterator[Tensor]:

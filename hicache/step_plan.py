@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from hicache import compat
 from hicache.engine import Sum
 
 
@@ -43,6 +44,11 @@ class SkippedStep:
     sum: Sum
     gates: Tensor | None = None
     between: tuple[Tensor, ...] = ()
+
+    def of_any_size(self) -> SkippedStep:
+        """The same plan for torch.compile, which makes one graph of it whatever the picture's size."""
+        total = replace(self.sum, orders=compat.of_any_size(self.sum.orders))
+        return replace(self, sum=total, between=compat.of_any_size(self.between))
 
     @property
     def inputs(self) -> list[Tensor]:

@@ -61,7 +61,9 @@ def test_output_hooks(layer: nn.Linear):
     assert seen, moved("Module._forward_hooks", "add_output_hook")
     assert seen[0] is output
     assert compat.hook_keys(layer) == ([others.id], []), moved("Module._forward_hooks", "hook_keys")
+    assert layer.__module__ != type(layer).__module__, "torch.compile takes what it holds for weights"
     compat.remove_output_hook(layer)
+    assert "__module__" not in vars(layer)
     others.remove()
     assert not compat.is_hooked(layer)
     before = layer.register_forward_pre_hook(lambda module, args: None)
@@ -116,6 +118,17 @@ def test_parts_of_a_weight():
     assert [part is plain for part in compat.weight_parts(plain)] == [True]
     parts = list(compat.weight_parts(Quantised(numbers, scale)))
     assert [a is b for a, b in zip(parts, (numbers, scale), strict=True)] == [True, True]
+
+
+def test_sizes_that_are_open():
+    given = torch.ones(2, 3)
+    [alias] = compat.of_any_size((given,))
+    assert alias.data_ptr() == given.data_ptr()
+    assert alias._dynamo_weak_dynamic_indices == {0, 1}, moved("maybe_mark_dynamic", "of_any_size")
+    assert not hasattr(given, "_dynamo_weak_dynamic_indices")
+    assert compat.of_any_size("text") == "text"
+    assert compat.take_equal_sizes_for_one(False), moved("use_duck_shape", "take_equal_sizes_for_one")
+    assert not compat.take_equal_sizes_for_one(True)
 
 
 def test_writes_are_counted():

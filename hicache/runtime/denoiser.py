@@ -135,7 +135,11 @@ class Denoiser:
             graphs = self.graphs is not None and self.graphs.stats.eager is None
             self._planner.begin_skipped(self._begun, fixed=compiled or graphs)
         self._use_graphs(compiled)
-        return None if full else (args, kwargs)
+        if full:
+            return None
+        if compiled:
+            kwargs = {name: compat.of_any_size(value) for name, value in kwargs.items()}
+        return (compat.of_any_size(args) if compiled else args), kwargs
 
     def _use_graphs(self, compiled: bool) -> None:
         """Have the call that begins replayed, if it may be."""

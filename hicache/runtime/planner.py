@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hicache import compat
 from hicache.hooks.block_interface import UNCACHED
-from hicache.hooks.dynamo import CompilePause
+from hicache.hooks.dynamo import CompilePause, OpenSizes
 from hicache.hooks.transformer import HookedTransformer
 from hicache.runtime.budget import RecorderChoice
 from hicache.runtime.context import BegunCall, Context
@@ -32,6 +33,7 @@ class CallPlanner:
         self._choice = choice
         self._session = session
         self._pause = CompilePause()
+        self._sizes = OpenSizes()
 
     def is_full(self, begun: BegunCall) -> bool:
         """Whether the blocks run in this call."""
@@ -46,7 +48,7 @@ class CallPlanner:
             call.on_entry = lambda: choice.recorder.foresee(begun, self._session.clock)
         if context.form is None:
             call.lesson = FirstCall(begun, choice, self._session.watch)
-            self._pause.pause()
+            self._pause.hold()
             if not begun.compiled:
                 return
             # Too late to keep this call from being compiled: learn from one of our own.
@@ -74,14 +76,18 @@ class CallPlanner:
         with self._session.watch.measure(context.form.device), torch.no_grad():
             total = context.engine.prepare(begun.local_step, fixed=fixed)
             call.plan = self._choice.recorder.plan_skipped(begun, total)
+            if begun.compiled:
+                self._sizes.hold()
+                call.plan = call.plan.of_any_size()
+                call.rotary = [compat.of_any_size(embedding) for embedding in context.rotary]
         if self._hooked.verified:
             return
         call.verifying = True
-        self._pause.pause()
+        self._pause.hold()
         if begun.compiled:
             self._hooked.module.forward(*begun.args, **begun.kwargs)
             call.rotary_index, call.verifying = 0, False
-            self._pause.resume()
+            self._pause.let_go()
 
     def forecast(self, plan: SkippedStep, base: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
         """The hidden state after the blocks, with gates prefetched or computed now; maybe compiled.
@@ -153,4 +159,5 @@ class CallPlanner:
         if self._choice.modules is not None:
             self._choice.modules.end()
         self._hooked.end()
-        self._pause.resume()
+        self._pause.let_go()
+        self._sizes.let_go()
