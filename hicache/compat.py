@@ -67,11 +67,15 @@ def children_of_list(blocks: nn.ModuleList) -> list[nn.Module]:
 def add_output_hook(module: nn.Module, hook: Callable[..., None]) -> None:
     """Call ``hook(module, args, output)`` after the module's forward (``Module._forward_hooks``)."""
     module._forward_hooks[OUTPUT_HOOK] = hook
+    # torch.compile fixes the shapes of all tensors that it finds by way of a module of torch's own, as it
+    # takes them for weights: those a hook writes to as well, so that every height would be another graph
+    module.__dict__["__module__"] = __name__
 
 
 def remove_output_hook(module: nn.Module) -> None:
     """Undo :func:`add_output_hook`."""
     module._forward_hooks.pop(OUTPUT_HOOK, None)
+    module.__dict__.pop("__module__", None)
 
 
 def hook_keys(module: nn.Module) -> tuple[list[Any], list[Any]]:
@@ -141,6 +145,34 @@ def running_calls() -> Iterator[tuple[list[Any], dict[str, Any]]]:
         frame = frame.f_back
 
 
+def of_any_size(value: Any) -> Any:
+    """The same tensors, or those in a tuple, whose sizes torch.compile leaves open from the first time on.
+
+    Without it a second size makes a second graph, and that one serves all (``maybe_mark_dynamic``). Aliases:
+    the mark is not to be seen on a tensor of the caller's, nor what that is a view of.
+    """
+    if isinstance(value, tuple):
+        return tuple(map(of_any_size, value))
+    if not isinstance(value, Tensor):
+        return value
+    alias = value.data
+    torch._dynamo.maybe_mark_dynamic(alias, list(range(alias.ndim)))
+    return alias
+
+
+def take_equal_sizes_for_one(taken: bool) -> bool:
+    """Whether torch.compile takes sizes that are open, and the same once, for the same ever after.
+
+    So it does where nothing is said: a square picture and one that is not are two graphs to it
+    (``torch.fx.experimental._config.use_duck_shape``). Returns what held before.
+    """
+    from torch.fx.experimental import _config
+
+    before: bool = _config.use_duck_shape
+    _config.use_duck_shape = taken
+    return before
+
+
 def weight_parts(weight: Tensor) -> Iterator[Tensor]:
     """The tensors that hold a weight's numbers: those of a quantised one are inside it (torchao)."""
     if not hasattr(weight, "__tensor_flatten__"):
@@ -170,7 +202,16 @@ def write_count(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else int(tensor._version)
 
 
+def parts(module: nn.Module, weights: bool) -> tuple[Any, ...]:
+    """A module's children, and its weights if wanted (``Module._modules``, ``Module._parameters``)."""
+    return (*module._modules.values(), *(module._parameters.values() if weights else ()))
+
+
 # diffusers 0.37 – 0.42, accelerate 1.15
+
+
+# what the hooks of diffusers' caches are called, those without "cache" in their names
+_CACHE_HOOKS: Final = ("fbc_", "pyramid_attention_broadcast")
 
 
 def block_metadata(block: nn.Module) -> Any:
@@ -226,3 +267,61 @@ def is_offloaded(module: nn.Module) -> bool:
     return bool(
         "forward" in module.__dict__ or "_hf_hook" in module.__dict__ or getattr(registry, "hooks", None)
     )
+
+
+def is_offloaded_by_blocks(module: nn.Module) -> bool:
+    """Whether diffusers brings weights of a model to the device for as long as a group of its blocks runs.
+
+    Its hook is called ``group_offloading`` in the registry ``_diffusers_hook``.
+    """
+    registries = (part.__dict__.get("_diffusers_hook") for part in module.modules())
+    return any("group_offloading" in getattr(registry, "hooks", ()) for registry in registries)
+
+
+def diffusers_cache(module: nn.Module) -> str | None:
+    """Which of diffusers' caches a model has, by ``enable_cache`` or by its own function; None for none.
+
+    ``CacheMixin._cache_config``, and the names of hooks in the registries ``_diffusers_hook``.
+    """
+    config = getattr(module, "_cache_config", None)
+    if config is not None:
+        return type(config).__name__
+    registries = (part.__dict__.get("_diffusers_hook") for part in module.modules())
+    names = (str(name) for registry in registries for name in getattr(registry, "hooks", ()))
+    return next((name for name in names if "cache" in name or name.startswith(_CACHE_HOOKS)), None)
+
+
+# peft 0.18 – 0.21; its names are public, but its classes are not always installed
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Whether a module is a LoRA layer around another one."""
+    return isinstance(getattr(module, "scaling", None), dict)
+
+
+def lora_settings(layer: Any) -> tuple[Any, ...]:
+    """How a LoRA layer weighs its adapters, which of them are active, and which are merged.
+
+    Weights are rounded: diffusers multiplies them by a call's scale and divides them by it afterwards.
+    """
+    return (
+        *((name, f"{scale:.6g}") for name, scale in layer.scaling.items()),
+        str(getattr(layer, "active_adapters", None)),
+        bool(getattr(layer, "disable_adapters", False)),
+        str(getattr(layer, "merged_adapters", None)),
+    )
+
+
+@contextlib.contextmanager
+def lora_scaled(module: nn.Module, scale: float) -> Iterator[None]:
+    """Inside, LoRA layers weigh as in a call with this ``scale``, by the functions diffusers' models use."""
+    scaled = scale != 1 and any(map(is_lora, module.modules()))
+    if scaled:
+        from diffusers.utils import scale_lora_layers, unscale_lora_layers
+
+        scale_lora_layers(module, scale)
+    try:
+        yield
+    finally:
+        if scaled:
+            unscale_lora_layers(module, scale)

@@ -117,9 +117,10 @@ class Engine:
         """Bytes of history that features of these shapes and this dtype would take."""
         return kernels.history_nbytes(shapes, self.config.order, self.config.history_dtype or dtype)
 
-    def is_full(self, step: int) -> bool:
-        """Whether the transformer runs at this step."""
-        return self._schedule(self.config, step, self.last_full, self.num_steps)
+    def is_full(self, step: int, last_full: int | None = None) -> bool:
+        """Whether the transformer runs at this step; after ``last_full``, where that is not recorded yet."""
+        last_full = self.last_full if last_full is None else last_full
+        return self._schedule(self.config, step, last_full, self.num_steps)
 
     def open(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """Make room for the features of a full step: views to write them into, then :meth:`commit`.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import nn
 
-from hicache.pipeline import HANDLE_ATTRIBUTES
+from hicache.pipeline import HANDLE_ATTRIBUTES, refuse_other_caches
 from hicache.stats import Stats
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class BaseHandle(NotCopied, ABC, Generic[Denoiser]):
         self._denoisers = denoisers
         self._steps = steps
         self._final: Stats | None = None  # once removed
+        self._undo: list[Callable[[], Any]] = []
 
     @classmethod
     def remove_from(cls, modules: Iterable[nn.Module]) -> None:
@@ -94,6 +95,7 @@ class BaseHandle(NotCopied, ABC, Generic[Denoiser]):
         try:
             for denoiser in self._denoisers:
                 denoiser.module.__dict__[HANDLE_ATTRIBUTES[self.owner]] = self
+                self._undo.append(refuse_other_caches(denoiser.module, self.owner))
                 denoiser.install()
         except BaseException:
             self.remove()
@@ -137,6 +139,8 @@ class BaseHandle(NotCopied, ABC, Generic[Denoiser]):
         self._final = self._read_stats()
         for denoiser in self._denoisers:
             self._leave(denoiser)
+        while self._undo:
+            self._undo.pop()()
         self._denoisers.clear()
         self._steps.detach()
 

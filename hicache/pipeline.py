@@ -147,14 +147,37 @@ def check_one_cache(module: nn.Module, wanted: str) -> None:
         wanted: who is about to cache it, of :data:`HANDLE_ATTRIBUTES`.
 
     Raises:
-        ValueError: it is cached by another.
+        ValueError: it is cached by another, or by diffusers.
     """
+    name = type(module).__name__
     for other, attribute in HANDLE_ATTRIBUTES.items():
         if other != wanted and attribute in module.__dict__:
             raise ValueError(
-                f"{' and '.join(HANDLE_ATTRIBUTES)} cannot both cache one {type(module).__name__}: remove() "
-                f"the handle of {other} before {wanted}.apply()"
+                f"{' and '.join(HANDLE_ATTRIBUTES)} cannot both cache one {name}: remove() the handle of "
+                f"{other} before {wanted}.apply()"
             )
+    found = compat.diffusers_cache(module)
+    if found is not None:
+        raise ValueError(
+            f"hicache: diffusers caches this {name} already ({found}), and {wanted} cannot cache it too: "
+            "call its disable_cache() first"
+        )
+
+
+def refuse_other_caches(module: nn.Module, owner: str) -> Callable[[], None]:
+    """Make diffusers' ``enable_cache`` of a cached transformer an error; returns what undoes it."""
+    if not hasattr(module, "enable_cache"):
+        return lambda: None
+    name = type(module).__name__
+
+    def enable_cache(*args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            f"hicache: {owner} caches this {name}, and diffusers' enable_cache() cannot cache it too: "
+            "remove() the handle first"
+        )
+
+    module.__dict__["enable_cache"] = enable_cache
+    return lambda: module.__dict__.pop("enable_cache", None)
 
 
 def check_config(config: HiCacheConfig | None) -> HiCacheConfig:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from hicache import compat
 from hicache.engine import Sum
 
 
@@ -45,6 +46,11 @@ class SkippedStep:
     gates: Tensor | None = None
     gated: bool = False
     between: tuple[Tensor, ...] = ()
+
+    def of_any_size(self) -> SkippedStep:
+        """The same plan for torch.compile, which makes one graph of it whatever the picture's size."""
+        total = replace(self.sum, orders=compat.of_any_size(self.sum.orders))
+        return replace(self, sum=total, between=compat.of_any_size(self.between))
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -96,6 +102,8 @@ class RunningCall:
         self.result = CallResult()
         # full, the first of its form: shapes, layout and order are read and checked
         self.lesson: Lesson | None = None
+        # full: what is done as the hidden state enters the first block, once its plan is there
+        self.on_entry: Callable[[], None] | None = None
         # skipped, the first of its form: nothing but the blocks may stand between stand-in and head
         self.verifying = False
         self.checked = False  # whether nothing but the blocks may change the hidden state

@@ -23,6 +23,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hicache import compat
+from tests.support.models import flux_transformer
 
 
 class Doubled(nn.Linear):
@@ -69,7 +70,9 @@ def test_output_hooks(layer: nn.Linear):
     assert seen, moved("Module._forward_hooks", "add_output_hook")
     assert seen[0] is output
     assert compat.hook_keys(layer) == ([others.id], []), moved("Module._forward_hooks", "hook_keys")
+    assert layer.__module__ != type(layer).__module__, "torch.compile takes what it holds for weights"
     compat.remove_output_hook(layer)
+    assert "__module__" not in vars(layer)
     others.remove()
     assert not compat.is_hooked(layer)
     before = layer.register_forward_pre_hook(lambda module, args: None)
@@ -183,6 +186,17 @@ def test_parts_of_a_weight():
     assert [a is b for a, b in zip(parts, (numbers, scale), strict=True)] == [True, True]
 
 
+def test_sizes_that_are_open():
+    given = torch.ones(2, 3)
+    [alias] = compat.of_any_size((given,))
+    assert alias.data_ptr() == given.data_ptr()
+    assert alias._dynamo_weak_dynamic_indices == {0, 1}, moved("maybe_mark_dynamic", "of_any_size")
+    assert not hasattr(given, "_dynamo_weak_dynamic_indices")
+    assert compat.of_any_size("text") == "text"
+    assert compat.take_equal_sizes_for_one(False), moved("use_duck_shape", "take_equal_sizes_for_one")
+    assert not compat.take_equal_sizes_for_one(True)
+
+
 def test_writes_are_counted():
     tensor = torch.zeros(2)
     before = compat.write_count(tensor)
@@ -253,6 +267,65 @@ def test_offloading_is_seen(layer: nn.Linear):
     assert not compat.is_offloaded(layer)
     registry.register_hook(DiffusersHook(), "mine")
     assert compat.is_offloaded(layer), moved("diffusers' _diffusers_hook", "is_offloaded")
+
+
+def test_offloading_by_blocks_is_seen(layer: nn.Linear):
+    from diffusers.hooks import apply_group_offloading
+
+    model, cpu = nn.ModuleDict({"blocks": nn.ModuleList([layer])}), torch.device("cpu")
+    assert not compat.is_offloaded_by_blocks(model)
+    apply_group_offloading(model, cpu, cpu, "block_level", num_blocks_per_group=1)
+    assert compat.is_offloaded_by_blocks(model), moved("group_offloading", "is_offloaded_by_blocks")
+
+
+def test_caches_of_diffusers_are_seen():
+    from diffusers import hooks
+
+    for config, apply in (
+        (hooks.FirstBlockCacheConfig(), hooks.apply_first_block_cache),
+        (
+            hooks.PyramidAttentionBroadcastConfig(
+                spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 1
+            ),
+            hooks.apply_pyramid_attention_broadcast,
+        ),
+        (hooks.MagCacheConfig(num_inference_steps=4, calibrate=True), hooks.apply_mag_cache),
+        (hooks.TaylorSeerCacheConfig(), hooks.apply_taylorseer_cache),
+    ):
+        model = flux_transformer()
+        assert compat.diffusers_cache(model) is None
+        apply(model, config)
+        assert compat.diffusers_cache(model) is not None, moved("a cache's hook", "diffusers_cache")
+        model = flux_transformer()
+        model.enable_cache(config)
+        assert compat.diffusers_cache(model) == type(config).__name__, moved(
+            "CacheMixin._cache_config", "diffusers_cache"
+        )
+        model.disable_cache()
+        assert compat.diffusers_cache(model) is None
+
+
+def test_parts_of_a_module(layer: nn.Linear):
+    assert compat.parts(layer, weights=True) == (layer.weight, layer.bias), moved("_parameters", "parts")
+    assert compat.parts(nn.Sequential(layer), weights=False) == (layer,), moved("_modules", "parts")
+
+
+def test_lora_layers(layer: nn.Linear):
+    peft = pytest.importorskip("peft", reason="LoRA of diffusers models needs peft")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["0"])
+    model = peft.inject_adapter_in_model(config, nn.Sequential(layer))
+    lora = model[0]
+    assert compat.is_lora(lora)
+    assert not compat.is_lora(layer)
+    before = compat.lora_settings(lora)
+    with compat.lora_scaled(model, 0.3):
+        assert lora.scaling == {"default": pytest.approx(0.6)}, moved("scale_lora_layers", "lora_scaled")
+        assert compat.lora_settings(lora) != before
+    assert compat.lora_settings(lora) == before
+    for change in (lambda: lora.set_scale("default", 3), lambda: lora.enable_adapters(False), lora.merge):
+        seen = compat.lora_settings(lora)
+        change()
+        assert compat.lora_settings(lora) != seen, moved("a setting of LoRA", "lora_settings")
 
 
 def test_a_pool_without_a_card_is_left_alone():

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import hicache.demo
 import hicache.fast
 from hicache import HiCacheConfig
-from hicache.hooks.dynamo import CompilePause
+from hicache.hooks.dynamo import CompilePause, OpenSizes
 from tests.support import pipelines
 
 CONFIG = HiCacheConfig(interval=3, order=2, warmup=3)
@@ -121,6 +121,48 @@ def test_blocks_compiled_one_by_one(name, granularity):
         assert counter.frame_count == graphs
 
 
+@pytest.mark.parametrize(
+    ("name", "granularity", "dynamic"),
+    [
+        ("flux", "module", None),
+        *(
+            pytest.param(name, granularity, dynamic, marks=pytest.mark.slow)
+            for name, granularity, dynamic in [
+                ("flux", "stack", None),
+                ("flux", "module", True),
+                ("hunyuan", "module", None),
+                ("wan", "module", None),
+            ]
+        ),
+    ],
+)
+def test_heights_and_applies_make_one_graph_more_than_without_the_cache(name, granularity, dynamic):
+    """However many of both: sizes that differ are open in one graph of full steps, and in the skipped one."""
+    pipe, arguments = pipelines.build(name)
+    sizes = [32, 48, 64, 80] if name == "wan" else [64, 80, 96, 112]
+
+    def graphs(cached: bool) -> list[int]:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("eager")
+        pipe.transformer.compile(backend=counter, fullgraph=True, dynamic=dynamic)
+        found = []
+        for height in sizes:
+            given = {**arguments, "height": height, "width": sizes[0]}
+            if cached:
+                with hicache.fast.apply(pipe, CONFIG, granularity=granularity):
+                    pipelines.draw(pipe, given, 6)
+            else:
+                pipelines.draw(pipe, given, 2)
+            found.append(counter.frame_count)
+        return found
+
+    plain = graphs(cached=False)
+    assert plain[-1] <= 2
+    ours = graphs(cached=True)
+    assert ours[-1] <= plain[-1] + 1
+    assert ours[-1] == ours[1]
+
+
 def test_two_contexts_share_the_graphs():
     """Separate calls for classifier-free guidance: other prompts, other histories, the same code."""
     pipe, draw = build("flux_cfg")
@@ -152,13 +194,24 @@ def test_pauses_of_several_transformers_overlap():
         return torch._dynamo.eval_frame._stance.stance
 
     one, other = CompilePause(), CompilePause()
-    one.pause()
-    other.pause()
-    one.resume()
-    one.resume()
+    one.hold()
+    other.hold()
+    one.let_go()
+    one.let_go()
     assert stance() == "force_eager"
-    other.resume()
+    other.let_go()
     assert stance() == "default"
+
+
+def test_what_is_held_open_while_a_skipped_step_is_compiled_is_let_go():
+    from torch.fx.experimental import _config
+
+    sizes = OpenSizes()
+    assert _config.use_duck_shape
+    sizes.hold()
+    assert not _config.use_duck_shape
+    sizes.let_go()
+    assert _config.use_duck_shape
 
 
 def test_an_exception_in_a_call_learned_from_leaves_compilation_on():

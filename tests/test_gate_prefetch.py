@@ -222,3 +222,78 @@ def test_a_subclass_that_makes_more_of_its_embedding_computes_its_own_gates(own,
     assert prefetched
     assert any(prefetched) is not own
     assert close(drawn, without(lambda: cached(pipe, arguments)), TOLERANCE)
+
+
+# Weights.
+
+LORA = {"flux": ["norm1.linear", "norm.linear"], "qwen": ["img_mod.1"], "hunyuan": ["norm1.linear"]}
+
+
+def with_lora(name: str, *adapters: str) -> tuple[Any, dict[str, Any]]:
+    peft = pytest.importorskip("peft", reason="LoRA of diffusers models needs peft")
+    pipe, arguments = pipelines.build_randomized(name)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=LORA[name], init_lora_weights=False)
+    for adapter in adapters:
+        pipe.transformer.add_adapter(config, adapter)
+    return pipe, arguments
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen", pytest.param("hunyuan", marks=pytest.mark.slow)])
+def test_a_scale_of_lora_weighs_prefetched_gates_too(name, prefetched):
+    pipe, arguments = with_lora(name, "one")
+    unscaled = cached(pipe, arguments)
+    arguments["joint_attention_kwargs" if name == "flux" else "attention_kwargs"] = {"scale": 0.3}
+    ahead = cached(pipe, arguments)
+    assert all(prefetched)
+    assert close(ahead, without(lambda: cached(pipe, arguments)), TOLERANCE)
+    assert not close(ahead, unscaled, 1e-3)
+
+
+def _replace(transformer: Any) -> None:
+    for block in transformer.transformer_blocks:
+        plain = block.norm1.linear
+        block.norm1.linear = torch.nn.Linear(plain.in_features, plain.out_features)
+
+
+def _write(transformer: Any) -> None:
+    with torch.no_grad():
+        for block in transformer.transformer_blocks:
+            block.norm1.linear.weight.mul_(0.5)
+
+
+def _set_weight(transformer: Any) -> None:
+    linear = transformer.time_text_embed.timestep_embedder.linear_2
+    linear.weight.data = linear.weight.data * 0.5
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "layers replaced": _replace,
+    "weights written to": _write,
+    "weights of the embedding set": _set_weight,
+    "another adapter": lambda transformer: transformer.set_adapters("two"),
+    "an adapter's weight": lambda transformer: transformer.set_adapters(["one"], [0.2]),
+    "adapters off": lambda transformer: transformer.disable_lora(),
+    "fused": lambda transformer: transformer.fuse_lora(0.5),
+    "deleted": lambda transformer: transformer.delete_adapters("one"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_that_change_in_a_callback_change_the_gates_at_once(change, prefetched):
+    def draw() -> torch.Tensor:
+        torch.manual_seed(0)
+        adapters = () if change in ("layers replaced", "weights written to") else ("one", "two")
+        pipe, arguments = with_lora("flux", *adapters)
+        if adapters:
+            pipe.transformer.set_adapters("one")
+
+        def callback(pipe: Any, step: int, *rest: Any) -> dict[str, Any]:
+            if step == 6:  # full; the next three are skipped
+                CHANGES[change](pipe.transformer)
+            return {}
+
+        return cached(pipe, arguments, callback_on_step_end=callback)
+
+    ahead = draw()
+    assert prefetched == [True] * 3 + [False] * 3 + [True]
+    assert close(ahead, without(draw), TOLERANCE)

@@ -258,7 +258,7 @@ def test_gates_of_embeddings_of_their_own():
     gates = Gates([GateRows(owner, "linear", (2, 5), 6) for owner in owners])
     xs = [activated(), -activated()]
     with torch.no_grad():
-        found = gates.of(xs, CHANNELS)
+        found = gates.of_each([lambda x=x: x for x in xs], torch.empty(BATCH, 1, CHANNELS, dtype=xs[0].dtype))
         expected = [wanted(o.linear, (2, 5), 6, x) for o, x in zip(owners, xs, strict=True)]
     torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-14)
 

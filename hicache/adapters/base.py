@@ -104,7 +104,11 @@ class ModuleAdapter:
         return last + 1
 
     def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
-        """The gates of this step: ``[num_features, batch, channels]``, contiguous, like ``base``."""
+        """The gates of this step: ``[num_features, batch, channels]``, contiguous, like ``base``.
+
+        Made by :class:`~hicache.adapters.gates.Gates`, kept as an attribute, where they need weights of
+        blocks: those may be offloaded.
+        """
         raise NotImplementedError
 
     def gate_inputs(
@@ -125,6 +129,10 @@ class ModuleAdapter:
             like: ``[batch, ..., channels]``, of the hidden state's dtype and device.
         """
         raise NotImplementedError
+
+    def gate_modules(self) -> Sequence[nn.Module]:
+        """Modules whose weights gates are made of; for adapters with :attr:`gate_arguments`."""
+        return ()
 
     def refusal(self, block_kwargs: Mapping[str, Any]) -> str | None:
         """Why a call like this cannot be cached module by module; None when it can."""

@@ -20,6 +20,7 @@ class CogVideoX(ModulatedAdapter):
     compression = (4, 8)
 
     gate_arguments = ("timestep_cond", "ofs")
+    embedders = ("time_embedding", "ofs_embedding")
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)

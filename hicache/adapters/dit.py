@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,9 +21,8 @@ class DiT(ModuleAdapter):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        norms = [block.norm1 for block in self.module.transformer_blocks]
-        self._gates = Gates([GateRows(norm, "linear", (2, 5), 6) for norm in norms])
-        self._embedders = [norm.emb for norm in norms]
+        self._norms = [block.norm1 for block in self.module.transformer_blocks]
+        self._gates = Gates([GateRows(norm, "linear", (2, 5), 6) for norm in self._norms])
 
     def outputs(self) -> Sequence[ModuleOutput]:
         found = []
@@ -32,11 +32,14 @@ class DiT(ModuleAdapter):
         return found
 
     def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
-        embedded = [
-            embed(block_kwargs["timestep"], block_kwargs["class_labels"], hidden_dtype=base.dtype)
-            for embed in self._embedders
-        ]
-        return self._gates.of([nn.functional.silu(one) for one in embedded], base.shape[-1])
+        def embedded(norm: Any) -> Tensor:
+            timestep, label = block_kwargs["timestep"], block_kwargs["class_labels"]
+            return nn.functional.silu(norm.emb(timestep, label, hidden_dtype=base.dtype))
+
+        return self._gates.of_each([functools.partial(embedded, norm) for norm in self._norms], base)
+
+    def gate_modules(self) -> Sequence[nn.Module]:
+        return [*(norm.emb for norm in self._norms), *self._gates.layers]
 
     def gate_inputs(
         self,

@@ -6,13 +6,35 @@ are a third of it (docs/algorithm.md, "Gates are known in advance").
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hicache import compat
+
+# (module, what to do while its weights are at hand)
+Later = list[tuple[nn.Module, Callable[[], None]]]
+
+
+@contextmanager
+def deferred(adapter: object) -> Iterator[Later]:
+    """Inside, an adapter's gates get memory of their own and no numbers: what is in the list writes those.
+
+    For weights that offloading brings to the device while their own block runs, and not for longer.
+    """
+    later: Later = []
+    found = [value for value in vars(adapter).values() if isinstance(value, Gates)]
+    for gates in found:
+        gates.later = later
+    try:
+        yield later
+    finally:
+        for gates in found:
+            gates.later = None
 
 
 class GateRows:
@@ -38,9 +60,15 @@ class GateRows:
         self._rows = slice(rows[0], rows[-1] + 1, rows[1] - rows[0] if len(rows) > 1 else 1)
         assert tuple(range(parts)[self._rows]) == tuple(rows)
 
+    @property
+    def layer(self) -> nn.Module:
+        """The modulation layer as it is now."""
+        layer: nn.Module = getattr(self._owner, self._name)
+        return layer
+
     def write(self, activated: Tensor, out: Tensor) -> None:
         """Write the gates ``[count, batch, channels]`` of activated embeddings ``[batch, width]``."""
-        layer: Any = getattr(self._owner, self._name)
+        layer: Any = self.layer
         if not _plain(layer, activated) or out.dtype != activated.dtype:
             moved = activated if compat.is_hooked(layer) else activated.to(layer_device(layer, activated))
             given = layer(moved)
@@ -91,34 +119,56 @@ class Gates:
     def __init__(self, rows: Sequence[GateRows], ones: int = 0) -> None:
         self._rows = rows
         self._num_features = sum(row.count for row in rows) + ones
-        self._ones = ones
-        self._held: tuple[Any, ...] = ()
-        self._out = torch.empty(0)
-        self._parts: list[Tensor] = []
+        self.later: Later | None = None  # where writes go that have to wait, see deferred()
         # of every form met: a CUDA graph goes on writing to the memory it was captured with
         self._buffers: dict[tuple[Any, ...], tuple[Tensor, list[Tensor]]] = {}
 
-    def of(self, activated: Tensor | Sequence[Tensor], channels: int) -> Tensor:
-        """``[num_features, batch, channels]`` for activated ``[batch, width]``: one, or one a layer.
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The modulation layers as they are now."""
+        return [row.layer for row in self._rows]
 
-        The memory is used again by the next call.
+    def of(self, activated: Tensor, channels: int) -> Tensor:
+        """``[num_features, batch, channels]`` for an activated embedding ``[batch, width]`` of all layers.
+
+        The memory is used again by the next call, unless writes are :func:`deferred`.
         """
-        shared = isinstance(activated, Tensor)
-        first = activated if isinstance(activated, Tensor) else activated[0]
-        self._hold(len(first), channels, first.dtype, first.device)
-        for index, (row, part) in enumerate(zip(self._rows, self._parts, strict=True)):
-            row.write(first if shared else activated[index], part)
-        return self._out
+        form = len(activated), channels, activated.dtype, activated.device
+        return self._write([lambda: activated] * len(self._rows), form)
 
-    def _hold(self, batch: int, channels: int, dtype: torch.dtype, device: torch.device) -> None:
-        form = batch, channels, dtype, device
-        if self._held == form:
-            return
+    def of_each(self, embed: Sequence[Callable[[], Tensor]], like: Tensor) -> Tensor:
+        """The same where every layer has an activated embedding of its own, which its function computes.
+
+        Args:
+            embed: a function a layer, ``[batch, width]``; it may need weights from beside the layer.
+            like: ``[batch, ..., channels]``, of the embeddings' dtype and device.
+        """
+        return self._write(embed, (len(like), like.shape[-1], like.dtype, like.device))
+
+    def _write(self, embed: Sequence[Callable[[], Tensor]], form: tuple[Any, ...]) -> Tensor:
+        later = self.later
+        out, parts = self._held(form) if later is None else self._memory(form)
+        for row, one, part in zip(self._rows, embed, parts, strict=True):
+            if later is None:
+                row.write(one(), part)
+            else:
+                later.append((row.layer, functools.partial(_write_later, row, one, part)))
+        return out
+
+    def _held(self, form: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
         if form not in self._buffers:
-            # outlives the mode of the run that made it
-            with torch.inference_mode(False):
-                out = torch.ones(self._num_features, batch, channels, dtype=dtype, device=device)
-                counts = [row.count for row in self._rows]
-                self._buffers[form] = out, list(out[: sum(counts)].split(counts)) if counts else []
-        self._out, self._parts = self._buffers[form]
-        self._held = form
+            self._buffers[form] = self._memory(form)
+        return self._buffers[form]
+
+    def _memory(self, form: tuple[Any, ...]) -> tuple[Tensor, list[Tensor]]:
+        """Ones for all gates, and the parts of them that are the layers'."""
+        batch, channels, dtype, device = form
+        # outlives the mode of the run that made it
+        with torch.inference_mode(False):
+            out = torch.ones(self._num_features, batch, channels, dtype=dtype, device=device)
+            counts = [row.count for row in self._rows]
+            return out, list(out[: sum(counts)].split(counts)) if counts else []
+
+
+def _write_later(row: GateRows, embed: Callable[[], Tensor], out: Tensor) -> None:
+    row.write(embed(), out)

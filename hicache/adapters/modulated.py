@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ class ModulatedAdapter(ModuleAdapter):
     """
 
     _gates: Gates
+    #: Children of the model that make ``temb``; one may be None.
+    embedders: tuple[str, ...] = ("time_text_embed",)
 
     def embedding(
         self, model_kwargs: Mapping[str, Any], timesteps: Tensor, steps: int, like: Tensor
@@ -28,6 +30,10 @@ class ModulatedAdapter(ModuleAdapter):
 
     def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
         return self._gates.of(nn.functional.silu(block_kwargs["temb"]), base.shape[-1])
+
+    def gate_modules(self) -> Sequence[nn.Module]:
+        embedders = (getattr(self.module, name) for name in self.embedders)
+        return [*(module for module in embedders if module is not None), *self._gates.layers]
 
     def gate_inputs(
         self,

@@ -31,7 +31,7 @@ class ModelState:
         """Look the transformer over: parts of it may have been put in others' places."""
         self._parameters = [part for w in self._module.parameters() for part in compat.weight_parts(w)]
         modules = list(self._module.modules())
-        self._scaled = [m for m in modules if isinstance(getattr(m, "scaling", None), dict)]
+        self._scaled = [module for module in modules if compat.is_lora(module)]
         processors = [getattr(m, "processor", None) for m in modules]
         self._processors = [processor for processor in processors if hasattr(processor, "__dict__")]
 
@@ -56,9 +56,7 @@ class ModelState:
         """
         return (
             *(parameter.data_ptr() for parameter in self._parameters),
-            *(tuple(layer.scaling.items()) for layer in self._scaled),
-            *(str(getattr(layer, "active_adapters", None)) for layer in self._scaled),
-            *(bool(getattr(layer, "disable_adapters", False)) for layer in self._scaled),
+            *(compat.lora_settings(layer) for layer in self._scaled),
             *(_settings(processor) for processor in self._processors),
         )
 

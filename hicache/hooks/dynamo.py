@@ -7,50 +7,83 @@ the next one on.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 
+from hicache import compat
 
-class _Pause:
-    """torch.compile's stance is the process's: the first to pause sets it, the last to resume restores it."""
 
-    def __init__(self) -> None:
+class _Setting:
+    """A setting of torch.compile, which is the process's: the first to hold sets it, the last restores it."""
+
+    def __init__(self, set_it: Callable[[], Callable[[], Any]]) -> None:
         self._lock = threading.Lock()
         self._holders = 0
-        self._stance: Any = None
+        self._set = set_it  # returns what restores it
+        self._restore: Callable[[], Any] | None = None
 
     def hold(self) -> None:
         with self._lock:
             if self._holders == 0:
-                self._stance = torch.compiler.set_stance("force_eager")
+                self._restore = self._set()
             self._holders += 1
 
     def let_go(self) -> None:
         with self._lock:
             self._holders -= 1
-            if self._holders == 0:
-                self._stance.__exit__(None, None, None)
-                self._stance = None
+            if self._holders == 0 and self._restore is not None:
+                self._restore()
+                self._restore = None
 
 
-_PAUSE: Final = _Pause()
+def _force_eager() -> Callable[[], Any]:
+    stance = torch.compiler.set_stance("force_eager")
+    return lambda: stance.__exit__(None, None, None)
 
 
-class CompilePause:
-    """Keeps torch.compile from what runs between :meth:`pause` and :meth:`resume`."""
+def _open_sizes() -> Callable[[], Any]:
+    before = compat.take_equal_sizes_for_one(False)
+    return lambda: compat.take_equal_sizes_for_one(before)
+
+
+_EAGER: Final = _Setting(_force_eager)
+_OPEN: Final = _Setting(_open_sizes)
+
+
+class _Hold:
+    """Holds a setting, once, until it lets go."""
+
+    def __init__(self, setting: _Setting) -> None:
+        self._setting = setting
+        self._holding = False
+
+    def hold(self) -> None:
+        """Hold the setting."""
+        if not self._holding:
+            self._holding = True
+            self._setting.hold()
+
+    def let_go(self) -> None:
+        """Undo :meth:`hold`."""
+        if self._holding:
+            self._holding = False
+            self._setting.let_go()
+
+
+class CompilePause(_Hold):
+    """Keeps torch.compile from what runs between :meth:`hold` and :meth:`let_go`.
+
+    Compiled modules that are entered from there on (blocks, with regional compilation) run eagerly.
+    """
 
     def __init__(self) -> None:
-        self._paused = False
+        super().__init__(_EAGER)
 
-    def pause(self) -> None:
-        """Compiled modules that are entered from here on (blocks, with regional compilation) run eagerly."""
-        if not self._paused:
-            self._paused = True
-            _PAUSE.hold()
 
-    def resume(self) -> None:
-        """Undo :meth:`pause`."""
-        if self._paused:
-            self._paused = False
-            _PAUSE.let_go()
+class OpenSizes(_Hold):
+    """What torch.compile compiles between :meth:`hold` and :meth:`let_go` serves pictures of any form."""
+
+    def __init__(self) -> None:
+        super().__init__(_OPEN)

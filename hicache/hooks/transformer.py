@@ -112,6 +112,8 @@ class HookedTransformer:
         plan = call.plan
         if isinstance(plan, FullStep) and plan.base is not None:
             plan.base.copy_(hidden.detach())
+        if call.on_entry is not None:
+            call.on_entry()
 
     def compare(self, hidden: Tensor) -> None:
         """Make sure that a block takes what the last one returned: nothing else changes the hidden state.

@@ -51,6 +51,8 @@ class RecorderChoice:
 
     def start_run(self) -> None:
         """A run starts: modules are tried anew."""
+        if self.modules is not None:
+            self.modules.start_run()
         self.recorder = self.modules or self.stack
 
     def decide(self, context: Context) -> None:

@@ -68,6 +68,12 @@ class Context:
         """Whether the transformer runs at this step of the run."""
         return self.engine.is_full(step - self.first_step)
 
+    def next_full(self, step: int, num_steps: int) -> int:
+        """The next full step of the run after a full step, or the end of the run."""
+        local = step - self.first_step
+        coming = range(step + 1, num_steps)
+        return next((s for s in coming if self.engine.is_full(s - self.first_step, local)), num_steps)
+
     def release(self) -> None:
         """Free its memory, and forget what was learned."""
         self.engine.release()

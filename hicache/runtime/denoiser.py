@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -16,6 +17,7 @@ from hicache.cuda_graphs.runner import GraphRunner
 from hicache.handle import NotCopied
 from hicache.hooks.caller import CallName, find_caller
 from hicache.hooks.transformer import HookedTransformer
+from hicache.pipeline import check_one_cache
 from hicache.runtime.budget import Policy
 from hicache.runtime.context import MAX_CONTEXTS, BegunCall
 from hicache.runtime.planner import forecast
@@ -156,21 +158,27 @@ class Denoiser(NotCopied):
                 "ones run uncached"
             )
             return None
-        full = context.is_full(step)
         dropped = {name for name in BLOCK_ONLY_ARGUMENTS if model_kwargs.get(name) is not None}
+        compiled = compat.inside_compiled_call()
+        # what is known to be added between blocks, and dropped on skipped steps, is not looked for
+        begun = BegunCall(context, step, args, kwargs, model_kwargs, compiled, checked=not dropped)
+        full = track.planner.is_full(begun)
         if dropped and not full:
             args = tuple(None if n in dropped else v for n, v in zip(self._names, args, strict=False))
             kwargs = {name: None if name in dropped else value for name, value in kwargs.items()}
-        compiled = compat.inside_compiled_call()
-        # what is known to be added between blocks, and dropped on skipped steps, is not looked for
-        self._begun = BegunCall(context, step, args, kwargs, model_kwargs, compiled, checked=not dropped)
+            begun = replace(begun, args=args, kwargs=kwargs)
+        self._begun = begun
         if full:
             track.planner.begin_full(self._begun)
         else:
             graphs = self.graphs is not None and self.graphs.stats.eager is None
             track.planner.begin_skipped(self._begun, fixed=compiled or graphs)
         self._use_graphs(compiled)
-        return None if full else (args, kwargs)
+        if full:
+            return None
+        if compiled:
+            kwargs = {name: compat.of_any_size(value) for name, value in kwargs.items()}
+        return (compat.of_any_size(args) if compiled else args), kwargs
 
     def _use_graphs(self, compiled: bool) -> None:
         """Have the call that begins replayed, if it may be."""
@@ -220,6 +228,7 @@ class Denoiser(NotCopied):
         if self.graphs is not None:
             self.graphs.start_run(changed)
         if changed:
+            check_one_cache(self.module, "hicache.fast")
             # blocks, processors or hooks have been put in place since: what was learned may not hold
             self._seen, self.hooked.verified = seen, False
             self._version += 1

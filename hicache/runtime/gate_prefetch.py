@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from hicache import compat
 from hicache.adapters.base import ModuleAdapter
+from hicache.runtime.gate_weights import GateWeights
+
+# what diffusers' pipelines give the scale of LoRA in
+_LORA_ARGUMENTS: Final = ("joint_attention_kwargs", "attention_kwargs")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class _Fetched:
     gates: Tensor  # [steps, num_features, batch, channels]
     timesteps: Tensor  # [steps], which they were computed for
     constants: list[Any]  # values of the other arguments they were computed for
+    weights: GateWeights | None = None  # those they were computed with; None: they are not written yet
 
 
 class GatePrefetch:
@@ -79,6 +84,8 @@ class GatePrefetch:
         like: Tensor,
     ) -> None:
         """Compute the gates of ``steps``, which follow the full step before the first of them.
+
+        They count from :meth:`settle` on.
 
         Args:
             adapter: the family's.
@@ -114,20 +121,33 @@ class GatePrefetch:
         gates = adapter.gates(inputs, like[:1].expand(len(steps) * batch, *like.shape[1:]))
         gates = gates.view(-1, len(steps), batch, channels)
         self._fetched = _Fetched(
-            steps.start,
-            # a copy in any case: the adapter uses its memory again
-            gates.transpose(0, 1).clone(memory_format=torch.contiguous_format),
-            coming,
-            [_identity(model_kwargs.get(name)) for name in adapter.gate_arguments],
+            steps.start, gates.transpose(0, 1), coming, _constants(adapter, model_kwargs)
         )
+
+    def settle(self, adapter: ModuleAdapter) -> None:
+        """What :meth:`fetch` computed has been written, with the weights the model has now."""
+        if self._fetched is not None:
+            # a copy in any case: the adapter uses its memory again
+            gates = self._fetched.gates.clone(memory_format=torch.contiguous_format)
+            self._fetched = replace(self._fetched, gates=gates, weights=GateWeights(adapter))
+
+    @property
+    def foreseen(self) -> bool:
+        """Whether timesteps of coming steps are known."""
+        return bool(self._rules)
+
+    @property
+    def fetched(self) -> bool:
+        """Whether there are gates of coming steps."""
+        return self._fetched is not None
 
     def gates(self, adapter: ModuleAdapter, step: int, model_kwargs: Mapping[str, Any]) -> Tensor | None:
         """The gates of a skipped step, ``[num_features, batch, channels]``; None: they were not fetched."""
         fetched = self._fetched
         timestep = model_kwargs.get("timestep")
-        if fetched is None or not 0 <= step - fetched.first < len(fetched.gates):
+        if fetched is None or fetched.weights is None or not 0 <= step - fetched.first < len(fetched.gates):
             return None
-        if fetched.constants != [_identity(model_kwargs.get(name)) for name in adapter.gate_arguments]:
+        if fetched.constants != _constants(adapter, model_kwargs) or not fetched.weights.unchanged():
             self.forget()
             return None
         if not isinstance(timestep, Tensor) or timestep.ndim > 1:
@@ -154,32 +174,44 @@ class GatePrefetch:
         return not wrong
 
 
-def can_prefetch(
+def foretold(
     adapter: ModuleAdapter,
     block_kwargs: Mapping[str, Any],
     model_kwargs: Mapping[str, Any],
     like: Tensor,
-    gates: Tensor,
-) -> bool:
-    """Whether the gates of this step, computed as those of coming steps are, are its gates; reads the device.
+) -> Tensor | None:
+    """The gates of this step, computed as those of coming steps are; None where that cannot be done.
 
-    Not so where a subclass of the model makes its embedding of more than the family's does.
+    They are others than the step's own where a subclass of the model makes its embedding of more than the
+    family's does.
 
     Args:
         adapter: the family's.
         block_kwargs: the first block's arguments.
         model_kwargs: the transformer's.
         like: ``[batch, ..., channels]`` of the hidden state's dtype and device.
-        gates: of this step, ``[num_features, batch, channels]``; not the adapter's own memory.
     """
     timestep, batch = model_kwargs.get("timestep"), len(like)
     if not adapter.gate_arguments or not isinstance(timestep, Tensor) or timestep.ndim > 1:
-        return False
+        return None
     if not _one_a_sample(adapter, model_kwargs, batch) or timestep.numel() not in (1, batch):
-        return False
+        return None
     inputs = adapter.gate_inputs(block_kwargs, model_kwargs, timestep.reshape(-1).expand(batch), 1, like)
-    off = (adapter.gates(inputs, like) - gates).norm()
-    return bool(off <= max(1e-3, 4 * torch.finfo(like.dtype).eps) * gates.norm())
+    return adapter.gates(inputs, like)
+
+
+def lora_scale(model_kwargs: Mapping[str, Any]) -> float:
+    """The scale a call gives to its LoRA layers."""
+    given: Mapping[str, Any] = next(
+        (model_kwargs[name] for name in _LORA_ARGUMENTS if model_kwargs.get(name)), {}
+    )
+    return float(given.get("scale", 1.0))
+
+
+def _constants(adapter: ModuleAdapter, model_kwargs: Mapping[str, Any]) -> list[Any]:
+    """What gates depend on, but for the timestep and weights."""
+    values = [_identity(model_kwargs.get(name)) for name in adapter.gate_arguments]
+    return [lora_scale(model_kwargs), *values]
 
 
 def _one_a_sample(adapter: ModuleAdapter, model_kwargs: Mapping[str, Any], batch: int) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hicache import compat
 from hicache.hooks.block_interface import UNCACHED
-from hicache.hooks.dynamo import CompilePause
+from hicache.hooks.dynamo import CompilePause, OpenSizes
 from hicache.hooks.transformer import HookedTransformer
 from hicache.runtime.budget import RecorderChoice
 from hicache.runtime.context import BegunCall, Context
@@ -33,15 +34,22 @@ class CallPlanner:
         self._choice = choice
         self._session = session
         self._pause = CompilePause()
+        self._sizes = OpenSizes()
+
+    def is_full(self, begun: BegunCall) -> bool:
+        """Whether the blocks run in this call."""
+        return begun.context.is_full(begun.step) or not self._choice.recorder.can_skip(begun)
 
     def begin_full(self, begun: BegunCall) -> None:
         """Plan a full step; the first of its form is learned from."""
         call, choice, context = self._hooked.call, self._choice, begun.context
         self._hooked.refresh()
         call.checked, call.rotary = begun.checked, context.rotary
+        if choice.modules is not None and choice.modules.late is not None:
+            call.on_entry = lambda: choice.recorder.foresee(begun, self._session.clock)
         if context.form is None:
             call.lesson = FirstCall(begun, choice, self._session.watch)
-            self._pause.pause()
+            self._pause.hold()
             if not begun.compiled:
                 return
             # Too late to keep this call from being compiled: learn from one of our own.
@@ -69,14 +77,18 @@ class CallPlanner:
         with self._session.watch.measure(context.form.device), torch.no_grad():
             total = context.engine.prepare(begun.local_step, fixed=fixed)
             call.plan = self._choice.recorder.plan_skipped(begun, total)
+            if begun.compiled:
+                self._sizes.hold()
+                call.plan = call.plan.of_any_size()
+                call.rotary = [compat.of_any_size(embedding) for embedding in context.rotary]
         if self._hooked.verified:
             return
         call.verifying = True
-        self._pause.pause()
+        self._pause.hold()
         if begun.compiled:
             self._hooked.module.forward(*begun.args, **begun.kwargs)
             call.rotary_index, call.verifying = 0, False
-            self._pause.resume()
+            self._pause.let_go()
 
     def commit(self, begun: BegunCall) -> None:
         """A call has come to its end: take in what it recorded, and prefetch gates of the steps to come."""
@@ -93,7 +105,9 @@ class CallPlanner:
             return
         with self._session.watch.measure(context.form.device), torch.no_grad():
             context.engine.commit(begun.local_step)
-            self._choice.recorder.prefetch(begun, self._session.clock)
+            unforeseen = self._choice.recorder.prefetch(begun, self._session.clock)
+            if unforeseen is not None:
+                self._choice.fall_back(unforeseen)
 
     def take_in(self, context: Context) -> None:
         """Take in what a full step recorded, if it did.
@@ -126,7 +140,8 @@ class CallPlanner:
         if self._choice.modules is not None:
             self._choice.modules.end()
         self._hooked.end()
-        self._pause.resume()
+        self._pause.let_go()
+        self._sizes.let_go()
 
 
 def forecast(

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hicache import compat
 from hicache.adapters.base import ModuleAdapter
+from hicache.adapters.gates import deferred
 from hicache.engine import Engine, Sum
 from hicache.hooks.module_outputs import ModuleOutputs
 from hicache.runtime.context import BegunCall, CallForm
-from hicache.runtime.gate_prefetch import can_prefetch
+from hicache.runtime.gate_prefetch import foretold, lora_scale
+from hicache.runtime.late_gates import LateGates
 from hicache.runtime.session import StepClock
 from hicache.step_plan import FullStep, RunningCall, SkippedStep
 
@@ -53,8 +56,20 @@ class Recorder:
     def finish(self, form: CallForm) -> None:
         """A full step has ended: what it recorded is to be in its slots."""
 
-    def prefetch(self, begun: BegunCall, clock: StepClock) -> None:
-        """A full step has been taken in: compute the gates of the skipped steps up to the next one."""
+    def foresee(self, begun: BegunCall, clock: StepClock) -> None:
+        """A full step enters its first block, in a model whose weights are at hand in its blocks only."""
+
+    def prefetch(self, begun: BegunCall, clock: StepClock) -> str | None:
+        """A full step has been taken in: compute the gates of the skipped steps up to the next one.
+
+        Returns:
+            Why the steps to come cannot be skipped; None where they can.
+        """
+        return None
+
+    def can_skip(self, begun: BegunCall) -> bool:
+        """Whether all that this step needs to be skipped is at hand."""
+        return True
 
     def end(self) -> None:
         """A call has ended, or never came to its end: let go of its tensors."""
@@ -95,6 +110,15 @@ class ModuleRecorder(Recorder):
         self._model_kwargs: Mapping[str, Any] = {}
         self._verified: set[int] = set()
         self._can_prefetch = True  # whether gates of coming steps come out as those of the step itself
+        # gates of this step, and the same as those of coming steps are computed; None: not computed yet
+        self._gates: tuple[Tensor, Tensor | None] | None = None
+        self.late: LateGates | None = None  # of a model whose weights are at hand in its blocks only
+
+    def start_run(self) -> None:
+        """A run starts: its weights may be offloaded now, or no longer."""
+        offloaded = compat.is_offloaded_by_blocks(self.adapter.module)
+        if offloaded != (self.late is not None):
+            self.late = LateGates() if offloaded else None
 
     def plan_full(self, engine: Engine, form: CallForm) -> FullStep:
         outputs = self._watch()
@@ -115,21 +139,37 @@ class ModuleRecorder(Recorder):
         return self._outputs
 
     def plan_skipped(self, begun: BegunCall, total: Sum) -> SkippedStep:
-        gates = begun.context.prefetch.gates(self.adapter, begun.step, begun.model_kwargs)
-        return SkippedStep(total, gates, True, tuple(self.adapter.between(begun.model_kwargs)))
+        return SkippedStep(
+            total, self._prefetched(begun), True, tuple(self.adapter.between(begun.model_kwargs))
+        )
+
+    def _prefetched(self, begun: BegunCall) -> Tensor | None:
+        return begun.context.prefetch.gates(self.adapter, begun.step, begun.model_kwargs)
+
+    def can_skip(self, begun: BegunCall) -> bool:
+        return self.late is None or not self.late.needed or self._prefetched(begun) is not None
 
     def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
         """The gates of this step, ``[num_features, batch, channels]``."""
-        gates = self.adapter.gates(block_kwargs, base)
-        # One timestep may serve several pictures, and autocast may leave embeddings of higher precision than
-        # hidden states: blocks broadcast and promote. Mostly this changes nothing.
-        return gates.expand(-1, len(base), -1).to(base.device, base.dtype).contiguous()
+        return _as_blocks_do(self.adapter.gates(block_kwargs, base), base)
 
     def learn(self, hidden: Tensor, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> None:
         between = list(self.adapter.between(model_kwargs))
         if len(self._slots) not in self._verified:
             self.base, self._block_kwargs, self._between = hidden.clone(), dict(block_kwargs), between
             self._model_kwargs = model_kwargs
+            if self.late is not None:
+                with deferred(self.adapter) as later:
+                    self._gates = self._both_gates(hidden)
+                self.late.add(later)
+
+    def _both_gates(self, base: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gates of a call that is learned from, and the same computed as those of coming steps are."""
+        own = self.adapter.gates(self._block_kwargs, base)
+        if self.late is None:
+            own = own.clone()  # the adapter uses its memory again
+        like = base[:, :1]
+        return own, foretold(self.adapter, self._block_kwargs, self._model_kwargs, like)
 
     def verify(self, hidden: Tensor, form: CallForm) -> None:
         """Checks that base + Σ gate ⊙ feature is what the blocks made: once a form of call, with a host sync.
@@ -150,7 +190,8 @@ class ModuleRecorder(Recorder):
         self._outputs.finish(self._slots, form.missing)
         self._call.result.partial_sums.clear()
         accumulated = torch.promote_types(base.dtype, torch.float32)
-        gates = self.gates(self._block_kwargs, base).clone()
+        own, again = self._gates or self._both_gates(base)
+        gates = _as_blocks_do(own, base)
         total = base.to(accumulated)
         for slot, gate in zip(self._slots, gates[:, :, None], strict=True):  # [batch, 1, channels] each
             total = total + slot.to(accumulated) * gate
@@ -168,22 +209,44 @@ class ModuleRecorder(Recorder):
                 "of its blocks or attention processors not its own?"
             )
         self._verified.add(len(self._slots))
-        self._can_prefetch = can_prefetch(
-            self.adapter, self._block_kwargs, self._model_kwargs, form.like(), gates
-        )
+        allowed = max(1e-3, 4 * torch.finfo(base.dtype).eps)
+        self._can_prefetch = again is not None and bool((again - gates).norm() <= allowed * gates.norm())
 
     def finish(self, form: CallForm) -> None:
         assert self._outputs is not None
         self._outputs.finish(self._slots, form.missing)
 
-    def prefetch(self, begun: BegunCall, clock: StepClock) -> None:
+    def foresee(self, begun: BegunCall, clock: StepClock) -> None:
+        if self.late is not None:
+            with deferred(self.adapter) as later:
+                self._fetch(begun, clock)
+            self.late.add(later)
+
+    def prefetch(self, begun: BegunCall, clock: StepClock) -> str | None:
+        prefetch, late, form = begun.context.prefetch, self.late, begun.context.form
+        if late is None:
+            # after the forward, when diffusers has taken the call's scale from its LoRA layers again
+            with compat.lora_scaled(self.adapter.module, lora_scale(begun.kwargs)):
+                self._fetch(begun, clock)
+        assert form is not None
+        if late is not None and late.needed:
+            done = late.complete or bool(form.missing)  # blocks that are left out write no gates
+            coming = not begun.context.is_full(begun.step + 1) and begun.step + 1 != clock.num_steps
+            if not (self._can_prefetch and prefetch.foreseen and done and (prefetch.fetched or not coming)):
+                return (
+                    "its weights are offloaded in groups of blocks, and gates of the steps to come cannot be "
+                    "foreseen: they need a scheduler whose timesteps the model is called with"
+                )
+        prefetch.settle(self.adapter)
+        return None
+
+    def _fetch(self, begun: BegunCall, clock: StepClock) -> None:
         context, form = begun.context, begun.context.form
         if not self._can_prefetch or form is None:
             return
-        last, num_steps = begun.step + 1, clock.num_steps
-        while num_steps is not None and last < num_steps and not context.is_full(last):
-            last += 1
-        steps, like = range(begun.step + 1, last), form.like()
+        first, num_steps = begun.step + 1, clock.num_steps
+        steps = range(first, first if num_steps is None else context.next_full(begun.step, num_steps))
+        like = form.like()
         context.prefetch.fetch(
             self.adapter, steps, clock.timesteps, form.block_kwargs, begun.model_kwargs, like
         )
@@ -192,7 +255,9 @@ class ModuleRecorder(Recorder):
         if self._outputs is not None:
             self._outputs.unbind()
         self._slots, self._between, self._block_kwargs, self.base = (), (), {}, None
-        self._model_kwargs = {}
+        self._model_kwargs, self._gates = {}, None
+        if self.late is not None:
+            self.late.drop()
 
     def forget(self) -> None:
         """Check its sum anew, and record after hooks that others put there."""
@@ -200,3 +265,11 @@ class ModuleRecorder(Recorder):
         if self._outputs is not None:
             self._outputs.remove()
         self._outputs = None
+
+
+def _as_blocks_do(gates: Tensor, base: Tensor) -> Tensor:
+    """Gates broadcast and cast to a hidden state, contiguous; mostly this changes nothing.
+
+    One timestep may serve several pictures, and autocast may leave embeddings of higher precision.
+    """
+    return gates.expand(-1, len(base), -1).to(base.device, base.dtype).contiguous()
