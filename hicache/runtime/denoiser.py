@@ -76,9 +76,10 @@ class Denoiser:
         # outside of what torch.compile makes of the model: it takes up at the model's own forward
         before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
         self._undo = [
+            # nothing of a call that was broken off may reach the next one, or stay switched off
+            compat.guard_calls(self.module, self._break_off),
             self.module.register_forward_pre_hook(before, with_kwargs=True).remove,
-            # also after an exception: nothing of a call may reach the next one
-            self.module.register_forward_hook(after, always_call=True).remove,
+            self.module.register_forward_hook(after).remove,
         ]
         self.hooked.install(self._planner.forecast)
         if self.choice.modules is not None:
@@ -89,11 +90,11 @@ class Denoiser:
         self._end()
         if self.choice.modules is not None:
             self.choice.modules.forget()
+        if self.graphs is not None:
+            self.graphs.remove()  # its class was put over what is undone here
         while self._undo:
             self._undo.pop()()
         self.hooked.remove()
-        if self.graphs is not None:
-            self.graphs.remove()
 
     def release(self) -> None:
         """Free its histories, and the graphs that are of use with them only."""
@@ -153,14 +154,14 @@ class Denoiser:
             call.opaque = graphs.due = True
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        begun = self._begun
-        try:
-            if begun is not None and output is not None:
-                self._planner.commit(begun)
-        finally:
-            self._end()
-        if output is None:  # the call raised
-            self.session.clock.abort()
+        if self._begun is not None:
+            self._planner.commit(self._begun, output)
+        self._end()
+
+    def _break_off(self) -> None:
+        """A call raised, or was interrupted."""
+        self._end()
+        self.session.clock.abort()
 
     def _end(self) -> None:
         """A call has ended, or never came to its end."""
