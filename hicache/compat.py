@@ -87,6 +87,10 @@ class _GuardedCalls(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _guarded(nn.Module.__call__, self, args, kwargs)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # its hooks reach into the pipeline, and a copy's would still reach into the original
+        raise TypeError("hicache: a cached transformer cannot be copied or pickled; call remove() first")
+
     @_passed_by
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         return _guarded(nn.Module._call_impl, self, args, kwargs)
