@@ -30,7 +30,7 @@ class FiniteCheck:
             self._answer = None
             return
         finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all()
-        self._step, self._answer = step, _reading(finite)
+        self._step, self._answer = step, reading(finite)
 
     def failed_step(self) -> int | None:
         """The full step that was not finite, told once; None where it was, or nothing is known yet."""
@@ -41,7 +41,7 @@ class FiniteCheck:
         return None if finite else self._step
 
 
-def _reading(flag: Tensor) -> Callable[[], bool | None]:
+def reading(flag: Tensor) -> Callable[[], bool | None]:
     """What gives the value of a flag, or None while its device is still at work."""
     if flag.device.type != "cuda":
         known = bool(flag)
