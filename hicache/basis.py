@@ -42,8 +42,11 @@ def register_basis(name: str) -> Callable[[AnyBasis], AnyBasis]:
     """Decorator that makes a basis usable as ``HiCacheConfig(basis=name)``.
 
     Raises:
+        TypeError: no name: ``@register_basis`` without parentheses.
         ValueError: the name is empty or already taken by another function.
     """
+    if not isinstance(name, str):
+        raise TypeError(f'register_basis: expected a name, @register_basis("mine"), got {name!r}')
     if not name:
         raise ValueError("register_basis: expected a name, got an empty string")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import platform
 import sys
 from pathlib import Path
@@ -82,6 +83,8 @@ def generate(options: argparse.Namespace) -> int:
     except ImportError as error:
         raise RuntimeError(f"needs the demo extra: pip install 'hicache[demo]' ({error})") from error
     import hicache.demo
+    from hicache.pipeline import GRANULARITIES, check_backend, check_choice, check_speedup
+    from hicache_kernels import BACKENDS
 
     if options.steps < 1:
         raise ValueError(f"--steps: expected at least 1, got {options.steps}")
@@ -91,6 +94,14 @@ def generate(options: argparse.Namespace) -> int:
         raise ValueError(f"--out: expected the name of a picture such as hicache.png, got {options.out}")
     if not options.out.parent.is_dir():
         raise ValueError(f"--out: expected a file in an existing folder, got {options.out}")
+    if not math.isfinite(options.guidance):
+        raise ValueError(f"--guidance: expected a finite number, got {options.guidance}")
+    if not -(2**63) <= options.seed < 2**63:
+        raise ValueError(f"--seed: expected a number of 64 bits, got {options.seed}")
+    check_choice("granularity", options.granularity, GRANULARITIES)
+    check_choice("backend", options.backend, ("auto", *BACKENDS))
+    check_speedup(options.speedup, counted=True)
+    _check_writable(options.out)
     config = HiCacheConfig(
         interval=options.interval,
         order=options.order,
@@ -103,6 +114,7 @@ def generate(options: argparse.Namespace) -> int:
     if no_bars:
         disable_progress_bar()
     pipe = hicache.demo.load()
+    check_backend(options.backend, pipe.transformer)
     pipe.set_progress_bar_config(desc="denoising", leave=False, disable=no_bars)
     result = compare(
         pipe,
@@ -139,6 +151,21 @@ def generate(options: argparse.Namespace) -> int:
     Console().print(table)
     print(f"saved {options.out}")
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Find out before the run, which may be long.
+
+    Raises:
+        ValueError: no file can be written there.
+    """
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"--out: cannot write {path}: {error.strerror}") from error
+    if not existed:
+        path.unlink()
 
 
 def _mean(values: list[float]) -> float:

@@ -7,6 +7,7 @@ clear message when one of them moves.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
@@ -57,6 +58,50 @@ def _mixed(cls: type, mixin: type) -> type:
 
 
 # torch 2.11 – 2.13
+
+
+# what the compiler passes by, while what it calls is compiled as if it were not there
+_passed_by: Final = functools.partial(torch.compiler.disable, recursive=False)
+_GUARD: Final = "_hicache_guard"
+
+
+@_passed_by
+def _guarded(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+    try:
+        return call(module, *args, **kwargs)
+    except BaseException:
+        failed = module.__dict__.get(_GUARD)
+        if failed is not None:
+            failed()
+        raise
+
+
+class _GuardedCalls(nn.Module):
+    """Mixed into a module's class by :func:`guard_calls`.
+
+    Both ways into a module: by itself, and by what ``torch.compile`` made of it. What has been compiled holds
+    on to these functions after they are gone from the class.
+    """
+
+    @_passed_by
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _guarded(nn.Module.__call__, self, args, kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # its hooks reach into the pipeline, and a copy's would still reach into the original
+        raise TypeError("hicache: a cached transformer cannot be copied or pickled; call remove() first")
+
+    @_passed_by
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        return _guarded(nn.Module._call_impl, self, args, kwargs)
+
+
+def guard_calls(module: nn.Module, failed: Callable[[], None]) -> Callable[[], None]:
+    """Call ``failed()`` when a call of a module ends in any ``BaseException``; returns what undoes it.
+
+    Forward hooks with ``always_call`` are called for an ``Exception`` only (``Module._call_impl``).
+    """
+    return mix_in(module, _GuardedCalls, _GUARD, torch.compiler.disable(failed))
 
 
 def children_of_list(blocks: nn.ModuleList) -> list[nn.Module]:

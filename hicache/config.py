@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -44,13 +45,14 @@ class HiCacheConfig:
     history_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        _whole("interval", self.interval, 1, None)
-        _whole("order", self.order, 0, MAX_ORDER)
-        _whole("warmup", self.warmup, 1, None)
-        if isinstance(self.sigma, bool) or not isinstance(self.sigma, (int, float)):
+        self._whole("interval", 1, None)
+        self._whole("order", 0, MAX_ORDER)
+        self._whole("warmup", 1, None)
+        if not is_number(self.sigma):
             raise TypeError(f"HiCacheConfig.sigma: expected a number > 0, got {self.sigma!r}")
         if not (math.isfinite(self.sigma) and self.sigma > 0):
             raise ValueError(f"HiCacheConfig.sigma: expected a finite number > 0, got {self.sigma!r}")
+        object.__setattr__(self, "sigma", float(self.sigma))  # NumPy's numbers become Python's
         if not isinstance(self.basis, str):
             raise TypeError(f"HiCacheConfig.basis: expected the name of a basis, got {self.basis!r}")
         get_basis(self.basis)
@@ -63,10 +65,21 @@ class HiCacheConfig:
             names = ", ".join(str(known) for known in HISTORY_DTYPES)
             raise TypeError(f"HiCacheConfig.history_dtype: expected {names} or None, got {dtype!r}")
 
+    def _whole(self, name: str, low: int, high: int | None) -> None:
+        value = getattr(self, name)
+        wanted = f"an int >= {low}" if high is None else f"an int from {low} to {high}"
+        if not is_whole(value):
+            raise TypeError(f"HiCacheConfig.{name}: expected {wanted}, got {value!r}")
+        if value < low or (high is not None and value > high):
+            raise ValueError(f"HiCacheConfig.{name}: expected {wanted}, got {value}")
+        object.__setattr__(self, name, int(value))
 
-def _whole(name: str, value: int, low: int, high: int | None) -> None:
-    wanted = f"an int >= {low}" if high is None else f"an int from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"HiCacheConfig.{name}: expected {wanted}, got {value!r}")
-    if value < low or (high is not None and value > high):
-        raise ValueError(f"HiCacheConfig.{name}: expected {wanted}, got {value}")
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, of Python or NumPy; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a real number, of Python or NumPy; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hicache import compat
-from hicache.config import HiCacheConfig
+from hicache.config import HiCacheConfig, is_number, is_whole
 from hicache_kernels import backend_status
 
 GRANULARITIES: Final = ("auto", "module", "stack")
@@ -80,8 +80,21 @@ def find_scheduler(pipe: Any, scheduler: Any) -> Callable[[], Any] | None:
         return lambda: scheduler
     if isinstance(pipe, nn.Module):
         return None
-    check_scheduler(getattr(pipe, "scheduler", None))
-    return lambda: pipe.scheduler
+    last = getattr(pipe, "scheduler", None)
+    check_scheduler(last)
+    try:
+        held = weakref.ref(pipe)  # a transformer that outlives its pipeline does not keep all of that
+    except TypeError:
+        return lambda: pipe.scheduler
+
+    def current() -> Any:
+        nonlocal last
+        owner = held()
+        if owner is not None:
+            last = owner.scheduler
+        return last
+
+    return current
 
 
 class PartsCheck:
@@ -120,8 +133,10 @@ def check_scheduler(scheduler: Any) -> None:
     """Check that the steps of a scheduler can be counted, by watching the methods of the instance.
 
     Raises:
-        TypeError: it has no ``set_timesteps`` or no ``step``, or ``__slots__``.
+        TypeError: it is a class, it has no ``set_timesteps`` or no ``step``, or ``__slots__``.
     """
+    if isinstance(scheduler, type):
+        raise TypeError(f"hicache: expected a scheduler, got the class {scheduler.__name__}: make one of it")
     missing = [name for name in _SCHEDULER_METHODS if not callable(getattr(scheduler, name, None))]
     if missing:
         raise TypeError(
@@ -209,7 +224,7 @@ def check_whole(name: str, value: int, least: int) -> None:
     Raises:
         ValueError: it is not an int, or below ``least``.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_whole(value) or value < least:
         raise ValueError(f"hicache: expected {name} to be an int >= {least}, got {value!r}")
 
 
@@ -220,7 +235,7 @@ def check_budget(memory_budget: int) -> None:
         TypeError: not an int.
         ValueError: below zero.
     """
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+    if not is_whole(memory_budget):
         raise TypeError(f"hicache: expected memory_budget to be a number of bytes, got {memory_budget!r}")
     if memory_budget < 0:
         raise ValueError(f"hicache: expected memory_budget >= 0 bytes, got {memory_budget}")
@@ -261,7 +276,7 @@ def check_speedup(speedup: float | None, counted: bool) -> None:
     """
     if speedup is None:
         return
-    if isinstance(speedup, bool) or not isinstance(speedup, (int, float)):
+    if not is_number(speedup):
         raise TypeError(f"hicache: expected speedup to be a number >= 1 or None, got {speedup!r}")
     if not (math.isfinite(speedup) and speedup >= 1):
         raise ValueError(f"hicache: expected a finite speedup >= 1, got {speedup!r}")

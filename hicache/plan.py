@@ -118,6 +118,10 @@ def plan(
     for name, value in {**counts, "calls": 1 if calls is None else calls}.items():
         check_whole(name, value, least=1)
     check_whole("more_tokens", more_tokens, least=0)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(
+            f"hicache: expected dtype to be a floating dtype such as torch.bfloat16, or None, got {dtype!r}"
+        )
     plans = {}
     for name, module in find_denoisers(pipe).items():
         adapter = registry.find(module)

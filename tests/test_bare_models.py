@@ -15,6 +15,7 @@ import hicache.fast
 from hicache import HiCacheConfig
 from tests.support import models
 from tests.support.comparisons import cast, flat, snapshot
+from tests.support.pipelines import randomize
 from tests.support.runs import block_lists, blocks_of, count_calls
 from tests.support.schedulers import CountingScheduler
 
@@ -171,3 +172,40 @@ def test_models_without_blocks_are_refused_at_once(model: nn.Module):
     with pytest.raises(ValueError, match=rf"nothing to hook in {type(model).__name__}"):
         hicache.fast.apply(model, CONFIG)
     assert snapshot(model) == before
+
+
+def test_blocks_that_take_turns_are_refused_before_anything_is_changed():
+    model = diffusers.LatteTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        caption_channels=8,
+        cross_attention_dim=16,
+        video_length=2,
+    )
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="LatteTransformer3DModel cannot be cached: its blocks take turns"):
+        hicache.fast.apply(model)
+    assert snapshot(model) == before
+
+
+def test_kandinsky_is_cached_by_stack():
+    """Its modulation is zero as built, and it computes in fp32 whatever its weights are."""
+    model, call = models.build("kandinsky5")
+    randomize(model)
+    uncached = run(model, call)
+    assert not torch.equal(uncached[0], uncached[1])
+    calls: Counter[int] = Counter()
+    count_calls(model.visual_transformer_blocks, calls)
+    with hicache.fast.apply(model, HiCacheConfig(interval=1)):
+        assert torch.equal(run(model, call), uncached)
+    calls.clear()
+    with hicache.fast.apply(model, CONFIG) as handle:
+        cached = run(model, call)
+        assert handle.stats.granularity == "stack"
+    assert set(calls.values()) == {len(FULL_STEPS)}
+    assert torch.equal(cached[:3], uncached[:3])
+    assert (cached - uncached).norm() < 0.2 * uncached.norm()

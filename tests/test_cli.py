@@ -68,9 +68,20 @@ def test_generate_at_interval_one_is_the_full_run(tmp_path, capsys):
         (["--basis", "cubic"], "unknown basis 'cubic'; known bases: hermite"),
         (["--backend", "gpu"], "unknown backend 'gpu'; expected one of auto, reference, native"),
         (["--out", "no/such/folder/x.png"], "--out: expected a file in an existing folder"),
+        (["--out", "/proc/x.png"], "--out: cannot write /proc/x.png: "),
+        (["--guidance", "inf"], "--guidance: expected a finite number, got inf"),
+        (["--seed", str(2**64)], "--seed: expected a number of 64 bits, got 18446744073709551616"),
+        (["--granularity", "layer"], "unknown granularity 'layer'; expected one of auto, module, stack"),
+        (["--speedup", "nan"], "expected a finite speedup >= 1, got nan"),
+        (["--speedup", "0.5"], "expected a finite speedup >= 1, got 0.5"),
     ],
 )
-def test_bad_input_is_one_clear_line(arguments, message, capsys):
+def test_bad_input_is_one_clear_line(arguments, message, capsys, monkeypatch):
+    def run(*_: object, **__: object) -> None:
+        raise AssertionError("it began to draw")
+
+    if arguments != ["a dragon"]:
+        monkeypatch.setattr("hicache.demo.compare.compare", run)
     assert main(["generate", *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("hicache generate: ")

@@ -197,6 +197,43 @@ def test_sizes_that_are_open():
     assert not compat.take_equal_sizes_for_one(True)
 
 
+@pytest.mark.parametrize("compiled", ["not", "before", "in place", "after"])
+def test_calls_are_guarded(compiled: str):
+    class Breaking(nn.Linear):
+        broken = False
+
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            self.interrupt()
+            return super().forward(given)
+
+        @torch.compiler.disable
+        def interrupt(self) -> None:
+            if self.broken:
+                raise KeyboardInterrupt
+
+    model, failed = Breaking(3, 3), []
+    called: nn.Module = model
+    if compiled == "before":
+        called = torch.compile(model, backend="eager")
+    if compiled == "in place":
+        model.compile(backend="eager")
+    undo = compat.guard_calls(model, lambda: failed.append(True))
+    if compiled == "after":
+        called = torch.compile(model, backend="eager")
+    called(torch.ones(1, 3))
+    assert not failed
+    model.broken = True
+    with pytest.raises(KeyboardInterrupt):
+        called(torch.ones(1, 3))
+    assert failed, moved("Module._call_impl", "guard_calls")
+    undo()
+    assert type(model) is Breaking
+    failed.clear()
+    with pytest.raises(KeyboardInterrupt):
+        called(torch.ones(1, 3))
+    assert not failed
+
+
 def test_writes_are_counted():
     tensor = torch.zeros(2)
     before = compat.write_count(tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ import hicache.demo
 import hicache.fast
 from hicache import HiCacheConfig
 from hicache.hooks.dynamo import CompilePause, OpenSizes
+from hicache.runtime.context import BegunCall
 from tests.support import pipelines
 
 CONFIG = HiCacheConfig(interval=3, order=2, warmup=3)
@@ -201,6 +203,43 @@ def test_pauses_of_several_transformers_overlap():
     assert stance() == "force_eager"
     other.let_go()
     assert stance() == "default"
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["regional", "whole"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ZeroDivisionError])
+def test_nothing_is_left_of_a_call_that_is_broken_off(error, compiled):
+    """At once, not with the next call: torch.compile on, the lists the model's own, no arguments held."""
+    pipe, draw = build("flux")
+    with hicache.fast.apply(pipe, CONFIG):
+        expected = draw(pipe)
+    model = pipe.transformer
+    if compiled:
+        pipe.transformer = torch.compile(model, backend="eager")
+    else:
+        model.compile_repeated_blocks(backend="eager")
+    for step in (0, 1, 4):  # learned from, full, skipped
+        steps = 0
+
+        @torch.compiler.disable
+        def break_off(*_: Any, step: int = step) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == step + 1:
+                raise error
+
+        with hicache.fast.apply(pipe, CONFIG):
+            hook = model.norm_out.register_forward_pre_hook(break_off)
+            with pytest.raises(error):
+                draw(pipe)
+            hook.remove()
+            assert torch._dynamo.eval_frame._stance.stance == "default"
+            assert [type(block).__name__ for block in model.transformer_blocks] == [
+                "FluxTransformerBlock"
+            ] * 2
+            held = [gc_object for gc_object in gc.get_objects() if type(gc_object) is BegunCall]
+            assert not held
+            assert torch.equal(draw(pipe), expected)
+        assert [type(block).__name__ for block in model.transformer_blocks] == ["FluxTransformerBlock"] * 2
 
 
 def test_what_is_held_open_while_a_skipped_step_is_compiled_is_let_go():

@@ -37,6 +37,8 @@ MODELS: Final = {
     "Lumina2": "lumina2",
     "Mochi": "mochi",
     "AuraFlow": "auraflow",
+    "Kandinsky 5": "kandinsky5",
+    "Bria": "bria",
 }
 
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from hicache import compat
 
-# Where blocks that return a tuple keep the image, for those that diffusers has no record of.
+# Where blocks that return a tuple keep the image, for those that diffusers has no record of, or a wrong one.
 _IMAGE_INDEX: Final = {
     "AuraFlowJointTransformerBlock": 1,
+    "BriaTransformerBlock": 1,
     "ChromaTransformerBlock": 1,
     "Flux2TransformerBlock": 1,  # diffusers has a record of it from 0.42 on
     "HiDreamImageTransformerBlock": 0,
@@ -41,7 +42,7 @@ class BlockInterface:
             getattr(metadata, "encoder_hidden_states_argument_name", None) or "encoder_hidden_states"
         )
         image = getattr(metadata, "return_hidden_states_index", None)
-        self._image_index: int | None = _IMAGE_INDEX.get(self._block) if image is None else image
+        self._image_index: int | None = _IMAGE_INDEX.get(self._block, image)
         # One entry an element returned: "image", the argument passed through, or None; () for a tensor.
         self.layout: tuple[str | None, ...] | None = None  # None: no block has been seen to return
 

@@ -21,12 +21,15 @@ BLOCK_LISTS: Final = (
     "double_stream_blocks",
     "double_blocks",
     "transformer_blocks",
+    "visual_transformer_blocks",
     "single_transformer_blocks",
     "single_stream_blocks",
     "single_blocks",
     "blocks",
     "layers",
 )
+# Lists whose blocks take turns with those of another list: no block of one can stand for both.
+_IN_TURNS: Final = ("temporal_transformer_blocks",)
 # The first module after the blocks: its input is the hidden state the stack produced, text tokens cut off.
 HEADS: Final = ("norm_final", "norm_out", "final_layer", "all_final_layer", "final_norm", "head")
 
@@ -35,9 +38,15 @@ def find_lists(module: nn.Module) -> list[nn.ModuleList]:
     """The block lists among a transformer's children, in run order.
 
     Raises:
-        ValueError: there is none; the message names the class.
+        ValueError: there is none, or there are some that take turns; the message names the class.
     """
     children = dict(module.named_children())
+    turns = next((name for name in _IN_TURNS if name in children), None)
+    if turns is not None:
+        raise ValueError(
+            f"hicache: {type(module).__name__} cannot be cached: its blocks take turns with those of {turns}"
+            ", so that no list of them can be skipped as a whole"
+        )
     lists = [
         block_list
         for name in BLOCK_LISTS

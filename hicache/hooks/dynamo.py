@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 
@@ -55,8 +55,9 @@ _OPEN: Final = _Setting(_open_sizes)
 class _Hold:
     """Holds a setting, once, until it lets go."""
 
-    def __init__(self, setting: _Setting) -> None:
-        self._setting = setting
+    _setting: ClassVar[_Setting]
+
+    def __init__(self) -> None:
         self._holding = False
 
     def hold(self) -> None:
@@ -78,12 +79,10 @@ class CompilePause(_Hold):
     Compiled modules that are entered from there on (blocks, with regional compilation) run eagerly.
     """
 
-    def __init__(self) -> None:
-        super().__init__(_EAGER)
+    _setting = _EAGER
 
 
 class OpenSizes(_Hold):
     """What torch.compile compiles between :meth:`hold` and :meth:`let_go` serves pictures of any form."""
 
-    def __init__(self) -> None:
-        super().__init__(_OPEN)
+    _setting = _OPEN

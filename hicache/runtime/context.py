@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hicache.engine import Engine
 from hicache.runtime.conditions import Conditions
+from hicache.runtime.finite import FiniteCheck
 from hicache.runtime.gate_prefetch import GatePrefetch
 from hicache.runtime.session import Session, StepCounter
 from hicache.runtime.signature import signature
@@ -50,6 +51,7 @@ class Context:
         self.arguments = arguments
         self.engine = engine
         self.prefetch = GatePrefetch()
+        self.finite = FiniteCheck()
         self.form: CallForm | None = None  # learned from its first call
         self.rotary: list[Any] = []  # embeddings of the last full step
 
@@ -63,6 +65,7 @@ class Context:
         self.full_steps = 0
         self.skipped_steps = 0
         self.prefetch.restart()
+        self.finite = FiniteCheck()
 
     def is_full(self, step: int) -> bool:
         """Whether the transformer runs at this step of the run."""
@@ -73,6 +76,11 @@ class Context:
         local = step - self.first_step
         coming = range(step + 1, num_steps)
         return next((s for s in coming if self.engine.is_full(s - self.first_step, local)), num_steps)
+
+    def distrust(self) -> None:
+        """What is recorded is not to be forecast from: the next step is full."""
+        self.engine.reset(num_steps=self.engine.num_steps)
+        self.prefetch.forget()
 
     def release(self) -> None:
         """Free its memory, and forget what was learned."""

@@ -86,9 +86,10 @@ class Denoiser(NotCopied):
         # outside of what torch.compile makes of the model: it takes up at the model's own forward
         before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
         self._undo = [
+            # nothing of a call that was broken off may reach the next one, or stay switched off
+            compat.guard_calls(self.module, self._break_off),
             self.module.register_forward_pre_hook(before, with_kwargs=True).remove,
-            # also after an exception: nothing of a call may reach the next one
-            self.module.register_forward_hook(after, always_call=True).remove,
+            self.module.register_forward_hook(after).remove,
             self._name.install(),
         ]
         self.hooked.install(self._forecast)
@@ -101,11 +102,11 @@ class Denoiser(NotCopied):
             self._end()
             if self._modules is not None:
                 self._modules.forget()
+            if self.graphs is not None:
+                self.graphs.remove()  # its class was put over what is undone here
             while self._undo:
                 self._undo.pop()()
             self.hooked.remove()
-            if self.graphs is not None:
-                self.graphs.remove()
 
     def release(self) -> None:
         """Free its histories, and the graphs that are of use with them only."""
@@ -200,13 +201,18 @@ class Denoiser(NotCopied):
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         begun, track = self._begun, self._track
-        try:
-            if begun is not None and track is not None and output is not None:
-                track.planner.commit(begun)
-        finally:
-            if output is None and track is not None:  # the call raised
-                track.session.clock.abort()
-            self._end()
+        if begun is not None and track is not None:
+            track.planner.commit(begun, output)
+        self._end()
+
+    def _break_off(self) -> None:
+        """A call raised, or was interrupted, perhaps while it waited for its turn."""
+        if not self._turns.mine():
+            return
+        track = self._track
+        self._end()
+        if track is not None:
+            track.session.clock.abort()
 
     def _end(self) -> None:
         """A call has ended: the next one's turn."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hicache.runtime.budget import RecorderChoice
 from hicache.runtime.context import BegunCall, CallForm
-from hicache.runtime.recorders import Unfit
+from hicache.runtime.finite import not_finite
+from hicache.runtime.recorders import NotFinite, Unfit
 from hicache.stats import Stopwatch
 from hicache.step_plan import FullStep
 
@@ -56,6 +57,10 @@ class FirstCall:
             base = None if modules is None else modules.base
             try:
                 self._choice.recorder.verify(hidden, form)
+            except NotFinite:
+                self.unfit = not_finite(self._begun.context.label, self._begun.step)
+                self._choice.warn(self.unfit)
+                return None
             except Unfit as error:
                 self._choice.warn(f"{error}; its stack is cached instead")
                 self._choice.give_up_modules(str(error))

@@ -14,10 +14,11 @@ from hicache.hooks.dynamo import CompilePause, OpenSizes
 from hicache.hooks.transformer import HookedTransformer
 from hicache.runtime.budget import RecorderChoice
 from hicache.runtime.context import BegunCall, Context
+from hicache.runtime.finite import not_finite
 from hicache.runtime.lesson import FirstCall
 from hicache.runtime.recorders import ModuleRecorder
 from hicache.runtime.session import Session
-from hicache.step_plan import SkippedStep
+from hicache.step_plan import FullStep, SkippedStep
 
 
 class CallPlanner:
@@ -38,6 +39,10 @@ class CallPlanner:
 
     def is_full(self, begun: BegunCall) -> bool:
         """Whether the blocks run in this call."""
+        failed = begun.context.finite.failed_step()
+        if failed is not None:
+            self._choice.warn(not_finite(begun.context.label, failed))
+            begun.context.distrust()
         return begun.context.is_full(begun.step) or not self._choice.recorder.can_skip(begun)
 
     def begin_full(self, begun: BegunCall) -> None:
@@ -90,8 +95,13 @@ class CallPlanner:
             call.rotary_index, call.verifying = 0, False
             self._pause.let_go()
 
-    def commit(self, begun: BegunCall) -> None:
-        """A call has come to its end: take in what it recorded, and prefetch gates of the steps to come."""
+    def commit(self, begun: BegunCall, output: Any) -> None:
+        """A call has come to its end: take in what it recorded, and prefetch gates of the steps to come.
+
+        Args:
+            begun: the call.
+            output: the transformer's, whatever it is wrapped in.
+        """
         context, call = begun.context, self._hooked.call
         if call.skipping:
             context.engine.settle()
@@ -105,9 +115,20 @@ class CallPlanner:
             return
         with self._session.watch.measure(context.form.device), torch.no_grad():
             context.engine.commit(begun.local_step)
+            context.finite.ask(begun.step, self._telling(output))
             unforeseen = self._choice.recorder.prefetch(begun, self._session.clock)
             if unforeseen is not None:
                 self._choice.fall_back(unforeseen)
+
+    def _telling(self, output: Any) -> list[Tensor]:
+        """Tensors that are not finite where a feature is not."""
+        parts = list(output.values()) if isinstance(output, Mapping) else output
+        found = [leaf for leaf in compat.pytree.tree_leaves(parts) if isinstance(leaf, Tensor)]
+        plan = self._hooked.call.plan
+        slots = plan.slots if isinstance(plan, FullStep) else ()
+        # its range is the only one that is less than that of the others
+        narrow = [slot for slot in slots if slot.dtype == torch.float16]
+        return [tensor for tensor in (*found, *narrow) if tensor.is_floating_point()]
 
     def take_in(self, context: Context) -> None:
         """Take in what a full step recorded, if it did.
@@ -129,7 +150,7 @@ class CallPlanner:
             )
         if lesson is not None and lesson.unfit is not None:
             context.form = None
-            context.engine.reset(num_steps=context.engine.num_steps)
+            context.distrust()
             return
         assert context.form is not None
         with self._session.watch.measure(context.form.device), torch.no_grad():

@@ -29,6 +29,10 @@ class Unfit(Exception):
     """What a full step recorded cannot stand for the blocks; the message says why."""
 
 
+class NotFinite(Exception):
+    """A full step made numbers that nothing can be told from."""
+
+
 class Recorder:
     """Makes the plans of calls, and takes in what they recorded; subclasses say what is a feature."""
 
@@ -178,6 +182,7 @@ class ModuleRecorder(Recorder):
 
         Raises:
             Unfit: it is not.
+            NotFinite: what the blocks made is NaN or infinite: it may still be.
         """
         assert self._outputs is not None
         try:
@@ -203,7 +208,9 @@ class ModuleRecorder(Recorder):
         allowed = 0.1 if lowest.itemsize < 4 else 1e-3
         off, moved = (total - hidden).norm().item(), (hidden.to(accumulated) - base).norm().item()
         rounding = 8 * torch.finfo(lowest).eps * total.norm().item()
-        if not (math.isfinite(moved) and off <= allowed * moved + rounding):
+        if not math.isfinite(moved):
+            raise NotFinite
+        if not off <= allowed * moved + rounding:
             raise Unfit(
                 f"does not add gate · feature of its modules alone (off by {off:.3g} of {moved:.3g}): is one "
                 "of its blocks or attention processors not its own?"

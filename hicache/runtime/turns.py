@@ -30,6 +30,10 @@ class Turns:
             left, self._thread = self._thread is not None, threading.get_ident()
             return left
 
+    def mine(self) -> bool:
+        """Whether it is this thread's turn."""
+        return self._thread == threading.get_ident()
+
     def give_back(self) -> None:
         """The next one's turn."""
         with self._free:

@@ -353,6 +353,30 @@ def _ltx2_inputs() -> Arguments:
     return _inputs(1, TOKENS, 4, text=5, **sound, **_LTX_SIZE, audio_num_frames=6)
 
 
+_KANDINSKY5: Arguments = {
+    "in_text_dim": 8,
+    "in_text_dim2": 8,
+    "time_dim": 16,
+    "model_dim": WIDTH,
+    "ff_dim": WIDTH,
+    "num_text_blocks": 1,
+    "num_visual_blocks": 2,
+    "axes_dims": (8, 4, 4),
+}
+
+
+def _kandinsky5_inputs() -> Arguments:
+    return {
+        **_inputs(1, 2, 8, 8, 4),
+        "pooled_projections": noise(1, 8),
+        "visual_rope_pos": [torch.arange(2), torch.arange(4), torch.arange(4)],
+        "text_rope_pos": torch.arange(TOKENS),
+    }
+
+
+_BRIA: Arguments = {**_DOUBLES_AND_SINGLES, "joint_attention_dim": 8, "axes_dims_rope": (4, 4, 8)}
+
+
 MODELS = {
     "flux": Model("FluxTransformer2DModel", _FLUX, _guided_flux_inputs),
     "kontext": Model("FluxTransformer2DModel", _FLUX, _kontext_inputs),
@@ -409,6 +433,8 @@ MODELS = {
         "ZImageTransformer2DModel", _Z_IMAGE, _z_image_inputs, _from_zero_up, time_name="t", batch=2
     ),
     "lumina2": Model("Lumina2Transformer2DModel", _LUMINA2, _lumina2_inputs, _from_zero_up, batch=2),
+    "kandinsky5": Model("Kandinsky5Transformer3DModel", _KANDINSKY5, _kandinsky5_inputs, _thousand),
+    "bria": Model("BriaTransformer2DModel", _BRIA, _flux_inputs, _thousand),
     "wan_vace": Model(
         "WanVACETransformer3DModel",
         {**_WAN, "vace_layers": [0, 1], "vace_in_channels": 4},
@@ -418,7 +444,17 @@ MODELS = {
     "ltx2": Model("LTX2VideoTransformer3DModel", _LTX2, _ltx2_inputs, _thousand),
 }
 # tested in whole pipelines
-IN_PIPELINES = ("kontext", "qwen_image", "qwen_image_mask", "qwen_image_edit", "wan", "ltx", "pixart", "dit")
+IN_PIPELINES = (
+    "kandinsky5",
+    "kontext",
+    "qwen_image",
+    "qwen_image_mask",
+    "qwen_image_edit",
+    "wan",
+    "ltx",
+    "pixart",
+    "dit",
+)
 # whose blocks cannot be skipped as a whole
 UNSKIPPABLE = ("wan_vace", "ltx2")
 # tested without a pipeline

@@ -1,0 +1,61 @@
+"""Whether what a full step made is finite: asked at once, answered when the device has come to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class FiniteCheck:
+    """NaN or infinity in a full step of one context. Never waits for a device.
+
+    A feature that is not finite makes the model's output so: the output is looked at, which is small, and of
+    the history only what it may have been too narrow for.
+    """
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._answer: Callable[[], bool | None] | None = None  # None: the device has not come to it
+
+    def ask(self, step: int, tensors: Sequence[Tensor]) -> None:
+        """Full step ``step`` has ended with these tensors, in place of an earlier one.
+
+        Args:
+            step: of the run.
+            tensors: of floating dtypes, on one device.
+        """
+        if not tensors:
+            self._answer = None
+            return
+        finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all()
+        self._step, self._answer = step, reading(finite)
+
+    def failed_step(self) -> int | None:
+        """The full step that was not finite, told once; None where it was, or nothing is known yet."""
+        finite = None if self._answer is None else self._answer()
+        if finite is None:
+            return None
+        self._answer = None
+        return None if finite else self._step
+
+
+def reading(flag: Tensor) -> Callable[[], bool | None]:
+    """What gives the value of a flag, or None while its device is still at work."""
+    if flag.device.type != "cuda":
+        known = bool(flag)
+        return lambda: known
+    host = torch.empty((), dtype=torch.bool, pin_memory=True)
+    host.copy_(flag, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return lambda: bool(host.numpy()) if copied.query() else None
+
+
+def not_finite(context: str, step: int) -> str:
+    """What a user is told."""
+    return (
+        f"gives numbers that are not finite (NaN or infinity) at step {step} of {context}: nothing is "
+        "forecast from them, and the next step runs in full"
+    )
