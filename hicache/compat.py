@@ -48,13 +48,25 @@ def mix_in(module: nn.Module, mixin: type, key: str, value: Any) -> Callable[[],
 
 
 # one class for all objects alike: torch.compile tells blocks and lists apart by theirs
-_MIXED: Final[dict[tuple[type, type], type]] = {}
+_MIXED: Final[dict[tuple[int, type], type]] = {}
+
+
+class _AsItsBase(type):
+    """Of a class that is equal to the one it was mixed into: diffusers asks for ``type(module) in types``."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other == cls.__bases__[1]
+
+    def __hash__(cls) -> int:
+        return hash(cls.__bases__[1])
 
 
 def _mixed(cls: type, mixin: type) -> type:
-    if (cls, mixin) not in _MIXED:
-        _MIXED[cls, mixin] = type(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
-    return _MIXED[cls, mixin]
+    key = id(cls), mixin
+    if key not in _MIXED:
+        meta = type("_AsItsBase", (_AsItsBase, type(cls)), {})
+        _MIXED[key] = meta(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
+    return _MIXED[key]
 
 
 # torch 2.11 – 2.13

@@ -383,3 +383,26 @@ def test_every_entry_has_a_test():
     assert {
         name for name in functions if f"compat.{name}" not in source and f'"{name}"' not in source
     } == set()
+
+
+def test_an_object_counts_as_of_the_class_that_was_mixed_into():
+    """diffusers' from_pipe() takes a component over only if ``type(component)`` is one of the expected."""
+
+    class First(nn.Module):
+        pass
+
+    class Second(nn.Module):
+        pass
+
+    module = nn.Linear(2, 2)
+    undo_first = compat.mix_in(module, First, "_hicache_first", None)
+    undo_second = compat.mix_in(module, Second, "_hicache_second", None)
+    assert isinstance(module, First)
+    assert isinstance(module, Second)
+    assert type(module) in (nn.Linear,)
+    assert type(module) in {nn.Linear: 1}
+    assert type(module) not in (nn.Conv1d, First, Second)
+    undo_second()
+    assert not isinstance(module, Second)
+    undo_first()
+    assert type(module) is nn.Linear

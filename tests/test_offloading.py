@@ -68,7 +68,7 @@ def test_offloading_that_begins_between_runs(tmp_path: Path):
 
 
 def _loop(transformer: Any, scheduler: Any = None, another: int | None = None) -> torch.Tensor:
-    """Fourteen steps; from step ``another`` on with another prompt."""
+    """Fourteen steps; from step ``another`` on with another guidance."""
     timesteps = flow_matching()
     timesteps.set_timesteps(14)
     if scheduler is not None:
@@ -77,7 +77,7 @@ def _loop(transformer: Any, scheduler: Any = None, another: int | None = None) -
     outputs = []
     for step, t in enumerate(timesteps.timesteps):
         if step == another:
-            pooled = pooled + 1
+            guidance = guidance + 1
         call = models.flux_call(
             models.noise(1, 16, 4), t.expand(1) / 1000, guidance=guidance, pooled_projections=pooled
         )
@@ -103,7 +103,7 @@ def test_without_a_scheduler_the_stack_is_cached(tmp_path: Path):
 
 @torch.no_grad()
 def test_a_step_whose_gates_were_not_foreseen_runs_in_full(tmp_path: Path):
-    """Another prompt half-way: its gates are computed where their weights are, in a full step."""
+    """Another guidance half-way: its gates are computed where their weights are, in a full step."""
     transformer, scheduler = models.flux_transformer(), flow_matching()
     offload(transformer, tmp_path)
     with hicache.fast.apply(transformer, CONFIG, scheduler=scheduler, granularity="module") as handle:
