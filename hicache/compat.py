@@ -64,7 +64,9 @@ class _AsItsBase(type):
 def _mixed(cls: type, mixin: type) -> type:
     key = id(cls), mixin
     if key not in _MIXED:
-        meta = type("_AsItsBase", (_AsItsBase, type(cls)), {})
+        meta = type(cls)
+        if not issubclass(meta, _AsItsBase):
+            meta = type("_AsItsBase", (_AsItsBase, meta), {})
         _MIXED[key] = meta(cls.__name__, (mixin, cls), {"__module__": cls.__module__})
     return _MIXED[key]
 

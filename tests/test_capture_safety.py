@@ -47,6 +47,7 @@ CLEAN = (
     "DiT",
     "Sana",
     "AuraFlow",
+    "Bria",
 )
 CLEAN_AFTER_A_CALL = ("Qwen-Image", "Z-Image")
 BLOCKED_INSIDE = ("CogView4", "HiDream", "Mochi")
@@ -110,6 +111,8 @@ def test_models_are_cached_by_module_where_they_can_be(surveys: dict[str, Survey
         "Lumina2",
         "Mochi",
         "AuraFlow",
+        "Kandinsky 5",
+        "Bria",
     }
 
 
