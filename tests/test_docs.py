@@ -64,7 +64,7 @@ def test_a_citation_of_a_missing_section_is_found():
     assert missing('(docs/algorithm.md, "Lazy\n    updates")') == [("docs/algorithm.md", "Lazy updates")]
 
 
-@pytest.mark.parametrize("name", ["matrix", "compilers"])
+@pytest.mark.parametrize("name", ["matrix", "compilers", "sanitizers"])
 def test_tables_of_installing_are_what_was_run(name):
     with (ROOT / "benchmarks" / "results" / f"{name}.csv").open() as file:
         rows = ["| " + " | ".join(row) + " |" for row in csv.reader(file)]
