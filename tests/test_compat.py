@@ -23,6 +23,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hicache import compat
+from hicache.mixin import mix_in
 from tests.support.models import flux_transformer
 
 
@@ -45,9 +46,9 @@ def moved(name: str, function: str) -> str:
 def test_a_mixed_in_class_is_undone_exactly(layer: nn.Linear):
     given, before = torch.randn(2, 3), dict(vars(layer))
     expected = layer(given)
-    undo = compat.mix_in(layer, Doubled, "_hicache_factor", 2)
+    undo = mix_in(layer, Doubled, "_hicache_factor", 2)
     other = nn.Linear(3, 3)
-    undo_other = compat.mix_in(other, Doubled, "_hicache_factor", 3)
+    undo_other = mix_in(other, Doubled, "_hicache_factor", 3)
     assert torch.equal(layer(given), expected * 2)
     assert type(layer) is type(other), "torch.compile tells blocks apart by their class"
     undo()
@@ -395,8 +396,8 @@ def test_an_object_counts_as_of_the_class_that_was_mixed_into():
         pass
 
     module = nn.Linear(2, 2)
-    undo_first = compat.mix_in(module, First, "_hicache_first", None)
-    undo_second = compat.mix_in(module, Second, "_hicache_second", None)
+    undo_first = mix_in(module, First, "_hicache_first", None)
+    undo_second = mix_in(module, Second, "_hicache_second", None)
     assert isinstance(module, First)
     assert isinstance(module, Second)
     assert type(module) in (nn.Linear,)

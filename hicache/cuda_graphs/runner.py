@@ -24,6 +24,7 @@ from hicache.cuda_graphs.capture import CaptureBackend, describe
 from hicache.cuda_graphs.capture_safety import INSIDE, unsafe_ops
 from hicache.cuda_graphs.model_state import ModelState
 from hicache.hooks.transformer import HookedTransformer
+from hicache.mixin import mix_in
 from hicache.stats import GraphStats
 from hicache.step_plan import FullStep
 
@@ -91,7 +92,7 @@ class GraphRunner:
             self._warn(f"runs without CUDA graphs: {self.stats.eager}")
         if self.stats.eager is None and self._undo is None:
             # it is the class that makes forward ours: from the next call on, as this one has looked its up
-            self._undo = compat.mix_in(self._module, _Replayable, _KEY, self)
+            self._undo = mix_in(self._module, _Replayable, _KEY, self)
 
     def usable(self) -> bool:
         """Whether the call that begins may be replayed: it has been learned from, and wants no gradients."""

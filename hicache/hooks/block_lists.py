@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hicache import compat
 from hicache.hooks.block_interface import BlockInterface
+from hicache.mixin import mix_in
 from hicache.step_plan import RunningCall
 
 # In run order; the names diffusers and most others use.
@@ -122,7 +123,7 @@ class BlockListHook:
 
     def install(self) -> Callable[[], None]:
         """Hook the list; returns what undoes it."""
-        return compat.mix_in(self._blocks, _SkippableList, "_hicache", self)
+        return mix_in(self._blocks, _SkippableList, "_hicache", self)
 
     def refresh(self) -> None:
         """Watch the blocks that are in the list now: others may have been put in their places."""

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from hicache import compat
+from hicache.mixin import mix_in
 
 # diffusers' classes whose output goes to the blocks and nowhere else
 _CLASSES: Final = (
@@ -38,7 +38,7 @@ class _Recalling(nn.Module):
 def hook(module: nn.Module, recall: Recall) -> list[Callable[[], None]]:
     """Route the rotary embeddings among a model's children through ``recall``; returns what undoes it."""
     return [
-        compat.mix_in(child, _Recalling, _KEY, recall)
+        mix_in(child, _Recalling, _KEY, recall)
         for child in module.children()
         if type(child).__name__ in _CLASSES
     ]
