@@ -30,8 +30,15 @@ from typing import Final
 ROOT: Final = Path(__file__).resolve().parents[2]
 PYTHONS: Final = ("python3.10", "python3.11", "python3.12", "python3.13", "python3.14")
 # What differs from constraints.txt with an older diffusers: the oldest promised, one in between.
+# (Triton 3.6's interpreter knows no numpy after 2.2.)
 OLDER: Final[Mapping[str, Mapping[str, str]]] = {
-    "0.37.0": {"torch": "2.11.0", "triton": "3.6.0", "transformers": "5.20.2", "huggingface_hub": "1.33.0"},
+    "0.37.0": {
+        "torch": "2.11.0",
+        "triton": "3.6.0",
+        "numpy": "2.2.6",
+        "transformers": "5.20.2",
+        "huggingface_hub": "1.33.0",
+    },
     "0.40.0": {"transformers": "5.20.2", "huggingface_hub": "1.33.0"},
 }
 TESTS: Final = (
