@@ -104,7 +104,9 @@ void gated_sum(uintptr_t orders, int64_t order_stride, int num_orders, int type,
 py::list measured() {
   py::list found;
   for (const measured_tactics& one : cpu_tactics()) {
-    found.append(py::make_tuple(one.update, static_cast<int>(one.type), one.chosen, py::cast(one.costs)));
+    const sum_kind& kind = one.kind;
+    found.append(py::make_tuple(kind.type, kind.num_coeffs, kind.log_features, kind.log_numel, kind.update, kind.gated,
+                                kind.threads, one.chosen, py::cast(one.costs)));
   }
   return found;
 }
@@ -124,7 +126,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("MAX_ORDERS") = kMaxOrders;
   m.def("launches", [] { return launch_count.load(); }, "CPU kernel calls and CUDA launches of this process so far.");
   m.def("cpu_isa", &cpu_isa);
-  m.def("cpu_tactics", &measured, "Of gated sums: (with an update, dtype, tactic taken, seconds a byte of each).");
+  m.def("cpu_tactics", &measured, "Of gated sums past the caches: (a kind's numbers in turn, tactic taken, seconds a byte of each).");
   m.def("update_", &update<cpu_update, int>);
   m.def("forecast", &forecast<cpu_forecast, int>);
   m.def("update_forecast_", &update_forecast<cpu_update_forecast, int>);

@@ -76,7 +76,7 @@ const kernel_table& table() {
 // Made when the extension is loaded: nothing below waits for a lock that a fork may leave held.
 [[maybe_unused]] const int watched = thread_pool::survive_forks();
 const cache_sizes caches;
-chooser<kTactics> choosers[2][4];  // of a sum without and with an update, by dtype of the history
+choosers measured;
 
 constexpr int64_t kItemsize[] = {4, 2, 2, 8};  // by dtype
 
@@ -94,14 +94,21 @@ void launch_cascade(cascade_fn kernel, const cascade_args& args, int threads) {
   parallel_for(args.numel, kGrain, kLeast, threads, [&](int64_t begin, int64_t end) { kernel(args, how, begin, end); });
 }
 
+int log2_of(int64_t count) {
+  int log = 0;
+  while (count >>= 1) ++log;
+  return log;
+}
+
 void launch_sum(sum_fn kernel, const sum_args& args, int threads) {
   const int64_t numel = args.batch * args.rows * args.channels, elements = numel * args.num_features;
   if (numel == 0) return;
   ++launch_count;
   const int64_t itemsize = kItemsize[static_cast<int>(args.past.type)], moved = elements * args.num_coeffs * itemsize;
-  chooser<kTactics>& by_time = choosers[args.update][static_cast<int>(args.past.type)];
-  const bool measured = moved > caches.last;
-  const int choice = measured ? by_time.next() : 0;
+  const sum_kind kind = {static_cast<int>(args.past.type), args.num_coeffs, log2_of(args.num_features),
+                         log2_of(numel), args.update, args.gates != nullptr, threads};
+  chooser<kTactics>* const by_time = moved > caches.last ? measured.of(kind) : nullptr;
+  const int choice = by_time ? by_time->next() : 0;
   tactic how = tactics(caches.first, args.num_coeffs * itemsize + 4)[static_cast<size_t>(choice)];
   how.streamed = args.out != args.base &&
                  worth_streaming(args.out, args.gates ? args.channels : kGrain, numel, args.base_type);
@@ -109,7 +116,7 @@ void launch_sum(sum_fn kernel, const sum_args& args, int threads) {
   const auto begun = std::chrono::steady_clock::now();
   parallel_for(numel, how.block, least, threads, [&](int64_t begin, int64_t end) { kernel(args, how, begin, end); });
   const std::chrono::duration<float> taken = std::chrono::steady_clock::now() - begun;
-  if (measured) by_time.tell(choice, taken.count() / static_cast<float>(moved));
+  if (by_time) by_time->tell(choice, taken.count() / static_cast<float>(moved));
 }
 
 }  // namespace
@@ -118,12 +125,9 @@ const char* cpu_isa() { return table().name; }
 
 std::vector<measured_tactics> cpu_tactics() {
   std::vector<measured_tactics> found;
-  for (int update = 0; update < 2; ++update) {
-    for (int type = 0; type < 4; ++type) {
-      const chooser<kTactics>& one = choosers[update][type];
-      found.push_back({update == 1, static_cast<dtype>(type), one.chosen(), one.costs()});
-    }
-  }
+  measured.for_each([&](const sum_kind& kind, const chooser<kTactics>& one) {
+    found.push_back({kind, one.chosen(), one.costs()});
+  });
   return found;
 }
 

@@ -46,6 +46,14 @@ def _guarded(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any
         raise
 
 
+def _own(module: nn.Module, name: str) -> Callable[..., Any]:
+    """A method as the module's class has it, without what is mixed in below."""
+    classes = type(module).__mro__
+    rest = classes[classes.index(_GuardedCalls) + 1 :] if _GuardedCalls in classes else classes
+    found: Callable[..., Any] = next(vars(cls)[name] for cls in rest if name in vars(cls))
+    return found
+
+
 class _GuardedCalls(nn.Module):
     """Mixed into a module's class by :func:`guard_calls`.
 
@@ -55,7 +63,7 @@ class _GuardedCalls(nn.Module):
 
     @_passed_by
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _guarded(nn.Module.__call__, self, args, kwargs)
+        return _guarded(_own(self, "__call__"), self, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # its hooks reach into the pipeline, and a copy's would still reach into the original
@@ -63,7 +71,7 @@ class _GuardedCalls(nn.Module):
 
     @_passed_by
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        return _guarded(nn.Module._call_impl, self, args, kwargs)
+        return _guarded(_own(self, "_call_impl"), self, args, kwargs)
 
 
 def guard_calls(module: nn.Module, failed: Callable[[], None]) -> Callable[[], None]:

@@ -65,7 +65,7 @@ class BaseHandle(NotCopied, ABC, Generic[Denoiser]):
         self._denoisers = denoisers
         self._steps = steps
         self._final: Stats | None = None  # once removed
-        self._undo: list[Callable[[], Any]] = []
+        self._refusals: dict[Denoiser, Callable[[], Any]] = {}  # of other caches: what undoes them
 
     @classmethod
     def remove_from(cls, modules: Iterable[nn.Module]) -> None:
@@ -88,6 +88,8 @@ class BaseHandle(NotCopied, ABC, Generic[Denoiser]):
     def _leave(self, denoiser: Denoiser) -> None:
         denoiser.remove()
         denoiser.release()
+        if denoiser in self._refusals:
+            self._refusals.pop(denoiser)()
         denoiser.module.__dict__.pop(HANDLE_ATTRIBUTES[self.owner], None)
 
     def install(self) -> None:
@@ -95,7 +97,7 @@ class BaseHandle(NotCopied, ABC, Generic[Denoiser]):
         try:
             for denoiser in self._denoisers:
                 denoiser.module.__dict__[HANDLE_ATTRIBUTES[self.owner]] = self
-                self._undo.append(refuse_other_caches(denoiser.module, self.owner))
+                self._refusals[denoiser] = refuse_other_caches(denoiser.module, self.owner)
                 denoiser.install()
         except BaseException:
             self.remove()
@@ -139,8 +141,6 @@ class BaseHandle(NotCopied, ABC, Generic[Denoiser]):
         self._final = self._read_stats()
         for denoiser in self._denoisers:
             self._leave(denoiser)
-        while self._undo:
-            self._undo.pop()()
         self._denoisers.clear()
         self._steps.detach()
 

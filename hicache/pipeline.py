@@ -106,7 +106,10 @@ class PartsCheck:
     """
 
     def __init__(self, pipe: Any, modules: Mapping[str, nn.Module]) -> None:
-        self._pipe = weakref.ref(pipe)
+        try:
+            self._pipe: Callable[[], Any] = weakref.ref(pipe)
+        except TypeError:  # of a class without weak references
+            self._pipe = lambda: pipe
         self._modules = dict(modules)
 
     def warn(self) -> None:

@@ -84,7 +84,7 @@ def check_gated_sum(
     if in_memory:
         regions = _regions(op, base=base, orders=orders, gates=gates, coeffs=coeffs, inv_gap=inv_gap, out=out)
         if regions.get("out") == regions.get("base"):  # in place: every element is read before it is written
-            regions.pop("out", None)
+            regions.pop("base", None)
         _check_apart(op, "out", regions)
         if inv_gap is not None:
             _check_apart(op, "orders", regions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -474,6 +475,64 @@ class AddingModel(nn.Module):
         for block in self.blocks:
             x = block(x) + 1
         return x
+
+
+class OwnCall(nn.Module):
+    """Its class's ``__call__`` does more than its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.norm_out = nn.Identity()
+
+    def __call__(self, *args, **kwargs):
+        return 2 * super().__call__(*args, **kwargs)
+
+    def forward(self, hidden_states, timestep):
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return self.norm_out(hidden_states)
+
+
+@torch.no_grad()
+def test_a_call_that_its_class_makes_its_own_stays_so():
+    model, x, timestep = OwnCall().eval(), torch.ones(1, 2, 4), torch.tensor(0.5)
+    expected = model(x, timestep=timestep)
+    with hicache.fast.apply(model):
+        assert torch.equal(model(x, timestep=timestep), expected)
+
+
+def test_an_object_without_weak_references_is_a_pipeline_too():
+    model, scheduler = OwnCall().eval(), CountingScheduler()
+    with hicache.fast.apply(SimpleNamespace(transformer=model, scheduler=scheduler)) as handle:
+        assert handle.active
+
+
+@pytest.mark.parametrize("failing", [5, 6, 7, 9])
+@torch.no_grad()
+def test_a_call_that_failed_may_be_made_again(failing: int):
+    """The head runs out of memory once; what the sum before it did to the history is not done twice."""
+    model, scheduler = models.flux_transformer(), CountingScheduler()
+    error = torch.OutOfMemoryError("once")
+
+    def fail(*_):
+        hook.remove()
+        raise error
+
+    outputs = []
+    with hicache.fast.apply(model, HiCacheConfig(interval=4), scheduler=scheduler) as handle:
+        scheduler.set_timesteps(12)
+        for step in range(12):
+            call = models.flux_call(models.noise(1, 16, 4), torch.full((1,), 1 - step / 12))
+            if step == failing:
+                hook = model.norm_out.register_forward_pre_hook(fail)
+                with pytest.raises(torch.OutOfMemoryError, match="once"):
+                    model(**call)
+            outputs.append(model(**call)[0])
+            scheduler.step()
+        assert len(handle.stats.contexts) == 1
+    call = models.flux_call(models.noise(1, 16, 4), torch.full((1,), 1 - failing / 12))
+    assert torch.equal(outputs[failing], model(**call)[0])  # a full step
 
 
 def test_model_that_cannot_be_skipped_says_so():

@@ -62,3 +62,13 @@ def test_put_in_place_by_its_function():
         for _ in range(2):
             with pytest.raises(ValueError, match="diffusers caches this FluxTransformer2DModel already"):
                 pipelines.draw(pipe, arguments)
+
+
+def test_removing_an_earlier_cache_leaves_the_refusal_of_a_later_one():
+    """The later one took over one of the earlier one's two denoisers."""
+    pipe, _ = pipelines.build("wan22")
+    earlier = hicache.fast.apply(pipe)
+    with hicache.fast.apply(pipe.transformer_2):
+        earlier.remove()
+        with pytest.raises(ValueError, match="enable_cache"):
+            pipe.transformer_2.enable_cache(FirstBlockCacheConfig(threshold=0.1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -261,6 +262,35 @@ def test_an_interrupt_in_the_middle_of_a_call_keeps_no_turn():
             with ThreadPoolExecutor(1) as pool:
                 drawn = pool.submit(Request(0).draw, server.pipeline(), arguments).result(timeout=60)
             assert torch.equal(drawn, alone)
+
+
+def test_a_call_that_waited_while_the_cache_was_removed_runs_uncached():
+    shared, arguments = pipelines.build("flux")
+    server = Server(shared)
+    entered, go_on = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        hook.remove()
+        entered.set()
+        go_on.wait(timeout=60)
+
+    waiting = server.pipeline()
+    alone = Request(3).draw(server.pipeline(), arguments)  # uncached
+    handle = hicache.fast.apply(shared, EVERY_THIRD)
+    hook = shared.transformer.transformer_blocks[0].register_forward_pre_hook(hold)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(Request(0).draw, server.pipeline(), arguments)
+        assert entered.wait(timeout=60)
+        second = pool.submit(Request(3).draw, waiting, arguments)
+        time.sleep(0.2)  # it waits for its turn by now; if it does not yet, it finds nothing to wait for
+        removed = pool.submit(handle.remove)
+        time.sleep(0.2)
+        go_on.set()
+        assert first.result(timeout=60) is not None
+        removed.result(timeout=60)
+        drawn = second.result(timeout=60)
+    assert torch.equal(drawn, alone)
+    assert not [name for name in ("step", "set_timesteps") if name in vars(waiting.scheduler)]
 
 
 def test_loops_of_ones_own_in_threads():

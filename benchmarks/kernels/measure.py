@@ -177,10 +177,11 @@ def tactics() -> Iterator[str]:
     """Say what the native backend has measured of sums that no cache of this processor holds, and taken."""
     if native.unavailable(torch.device("cpu")) is not None:
         return
-    for (dtype, update), (chosen, costs) in native.tactics().items():
-        what = f"{dtype} gated sums{' with an update' if update else ''}"
-        each = ", ".join(f"{cost:.0f}" for cost in costs)
-        yield f"{what}: tactic {chosen} is taken, of {each} ns a KiB of history"
+    for kind in native.tactics():
+        what = f"{kind.dtype} sums{', gated' * kind.gated}{', with an update' * kind.update}"
+        sizes = f"{kind.num_features} features and more, {kind.numel} numbers and more"
+        each = ", ".join(f"{cost:.0f}" for cost in kind.costs)
+        yield f"{what}, {sizes}: tactic {kind.chosen} is taken, of {each} ns a KiB of history"
 
 
 def _rank(chosen: tuple[int, str, str]) -> tuple[bool, int, bool]:

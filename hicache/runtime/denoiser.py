@@ -135,6 +135,9 @@ class Denoiser(NotCopied):
         model_kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         if self._turns.take():
             self._clear()
+        if not self._undo:  # removed while it waited
+            self._turns.give_back()
+            return None
         if torch.is_grad_enabled() and (module.training or requires_grad(model_kwargs)):
             self._warn("is called for its gradients: it runs uncached")
             return None
@@ -209,8 +212,13 @@ class Denoiser(NotCopied):
         """A call raised, or was interrupted, perhaps while it waited for its turn."""
         if not self._turns.mine():
             return
-        track = self._track
+        begun, track = self._begun, self._track
         self._end()
+        if begun is not None and track is not None:
+            # half of it may be in the history; the same call may be made again
+            begun.context.distrust()
+            begun.context.last_step = begun.step - 1
+            track.counter.ordinal -= 1
         if track is not None:
             track.session.clock.abort()
 

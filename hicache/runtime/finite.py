@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class FiniteCheck:
-    """NaN or infinity in a full step of one context. Never waits for a device.
+    """NaN or infinity in a full step of one context. Never waits for a CUDA device.
 
     A feature that is not finite makes the model's output so: the output is looked at, which is small, and of
     the history only what it may have been too narrow for.
@@ -24,12 +24,13 @@ class FiniteCheck:
 
         Args:
             step: of the run.
-            tensors: of floating dtypes, on one device.
+            tensors: of floating dtypes.
         """
         if not tensors:
             self._answer = None
             return
-        finite = torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all()
+        device = tensors[0].device
+        finite = torch.stack([tensor.detach().isfinite().all().to(device) for tensor in tensors]).all()
         self._step, self._answer = step, reading(finite)
 
     def failed_step(self) -> int | None:
@@ -49,7 +50,7 @@ def reading(flag: Tensor) -> Callable[[], bool | None]:
     host = torch.empty((), dtype=torch.bool, pin_memory=True)
     host.copy_(flag, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(flag.device))
     return lambda: bool(host.numpy()) if copied.query() else None
 
 

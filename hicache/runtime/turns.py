@@ -38,7 +38,7 @@ class Turns:
         """The next one's turn."""
         with self._free:
             self._thread = None
-            self._free.notify()
+            self._free.notify_all()  # one of those that wait may be in none(), and take no turn
 
     @contextmanager
     def none(self) -> Iterator[None]:

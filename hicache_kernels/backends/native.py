@@ -8,7 +8,7 @@ What the ops compute is said in :mod:`hicache_kernels.backends.reference`, whose
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,18 +80,39 @@ def isa() -> str:
     return str(_native.cpu_isa())
 
 
-def tactics() -> dict[tuple[torch.dtype, bool], tuple[int, tuple[float, ...]]]:
-    """How gated sums that no CPU cache holds are walked through: what was tried so far, and is taken.
+class Tactics(NamedTuple):
+    """How gated sums that no CPU cache holds are walked through (csrc/include/hicache/tactics.h)."""
 
-    (dtype of the history, with an update) → the index of the tactic that is taken (csrc/include/hicache/
-    tactics.h lists them) and the nanoseconds a KiB of history that each took at best, infinite if not tried.
-    """
+    dtype: torch.dtype  # of the history
+    num_coeffs: int
+    num_features: int  # at least; less than twice as many
+    numel: int  # of the base, likewise
+    update: bool
+    gated: bool
+    threads: int
+    chosen: int  # index of the tactic that is taken
+    costs: tuple[float, ...]  # nanoseconds a KiB of history that each took at best; infinite if not tried
+
+
+def tactics() -> list[Tactics]:
+    """What was tried so far, and is taken, by kind of sum."""
     dtypes = {code: dtype for dtype, code in _CODES.items()}
-    return {
-        (dtypes[code], update): (chosen, tuple(cost * 2**10 * 1e9 for cost in costs))
-        for update, code, chosen, costs in _native.cpu_tactics()
-        if min(costs) < float("inf")
-    }
+    return [
+        Tactics(
+            dtypes[code],
+            num_coeffs,
+            2**log_features,
+            2**log_numel,
+            update,
+            gated,
+            threads,
+            chosen,
+            tuple(cost * 2**10 * 1e9 for cost in costs),
+        )
+        for code, num_coeffs, log_features, log_numel, update, gated, threads, chosen, costs in (
+            _native.cpu_tactics()
+        )
+    ]
 
 
 def cuda_archs() -> tuple[int, ...]:

@@ -108,6 +108,18 @@ WRONG: dict[str, tuple[Call, str]] = {
         ),
         "gates not to overlap orders",
     ),
+    "base and out in the history": (
+        lambda t, b: OPS.gated_sum(
+            t.orders[0, 0].view(2, 3, 8), t.orders, None, t.coeffs, t.orders[0, 0].view(2, 3, 8), b
+        ),
+        "out not to overlap orders",
+    ),
+    "base and out on the gates": (
+        lambda t, b: OPS.gated_sum(
+            t.gates.view(2, 2, 8), t.orders, t.gates, t.coeffs, t.gates.view(2, 2, 8), b
+        ),
+        "out not to overlap gates",
+    ),
     "base in the history, pending": (
         lambda t, b: OPS.gated_sum_update_(
             t.orders[0, 0].view(2, 3, 8), t.orders, None, t.coeffs, t.inv_gap, 2, t.out, b

@@ -17,8 +17,7 @@ const char* cpu_isa();  // "avx512", "avx2" or "baseline": what this process run
 
 // Of gated sums past the caches: the tactic taken, and the seconds a byte that each took at best, infinite if not tried.
 struct measured_tactics {
-  bool update;
-  dtype type;  // of the history
+  sum_kind kind;
   int chosen;
   std::array<float, kTactics> costs;
 };

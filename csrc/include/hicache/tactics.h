@@ -106,4 +106,56 @@ class chooser {
   std::array<std::atomic<float>, CHOICES> best_;
 };
 
+// What sums must have in common for their times to be compared.
+struct sum_kind {
+  int type, num_coeffs, log_features, log_numel;  // of the history; sizes to a power of two
+  bool update, gated;
+  int threads;
+
+  uint64_t key() const {  // never 0
+    const uint64_t parts[] = {1, static_cast<uint64_t>(type), static_cast<uint64_t>(num_coeffs),
+                              static_cast<uint64_t>(log_features), static_cast<uint64_t>(log_numel), update, gated,
+                              static_cast<uint64_t>(threads)};
+    uint64_t key = 0;
+    for (const uint64_t part : parts) key = key << 8 | (part & 255);
+    return key;
+  }
+
+  static sum_kind of(uint64_t key) {
+    const auto part = [&](int place) { return static_cast<int>(key >> (8 * place) & 255); };
+    return {part(6), part(5), part(4), part(3), part(2) != 0, part(1) != 0, part(0)};
+  }
+};
+
+// A chooser for every kind of sum there is; kinds beyond kKinds share none and are not measured. Without locks.
+class choosers {
+ public:
+  static constexpr size_t kKinds = 64;
+
+  chooser<kTactics>* of(const sum_kind& kind) {
+    const uint64_t key = kind.key();
+    for (slot& one : slots_) {
+      uint64_t held = one.key.load(std::memory_order_relaxed);
+      if (held == 0 && one.key.compare_exchange_strong(held, key)) return &one.by_time;
+      if (held == key) return &one.by_time;
+    }
+    return nullptr;
+  }
+
+  // body(kind, chooser) for every kind so far.
+  template <class Body>
+  void for_each(Body body) const {
+    for (const slot& one : slots_) {
+      if (const uint64_t key = one.key.load(std::memory_order_relaxed)) body(sum_kind::of(key), one.by_time);
+    }
+  }
+
+ private:
+  struct slot {
+    std::atomic<uint64_t> key{0};
+    chooser<kTactics> by_time;
+  };
+  std::array<slot, kKinds> slots_;
+};
+
 }  // namespace hicache
