@@ -133,6 +133,39 @@ def test_a_prompt_written_over_in_the_middle_starts_anew():
     assert counted == [(4, 3), (3, 2)]
 
 
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_static_buffer_refilled_with_the_same_prompt_keeps_its_history(every: int):
+    """As loops do whose inputs are static; numbers that do change start anew."""
+    transformer, scheduler = models.flux_transformer(), CountingScheduler()
+    text = models.noise(1, 6, 32)
+    static = torch.empty_like(text)
+    with torch.no_grad(), hicache.fast.apply(transformer, EVERY_THIRD, scheduler=scheduler) as handle:
+        scheduler.set_timesteps(20)
+        for step, sigma in enumerate(torch.linspace(1, 0.1, 20)):
+            if step % every == 0:
+                static.copy_(text if step < 12 else 4 * text)
+            transformer(**flux_call(models.noise(1, 16, 4), sigma, encoder_hidden_states=static))
+            scheduler.step()
+        counted = [(c.full_steps, c.skipped_steps) for c in handle.stats.contexts.values()]
+    assert counted == [(6, 6), (4, 4)]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_one_buffer_serves_two_calls_of_a_step(mode: Callable[[], Any]):
+    """Also where one is left out, and where torch does not count what is written to the buffer."""
+    transformer, scheduler = models.flux_transformer(), CountingScheduler()
+    with mode(), hicache.fast.apply(transformer, EVERY_THIRD, scheduler=scheduler) as handle:
+        static = torch.empty(1, 6, 32)
+        scheduler.set_timesteps(STEPS)
+        for step, sigma in enumerate(torch.linspace(1, 0.1, STEPS)):
+            for number in (1, 2) if step < 7 else (2,):
+                static.fill_(number)
+                transformer(**flux_call(models.noise(1, 16, 4), sigma, encoder_hidden_states=static))
+            scheduler.step()
+        counted = [c.full_steps + c.skipped_steps for c in handle.stats.contexts.values()]
+    assert counted == [7, STEPS]
+
+
 def test_prompts_without_end_run_uncached():
     transformer, scheduler = models.flux_transformer(), CountingScheduler()
     with torch.no_grad(), hicache.fast.apply(transformer, EVERY_THIRD, scheduler=scheduler) as handle:

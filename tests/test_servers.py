@@ -17,6 +17,7 @@ from torch import Tensor
 
 import hicache.fast
 from hicache import HiCacheConfig
+from hicache.hooks.step_clock import SchedulerClock
 from tests.support import models, pipelines
 from tests.support.models import Arguments, flux_call
 from tests.support.pipelines import denoisers
@@ -313,6 +314,36 @@ def test_loops_of_ones_own_in_threads():
         with ThreadPoolExecutor(2) as pool:
             together = list(pool.map(loop, range(2)))
     assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+
+
+@pytest.mark.filterwarnings("error:hicache")
+@pytest.mark.parametrize("scheduler", [None, "euler", flow_matching()], ids=["none", "a name", "not stepped"])
+def test_a_sampler_of_ones_own_that_has_a_scheduler(scheduler: Any):
+    """Nobody knows whether it steps it: a bare transformer counts by its timesteps."""
+
+    class Sampler:
+        def __init__(self) -> None:
+            self.transformer = models.flux_transformer()
+            self.scheduler = scheduler
+
+        def __call__(self) -> None:
+            with torch.no_grad():
+                for sigma in torch.linspace(1, 0.1, 12):
+                    self.transformer(**flux_call(models.noise(1, 16, 4), sigma))
+
+    sampler = Sampler()
+    with hicache.fast.apply(sampler.transformer, EVERY_THIRD) as handle:
+        sampler()
+        assert (handle.stats.full_steps, handle.stats.skipped_steps) == (6, 6)
+
+
+def test_a_pipeline_of_diffusers_around_a_bare_transformer_is_followed():
+    shared, arguments = pipelines.build("flux")
+    with hicache.fast.apply(shared, EVERY_THIRD):
+        alone = Request(0).draw(shared, arguments)
+    with hicache.fast.apply(shared.transformer, EVERY_THIRD) as handle:
+        assert torch.equal(Request(0).draw(shared, arguments), alone)
+        assert isinstance(handle._sessions.latest.clock, SchedulerClock)
 
 
 def test_schedulers_of_requests_are_not_kept():

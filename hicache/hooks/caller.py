@@ -10,11 +10,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
 from hicache import compat
+from hicache.pipeline import check_scheduler
+
+_PIPELINES: Final = ("DiffusionPipeline", "ModularPipeline")  # by name: diffusers imports them slowly
 
 
 @dataclass(frozen=True)
@@ -29,18 +32,42 @@ def find_caller(module: nn.Module) -> Caller:
     """The pipeline that is calling a transformer now, if one is.
 
     It is what runs in a ``__call__``, or is given to one first (modular pipelines' blocks), and has the
-    transformer and a scheduler among its attributes.
+    transformer and a scheduler that can be watched among its attributes.
     """
     name = None
     for arguments, variables in compat.running_calls():
         name = name or compat.guider_prediction(variables)
         for argument in arguments:
             attributes = getattr(argument, "__dict__", None)
-            if not isinstance(attributes, Mapping) or attributes.get("scheduler") is None:
+            if not isinstance(attributes, Mapping) or not _can_be_watched(attributes.get("scheduler")):
                 continue
             if any(_is(value, module) for value in attributes.values()):
                 return Caller(attributes["scheduler"], name)
     return Caller()
+
+
+def runs_in_diffusers(scheduler: Any) -> bool:
+    """Whether a pipeline of diffusers that has this scheduler is running, a modular one or not.
+
+    Those do step it. Of other classes that is not known.
+    """
+    return any(
+        getattr(argument, "scheduler", None) is scheduler
+        for arguments, _ in compat.running_calls()
+        for argument in arguments
+        if any(
+            base.__name__ in _PIPELINES and base.__module__.startswith("diffusers.")
+            for base in type(argument).__mro__
+        )
+    )
+
+
+def _can_be_watched(scheduler: Any) -> bool:
+    try:
+        check_scheduler(scheduler)
+    except TypeError:
+        return False
+    return True
 
 
 def _is(value: Any, module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ class Conditions:
     """The embeddings among the arguments of a call.
 
     They are held weakly: a pipeline keeps them for as long as its run lasts. One that makes them anew in
-    every step does not, and is known by that: then numbers are compared.
+    every step, or writes them to one buffer again, does not, and then numbers are compared.
 
     Args:
         model_kwargs: the transformer's arguments by name.
@@ -32,36 +32,34 @@ class Conditions:
     def __init__(self, model_kwargs: Mapping[str, Any]) -> None:
         named = [value for name, value in model_kwargs.items() if name.startswith(_NAMES)]
         self._given = [(weakref.ref(tensor), compat.write_count(tensor)) for tensor in _tensors(named)]
-        self._kept: list[Tensor] | None = None  # of a pipeline that makes them anew
-        self._lasted = False  # whether a later call had the same tensors
+        self._numbers: list[Tensor] = []
+
+    @property
+    def counted(self) -> bool:
+        """Whether it is known when they are written to; not so of tensors made in inference mode."""
+        return all(count is not None for _, count in self._given)
+
+    def keep(self) -> Conditions:
+        """Copy their numbers, at the first call of a context: a later call may be given them anew."""
+        given = [tensor for ref, _ in self._given if (tensor := ref()) is not None]
+        self._numbers = [tensor.detach().clone() for tensor in given]
+        return self
 
     def are(self, later: Conditions) -> bool:
-        """Whether a later call is given the same tensors, with nothing written to them since."""
+        """Whether a later call is given the same tensors, with nothing known to be written to them since."""
         pairs = list(zip(self._given, later._given, strict=True))
-        same = all(one() is other() and count == now for (one, count), (other, now) in pairs)
-        self._lasted = self._lasted or same
-        return same
+        return all(one() is other() and count == now for (one, count), (other, now) in pairs)
 
-    def may_be(self, later: Conditions) -> bool:
-        """Whether a later call may be given the same numbers, in other tensors; reads the device.
+    def equal(self, later: Conditions) -> bool:
+        """Whether a later call is given the numbers kept, whatever holds them; reads the device.
 
-        So it may where nobody has kept the first ones: neither the pipeline, from the first call on, nor
-        :meth:`kept`.
+        Where it is, its tensors are those that :meth:`are` looks for from then on.
         """
-        for (given, count), (now, count_now) in zip(self._given, later._given, strict=True):
-            one, other = given(), now()
-            if one is None or other is None:
-                same = not self._lasted
-            else:
-                same = count == count_now if one is other else torch.equal(one, other)
-            if not same:
-                return False
-        return True
-
-    def kept(self) -> Conditions:
-        """The same, with the tensors, to compare their numbers; of a call that goes on."""
-        self._kept = [tensor for given, _ in self._given if (tensor := given()) is not None]
-        return self
+        given = [tensor for ref, _ in later._given if (tensor := ref()) is not None]
+        same = all(torch.equal(one, other) for one, other in zip(self._numbers, given, strict=True))
+        if same:
+            self._given = later._given
+        return same
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

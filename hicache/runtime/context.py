@@ -58,7 +58,7 @@ class Context:
     def restart(self, label: str, first_step: int, conditions: Conditions) -> None:
         """A run starts in which this context's first call is made at ``first_step``."""
         self.label = label
-        self.conditions = conditions
+        self.conditions = conditions.keep()
         self.last_step = first_step  # it had a call in
         # the schedule counts from here: a second denoiser warms up when it starts
         self.first_step = first_step
@@ -172,16 +172,15 @@ class Contexts:
             for context in self.current
             if context.last_step != step and context.arguments == arguments
         ]
-        for context in waiting:
-            if context.conditions.are(conditions):
-                context.last_step = step
-                return context
-        for context in waiting:
-            # Made anew in every step: by their order once, by their numbers from then on.
-            if context.conditions.may_be(conditions):
-                context.last_step, context.conditions = step, conditions.kept()
-                return context
-        return None
+        same = [context for context in waiting if context.conditions.are(conditions)]
+        if same and (len(same) == 1 or conditions.counted):
+            met: Context | None = same[0]
+        else:
+            # made anew, or through one buffer that may serve several calls in turn
+            met = next((context for context in waiting if context.conditions.equal(conditions)), None)
+        if met is not None:
+            met.last_step = step
+        return met
 
     def _take(self, counter: StepCounter, arguments: tuple[Any, ...], session: Session) -> Context:
         """A context for the rest of a run, with the memory of one of the last run if that was alike."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from hicache.config import HiCacheConfig
 from hicache.handle import Steps
+from hicache.hooks.caller import runs_in_diffusers
 from hicache.hooks.step_clock import SchedulerClock, TimestepClock, timestep_of
 from hicache.pipeline import check_scheduler
 from hicache.schedule import bound, with_speedup
@@ -116,14 +117,17 @@ class Sessions:
         """The session of the run that calls a transformer now, from this thread.
 
         Args:
-            scheduler: of the pipeline that calls; None where none does.
+            scheduler: of the pipeline that calls; None where none does. A bare transformer's steps are
+                counted by its timesteps all the same, unless the pipeline is one of diffusers'.
 
         Raises:
-            TypeError: its scheduler cannot be watched.
+            TypeError: the scheduler of ``source`` cannot be watched.
         """
         if self._source is not None and (scheduler is None or not self._callers):
             scheduler = self._source()
             check_scheduler(scheduler)
+        elif self._source is None and not runs_in_diffusers(scheduler):
+            scheduler = None
         with self._lock:
             self.latest = self._by_thread() if scheduler is None else self._by_scheduler(scheduler)
             return self.latest
