@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,8 @@ from torch import Tensor
 
 import hicache.fast
 from hicache import HiCacheConfig
-from tests.support import models, pipelines
-from tests.support.models import Arguments, flux_call
+from tests.support import pipelines
+from tests.support.models import Arguments
 from tests.support.pipelines import denoisers
 from tests.support.runs import blocks_of
 from tests.support.schedulers import flow_matching
@@ -208,27 +209,24 @@ def test_threads_with_one_scheduler_that_keeps_no_count():
     assert runs.count == expected
 
 
-def test_a_run_may_go_from_thread_to_thread():
-    pipe, _ = pipelines.build("flux")
-
-    def steps(latents: Tensor, timesteps: Tensor) -> Tensor:
-        with torch.no_grad():
-            for timestep in timesteps:
-                velocity = pipe.transformer(**flux_call(latents, timestep / 1000))[0]
-                latents = pipe.scheduler.step(velocity, timestep, latents)[0]
-        return latents
-
-    start = models.noise(1, 16, 4)
-    with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
-        pipe.scheduler.set_timesteps(12)
-        here = steps(start, pipe.scheduler.timesteps)
-        pipe.scheduler.set_timesteps(12)
-        latents = start
-        for timestep in pipe.scheduler.timesteps:
-            with ThreadPoolExecutor(1) as pool:
-                latents = pool.submit(steps, latents, timestep[None]).result()
-        assert (handle.stats.full_steps, handle.stats.skipped_steps) == (6, 6)
-    assert torch.equal(latents, here)
+def test_runs_called_off_in_threads_of_a_pool_hold_one_history():
+    """The scheduler counts its steps: what a thread begins with it ends what others were at."""
+    pipe, arguments = pipelines.build("flux")
+    called_off = (1, 4, 7)
+    assert {Request(number).stop for number in called_off} == set(STOPS)
+    with contextlib.ExitStack() as stack:
+        handle = stack.enter_context(hicache.fast.apply(pipe, EVERY_THIRD))
+        alone = Request(0).draw(pipe, arguments)
+        held = handle.stats.history_bytes
+        pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(4)]
+        for number in called_off:
+            for pool in pools:
+                pool.submit(Request(number).draw, pipe, arguments).result()
+        assert handle.stats.history_bytes == held
+        for pool in pools:
+            drawn = pool.submit(Request(0).draw, pipe, arguments).result()
+            assert torch.equal(drawn, alone)
+        assert handle.stats.history_bytes == held
 
 
 def test_threads_take_turns_with_one_pipeline():
@@ -261,28 +259,6 @@ def test_an_interrupt_in_the_middle_of_a_call_keeps_no_turn():
             with ThreadPoolExecutor(1) as pool:
                 drawn = pool.submit(Request(0).draw, server.pipeline(), arguments).result(timeout=60)
             assert torch.equal(drawn, alone)
-
-
-def test_loops_of_ones_own_in_threads():
-    """Without a scheduler the timesteps of every thread are counted by themselves."""
-    transformer = models.flux_transformer()
-
-    def loop(number: int) -> Tensor:
-        latents = models.noise(1, 16, 4) * (1 + number)
-        with torch.no_grad():
-            for sigma in torch.linspace(1, 0.1, 9):
-                latents = latents - transformer(**flux_call(latents, sigma))[0] / 9
-                barrier.wait(timeout=60)
-        return latents
-
-    with hicache.fast.apply(transformer, EVERY_THIRD):
-        barrier = threading.Barrier(1)
-        alone = [loop(number) for number in range(2)]
-    with hicache.fast.apply(transformer, EVERY_THIRD):
-        barrier = threading.Barrier(2)
-        with ThreadPoolExecutor(2) as pool:
-            together = list(pool.map(loop, range(2)))
-    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
 
 
 def test_schedulers_of_requests_are_not_kept():
