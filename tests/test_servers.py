@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
 import time
@@ -210,27 +211,24 @@ def test_threads_with_one_scheduler_that_keeps_no_count():
     assert runs.count == expected
 
 
-def test_a_run_may_go_from_thread_to_thread():
-    pipe, _ = pipelines.build("flux")
-
-    def steps(latents: Tensor, timesteps: Tensor) -> Tensor:
-        with torch.no_grad():
-            for timestep in timesteps:
-                velocity = pipe.transformer(**flux_call(latents, timestep / 1000))[0]
-                latents = pipe.scheduler.step(velocity, timestep, latents)[0]
-        return latents
-
-    start = models.noise(1, 16, 4)
-    with hicache.fast.apply(pipe, EVERY_THIRD) as handle:
-        pipe.scheduler.set_timesteps(12)
-        here = steps(start, pipe.scheduler.timesteps)
-        pipe.scheduler.set_timesteps(12)
-        latents = start
-        for timestep in pipe.scheduler.timesteps:
-            with ThreadPoolExecutor(1) as pool:
-                latents = pool.submit(steps, latents, timestep[None]).result()
-        assert (handle.stats.full_steps, handle.stats.skipped_steps) == (6, 6)
-    assert torch.equal(latents, here)
+def test_runs_called_off_in_threads_of_a_pool_hold_one_history():
+    """The scheduler counts its steps: what a thread begins with it ends what others were at."""
+    pipe, arguments = pipelines.build("flux")
+    called_off = (1, 4, 7)
+    assert {Request(number).stop for number in called_off} == set(STOPS)
+    with contextlib.ExitStack() as stack:
+        handle = stack.enter_context(hicache.fast.apply(pipe, EVERY_THIRD))
+        alone = Request(0).draw(pipe, arguments)
+        held = handle.stats.history_bytes
+        pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(4)]
+        for number in called_off:
+            for pool in pools:
+                pool.submit(Request(number).draw, pipe, arguments).result()
+        assert handle.stats.history_bytes == held
+        for pool in pools:
+            drawn = pool.submit(Request(0).draw, pipe, arguments).result()
+            assert torch.equal(drawn, alone)
+        assert handle.stats.history_bytes == held
 
 
 def test_threads_take_turns_with_one_pipeline():
@@ -292,28 +290,6 @@ def test_a_call_that_waited_while_the_cache_was_removed_runs_uncached():
         drawn = second.result(timeout=60)
     assert torch.equal(drawn, alone)
     assert not [name for name in ("step", "set_timesteps") if name in vars(waiting.scheduler)]
-
-
-def test_loops_of_ones_own_in_threads():
-    """Without a scheduler the timesteps of every thread are counted by themselves."""
-    transformer = models.flux_transformer()
-
-    def loop(number: int) -> Tensor:
-        latents = models.noise(1, 16, 4) * (1 + number)
-        with torch.no_grad():
-            for sigma in torch.linspace(1, 0.1, 9):
-                latents = latents - transformer(**flux_call(latents, sigma))[0] / 9
-                barrier.wait(timeout=60)
-        return latents
-
-    with hicache.fast.apply(transformer, EVERY_THIRD):
-        barrier = threading.Barrier(1)
-        alone = [loop(number) for number in range(2)]
-    with hicache.fast.apply(transformer, EVERY_THIRD):
-        barrier = threading.Barrier(2)
-        with ThreadPoolExecutor(2) as pool:
-            together = list(pool.map(loop, range(2)))
-    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
 
 
 @pytest.mark.filterwarnings("error:hicache")

@@ -12,7 +12,7 @@ import inspect
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
@@ -56,6 +56,10 @@ class _Watched:
         self.shadowed = owner.__dict__.get(name)
         method = getattr(owner, name)
         self.watchers: list[Callable[[], None]] = []
+        # Threads that called set_timesteps and whose runs have not ended, as all clocks know them. One
+        # scheduler may serve several at once if it keeps no count of its own (DDIM); and a run that one
+        # thread began may go on in others.
+        self.begun: set[int] = set()
         functools.update_wrapper(self, method)
         # retrieve_timesteps() inspects the signature to see whether custom sigmas are accepted
         self.__dict__.pop("__wrapped__")
@@ -91,47 +95,41 @@ class SchedulerClock:
 
     Args:
         scheduler: held weakly; :meth:`follow` puts another in its place.
-        begun: as for :meth:`follow`.
         on_run: called when ``set_timesteps`` begins a run.
 
     Raises:
         TypeError: it cannot be watched.
     """
 
-    def __init__(
-        self, scheduler: Any, begun: Iterable[int] = (), on_run: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, scheduler: Any, on_run: Callable[[], None] = lambda: None) -> None:
         self.run = 0
+        self.thread = threading.get_ident()  # that began the run
         self._on_run = on_run
         self._first = 0  # the run's first timestep among the scheduler's, where that does not say
         self.step = 0
-        self.begun: set[int] = set()
+        self._begun: set[int] = set()  # the scheduler's, see there
+        self._ended = False  # whether the thread's run has had its last step
         self._scheduler: Callable[[], Any] = lambda: None
         self._watched: list[tuple[_Watched, Callable[[], None]]] = []
-        self._attach(scheduler, begun)
+        self._attach(scheduler)
 
     @property
     def scheduler(self) -> Any:
         """The scheduler; None once nobody else holds it."""
         return self._scheduler()
 
-    def follow(self, scheduler: Any, begun: Iterable[int] = ()) -> None:
-        """The calling thread has begun a run with this scheduler, which is counted from here on.
-
-        Args:
-            scheduler: the scheduler.
-            begun: other threads that are known to have begun runs of their own with it.
-        """
-        self._attach(scheduler, begun)
+    def follow(self, scheduler: Any) -> None:
+        """The calling thread has begun a run with this scheduler, which is counted from here on."""
+        self._attach(scheduler)
         self.restart()
 
-    def _attach(self, scheduler: Any, begun: Iterable[int]) -> None:
+    def _attach(self, scheduler: Any) -> None:
         check_scheduler(scheduler)
+        if self._ended:
+            self._begun.discard(self.thread)
         self.thread = threading.get_ident()
-        # Threads that called its set_timesteps. One scheduler may serve several at once if it keeps no count
-        # of its own (DDIM); and a run that one thread began may go on in others.
-        self.begun = {*begun, *(self.begun if scheduler is self.scheduler else ())}
         self.busy = False  # whether a run goes on: from its first call to its last step
+        self._ended = False
         if scheduler is self.scheduler:
             return
         self.detach()
@@ -143,14 +141,25 @@ class SchedulerClock:
                 scheduler.__dict__[name] = watched
             watched.watchers.append(watcher)
             self._watched.append((watched, watcher))
+        self._begun = self._watched[0][0].begun
 
     def counts(self, thread: int) -> bool:
         """Whether what a thread does is of this run: it began it, or none of its own."""
-        return thread == self.thread or thread not in self.begun
+        return thread == self.thread or thread not in self._begun
 
     def _on_set_timesteps(self) -> None:
-        thread = threading.get_ident()
-        self.begun.add(thread)
+        thread, begun = threading.get_ident(), self._begun
+        if hasattr(self.scheduler, "step_index"):
+            # it counts its steps itself, so this ends the run it was in, whichever thread that was of
+            begun.clear()
+            self.busy = False
+        elif self._ended:
+            begun.discard(self.thread)
+        if not self.busy and self.thread not in begun:
+            self.thread = thread
+        begun.add(thread)
+        if thread == self.thread:
+            self._ended = False
         if thread == self.thread or not self.busy:
             self.restart()
             self._on_run()
@@ -158,7 +167,8 @@ class SchedulerClock:
     def _on_step(self) -> None:
         if self.counts(threading.get_ident()):
             self.step += 1
-            self.busy = self.busy and not self._finished
+            if self.busy and self._finished:
+                self.busy, self._ended = False, True
 
     @property
     def timesteps(self) -> Any:
@@ -193,7 +203,7 @@ class SchedulerClock:
             # past the last step without set_timesteps: another picture, not one more step of the last
             self.restart()
         if not self.busy:
-            self.busy = True
+            self.busy, self._ended = True, False
             if not getattr(self.scheduler, "begin_index", None):
                 self._first = max(0, _index(self.timesteps, timestep_of(kwargs)) - self.step)
 
@@ -227,8 +237,12 @@ class TimestepClock:
     timesteps: Any = None
 
     def __init__(self) -> None:
-        self.thread = threading.get_ident()
         self.run = -1
+        self.take()
+
+    def take(self) -> None:
+        """Count for the calling thread from here on."""
+        self.thread = threading.current_thread()
         self.restart()
 
     def restart(self) -> None:

@@ -133,9 +133,14 @@ class Sessions:
             return self.latest
 
     def _by_thread(self) -> Session:
-        thread = threading.get_ident()
-        for session in self._sessions:
-            if isinstance(session.clock, TimestepClock) and session.clock.thread == thread:
+        thread = threading.current_thread()
+        clocks = [(s, s.clock) for s in self._sessions if isinstance(s.clock, TimestepClock)]
+        for session, clock in clocks:
+            if clock.thread is thread:
+                return session
+        for session, clock in clocks:
+            if not clock.thread.is_alive():
+                clock.take()  # its memory serves this thread
                 return session
         return self._add(TimestepClock())
 
@@ -146,13 +151,12 @@ class Sessions:
         for session, clock in sorted(held, key=lambda pair: pair[1].thread != thread):
             if clock.counts(thread):
                 return session
-        begun = {thread for _, clock in held for thread in clock.begun}
         own = None if self._source is None else self._source()  # stays watched: other runs may begin with it
         for session, clock in clocks:
             if clock.idle and (clock.scheduler is not own or own is scheduler):
-                clock.follow(scheduler, begun)  # its memory serves this run
+                clock.follow(scheduler)  # its memory serves this run
                 return session
-        return self._add(SchedulerClock(scheduler, begun))
+        return self._add(SchedulerClock(scheduler))
 
     def _add(self, clock: StepClock) -> Session:
         session = self._make(clock)
