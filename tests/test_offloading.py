@@ -102,7 +102,7 @@ def test_without_a_scheduler_the_stack_is_cached(tmp_path: Path):
 
 
 @torch.no_grad()
-def test_a_step_whose_gates_were_not_foreseen_runs_in_full(tmp_path: Path):
+def test_a_step_whose_gates_were_not_prefetched_runs_in_full(tmp_path: Path):
     """Another guidance half-way: its gates are computed where their weights are, in a full step."""
     transformer, scheduler = models.flux_transformer(), flow_matching()
     offload(transformer, tmp_path)

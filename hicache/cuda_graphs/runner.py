@@ -94,10 +94,16 @@ class GraphRunner:
             # it is the class that makes forward ours: from the next call on, as this one has looked its up
             self._undo = mix_in(self._module, _Replayable, _KEY, self)
 
-    def usable(self) -> bool:
-        """Whether the call that begins may be replayed: it has been learned from, and wants no gradients."""
+    def begin_call(self, compiled: bool) -> bool:
+        """A call begins: whether it is replayed; it was learned from, then, and wants no gradients.
+
+        Args:
+            compiled: as a whole.
+        """
+        if compiled:
+            self.refuse("the transformer is compiled as a whole")
         call = self._call
-        return (
+        self.due = (
             self.stats.eager is None
             and call.plan is not None
             and call.lesson is None
@@ -105,6 +111,7 @@ class GraphRunner:
             and not torch.is_grad_enabled()
             and not self._module.training
         )
+        return self.due
 
     def refuse(self, reason: str) -> None:
         """This run goes without.

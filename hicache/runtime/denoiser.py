@@ -29,7 +29,12 @@ from hicache.runtime.turns import Turns
 from hicache.step_plan import SkippedStep
 
 _UNCOUNTED: Final = (
-    "these calls run uncached; is this the scheduler of the run? (see apply(..., scheduler=...))"
+    "without a step of the scheduler: these calls run uncached; is this the scheduler of the run? (see "
+    "apply(..., scheduler=...))"
+)
+_TOO_MANY_FORMS: Final = (
+    f"was called in more than {MAX_CONTEXTS} forms or with as many prompts in one run: further ones run "
+    "uncached"
 )
 # Arguments that only feed the blocks: their effect is in the cached residual already. A list of ControlNet
 # residuals would be added a second time, and skip-layer guidance would leave out the stand-in.
@@ -147,25 +152,19 @@ class Denoiser(NotCopied):
         if counter.tick(module, model_kwargs):
             self._start_run(track)
         if counter.stands_still(model_kwargs):
-            self._warn(f"was called with another timestep without a step of the scheduler: {_UNCOUNTED}")
+            self._warn(f"was called with another timestep {_UNCOUNTED}")
         if counter.ordinal >= MAX_CONTEXTS:
-            self._warn(
-                f"was called more than {MAX_CONTEXTS} times without a step of the scheduler: {_UNCOUNTED}"
-            )
+            self._warn(f"was called more than {MAX_CONTEXTS} times {_UNCOUNTED}")
             return None
-        step = counter.step
         name = self._name.current or caller.name
         context = track.contexts.find(counter, name, model_kwargs, track.session)
         if context is None:
-            self._warn(
-                f"was called in more than {MAX_CONTEXTS} forms or with as many prompts in one run: further "
-                "ones run uncached"
-            )
+            self._warn(_TOO_MANY_FORMS)
             return None
         dropped = {name for name in BLOCK_ONLY_ARGUMENTS if model_kwargs.get(name) is not None}
         compiled = compat.inside_compiled_call()
         # what is known to be added between blocks, and dropped on skipped steps, is not looked for
-        begun = BegunCall(context, step, args, kwargs, model_kwargs, compiled, checked=not dropped)
+        begun = BegunCall(context, counter.step, args, kwargs, model_kwargs, compiled, checked=not dropped)
         full = track.planner.is_full(begun)
         if dropped and not full:
             args = tuple(None if n in dropped else v for n, v in zip(self._names, args, strict=False))
@@ -177,23 +176,12 @@ class Denoiser(NotCopied):
         else:
             graphs = self.graphs is not None and self.graphs.stats.eager is None
             track.planner.begin_skipped(self._begun, fixed=compiled or graphs)
-        self._use_graphs(compiled)
+        self.hooked.call.opaque = (self.graphs is not None and self.graphs.begin_call(compiled)) or compiled
         if full:
             return None
         if compiled:
             kwargs = {name: compat.of_any_size(value) for name, value in kwargs.items()}
         return (compat.of_any_size(args) if compiled else args), kwargs
-
-    def _use_graphs(self, compiled: bool) -> None:
-        """Have the call that begins replayed, if it may be."""
-        call, graphs = self.hooked.call, self.graphs
-        call.opaque = compiled
-        if graphs is None:
-            return
-        if compiled:
-            graphs.refuse("the transformer is compiled as a whole")
-        if graphs.usable():
-            call.opaque = graphs.due = True
 
     def _forecast(self, plan: SkippedStep, base: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
         """See :func:`~hicache.runtime.planner.forecast`; maybe compiled, and then nothing is timed."""

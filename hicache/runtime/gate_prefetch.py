@@ -132,7 +132,7 @@ class GatePrefetch:
             self._fetched = replace(self._fetched, gates=gates, weights=GateWeights(adapter))
 
     @property
-    def foreseen(self) -> bool:
+    def knows_timesteps(self) -> bool:
         """Whether timesteps of coming steps are known."""
         return bool(self._rules)
 

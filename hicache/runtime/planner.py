@@ -116,9 +116,9 @@ class CallPlanner:
         with self._session.watch.measure(context.form.device), torch.no_grad():
             context.engine.commit(begun.local_step)
             context.finite.ask(begun.step, self._telling(output))
-            unforeseen = self._choice.recorder.prefetch(begun, self._session.clock)
-            if unforeseen is not None:
-                self._choice.fall_back(unforeseen)
+            reason = self._choice.recorder.prefetch(begun, self._session.clock)
+            if reason is not None:
+                self._choice.fall_back(reason)
 
     def _telling(self, output: Any) -> list[Tensor]:
         """Tensors that are not finite where a feature is not."""

@@ -239,10 +239,12 @@ class ModuleRecorder(Recorder):
         if late is not None and late.needed:
             done = late.complete or bool(form.missing)  # blocks that are left out write no gates
             coming = not begun.context.is_full(begun.step + 1) and begun.step + 1 != clock.num_steps
-            if not (self._can_prefetch and prefetch.foreseen and done and (prefetch.fetched or not coming)):
+            if not (
+                self._can_prefetch and prefetch.knows_timesteps and done and (prefetch.fetched or not coming)
+            ):
                 return (
                     "its weights are offloaded in groups of blocks, and gates of the steps to come cannot be "
-                    "foreseen: they need a scheduler whose timesteps the model is called with"
+                    "prefetched: they need a scheduler whose timesteps the model is called with"
                 )
         prefetch.settle(self.adapter)
         return None

@@ -1,7 +1,7 @@
 """Installs hicache beside every Python and diffusers it promises, and runs tests and the demo there.
 
     make matrix
-    python -m tests.installation.matrix --python python3.14 --python /opt/python3.13t/bin/python --csv FILE
+    python -m tests.installation.matrix --python python3.14 --python ~/python3.13t/bin/python --csv FILE
 
 An environment for every pair of an interpreter and a version of diffusers: what is installed is the wheel of
 the source distribution, with the versions that are pinned for the pair; its ``hicache info`` and
@@ -132,8 +132,6 @@ def try_pair(python: Python, diffusers: str | None, source: Path, folder: Path) 
     install: list[str | Path] = [bin / "pip", "install", "--quiet", "--disable-pip-version-check"]
     if uv is not None:
         install = [uv, "pip", "install", "--python", bin / "python"]
-        if links := os.environ.get("PIP_FIND_LINKS"):
-            install += ["--find-links", links]
     stage = "native"
     try:
         run([python.path, "-m", "venv", environment], log, folder)
