@@ -27,6 +27,7 @@ from tests.support import models
 ALLOWED = {
     "hicache.basis",
     "hicache.compat",
+    "hicache.mixin",
     "hicache.config",
     "hicache.schedule",
     "hicache.stats",
