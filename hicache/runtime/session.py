@@ -126,7 +126,7 @@ class Sessions:
         if self._source is not None and (scheduler is None or not self._callers):
             scheduler = self._source()
             check_scheduler(scheduler)
-        elif self._source is None and not runs_in_diffusers(scheduler):
+        elif self._source is None and scheduler is not None and not runs_in_diffusers(scheduler):
             scheduler = None
         with self._lock:
             self.latest = self._by_thread() if scheduler is None else self._by_scheduler(scheduler)
