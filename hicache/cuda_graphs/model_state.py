@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hicache import compat
 from hicache.cuda_graphs.capture import CaptureBackend
+from hicache.weights import is_sharded, weight_parts
 
 ENVIRONMENT: Final = "HICACHE_CUDA_GRAPHS"  # "0" switches graphs off, whatever the code asks for
 
@@ -29,7 +30,7 @@ class ModelState:
 
     def start_run(self) -> None:
         """Look the transformer over: parts of it may have been put in others' places."""
-        self._parameters = [part for w in self._module.parameters() for part in compat.weight_parts(w)]
+        self._parameters = [part for w in self._module.parameters() for part in weight_parts(w)]
         modules = list(self._module.modules())
         self._scaled = [module for module in modules if compat.is_lora(module)]
         processors = [getattr(m, "processor", None) for m in modules]
@@ -41,6 +42,8 @@ class ModelState:
             return f"{ENVIRONMENT}=0"
         if not self._parameters:
             return "the transformer has no weights"
+        if is_sharded(self._module):
+            return "its weights are sharded: they are gathered to other memory in every call"
         devices: set[torch.device] = {parameter.device for parameter in self._parameters}
         if len(devices) > 1:
             return f"its weights are on {', '.join(sorted(map(str, devices)))}"
