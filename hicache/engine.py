@@ -222,18 +222,20 @@ class Engine:
         self.settle()
         return out
 
-    def prepare(self, step: int, fixed: bool = False) -> Sum:
+    def prepare(self, step: int, fixed: bool = False, fused: bool = True) -> Sum:
         """The sum of a skipped step, to be done later; :meth:`settle` says that it was.
 
         Args:
             step: the skipped step.
-            fixed: do a waiting update now, and weigh all orders, those that do not exist yet with zero: sums
-                of all steps are then alike but for their numbers.
+            fixed: weigh all orders, those that do not exist yet with zero: sums of all steps are then alike
+                but for their numbers, in two kinds, with the waiting update and without. An update that does
+                not take all orders yet is done now.
+            fused: leave a waiting update to the sum; without, ``fixed`` sums are of one kind.
 
         Raises:
             RuntimeError, ValueError: as :meth:`gated_sum`.
         """
-        if fixed:
+        if fixed and not (fused and self._pending == self.config.order):
             self.flush()
         history, coeffs = self._ahead(step, padded=fixed)
         if fixed and self._blank != self.filled:

@@ -28,8 +28,6 @@ class CallArguments:
     def key(self, call: RunningCall) -> Any:
         """What must be equal for a graph to serve; None where that cannot be told."""
         plan = call.plan
-        if isinstance(plan, SkippedStep) and plan.sum.inv_gap is not None:
-            return None  # an update waits: it runs once
         described = describe([*self.leaves, *plan_inputs(call)])
         if described is None:
             return None
@@ -45,7 +43,8 @@ class CallArguments:
             described,
             # the form too: a history may be followed by a smaller one in the same place
             tuple(None if tensor is None else (tensor.data_ptr(), tensor.shape) for tensor in fixed),
-            isinstance(plan, SkippedStep) and plan.gates is not None,
+            # what a skipped step does: compute gates or read them, update so many differences or none
+            isinstance(plan, SkippedStep) and (plan.gates is None, plan.sum.inv_gap is None, plan.sum.filled),
             *modes(),
         )
 

@@ -26,7 +26,7 @@ from hicache.cuda_graphs.model_state import ModelState
 from hicache.hooks.transformer import HookedTransformer
 from hicache.mixin import mix_in
 from hicache.stats import GraphStats
-from hicache.step_plan import FullStep
+from hicache.step_plan import FullStep, SkippedStep
 
 LIMIT: Final = 16  # live graphs of one transformer
 _KEY: Final = "_hicache_graphs"
@@ -68,8 +68,7 @@ class GraphRunner:
         self._limit = limit
         self._graphs: OrderedDict[Any, CallGraph] = OrderedDict()
         self._warmed: set[Any] = set()
-        self._model = ModelState(module)
-        self._model_state: tuple[Any, ...] = ()
+        self._model = ModelState(module, transformer.lists)
         self._why_not_whole: str | None = None
         self._why_not_blocks: str | None = None
         self._undo: Callable[[], None] | None = None
@@ -147,9 +146,9 @@ class GraphRunner:
             args: of the call.
             kwargs: of the call.
         """
-        state = self._model.read()
-        if state != self._model_state:
-            self._model_state = state
+        plan = self._call.plan
+        computes = not isinstance(plan, SkippedStep) or (plan.gated and plan.gates is None)
+        if self._model.changed(blocks=computes):
             self.drop()
         if self._why_not_whole is not None:
             return self._run_blocks(forward, args, kwargs)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hicache import HiCacheConfig
-from hicache.step_plan import CallResult, FullStep, RunningCall
+from hicache.step_plan import CallResult, FullStep, RunningCall, SkippedStep
 from tests.support.models import Arguments
 
 CONFIG = HiCacheConfig(interval=3, order=2, warmup=3)
@@ -57,8 +57,10 @@ class FakeBackend:
         assert self.call is not None
         call = self.call
         before = _State.of(call)
-        slots = call.plan.slots if isinstance(call.plan, FullStep) else ()
-        held = [*slots, *call.result.partial_sums.values()]
+        plan = call.plan
+        slots = plan.slots if isinstance(plan, FullStep) else ()
+        updated = [plan.sum.orders] if isinstance(plan, SkippedStep) and plan.sum.inv_gap is not None else []
+        held = [*slots, *updated, *call.result.partial_sums.values()]
         history = [tensor.clone() for tensor in held]
         output = function()
         # a capture computes nothing
