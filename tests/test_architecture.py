@@ -25,7 +25,7 @@ LAYERS = [
     {"hicache_kernels"},
     {"hicache._version", "hicache.basis", "hicache.mixin", "hicache.compat", "hicache.weights"},
     {"hicache.config"},
-    {"hicache.schedule"},
+    {"hicache.schedule", "hicache.numbers"},
     {"hicache.engine"},
     {"hicache"},
     {"hicache.step_plan", "hicache.stats", "hicache.adapters", "hicache.pipeline"},
