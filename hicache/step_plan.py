@@ -113,7 +113,7 @@ class RunningCall:
         self.opaque = False  # compiled, captured or replayed: nothing inside can be timed or compared
         # runs a block, given it and its arguments, where blocks are captured one by one
         self.run_block: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any] | None = None
-        # rotary embeddings of the context's last full step, and how many this call has asked for
+        # rotary embeddings of the context's first full step, and how many this call has asked for
         self.rotary: list[Any] = []
         self.rotary_index = 0
 

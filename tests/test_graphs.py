@@ -536,8 +536,53 @@ def test_an_exception_in_a_replayed_run_leaves_nothing():
     assert torch.equal(draw(pipe, arguments), plain)
 
 
+@pytest.mark.parametrize("choice", ["auto", "full", "skipped"])
+def test_full_steps_whose_graphs_leave_no_room_run_eagerly(choice, monkeypatch):
+    """As much as a graph takes has to be left; "full" captures all the same, "skipped" never."""
+    pipe, arguments = pipelines.build("flux")
+    expected = eager(pipe, arguments)
+    monkeypatch.setattr(FakeBackend, "room", (1000, 999))
+    with apply(pipe, cuda_graphs=choice) as handle:
+        assert close(draw(pipe, arguments), expected)
+        assert close(draw(pipe, arguments), expected)
+        stats = handle.stats.graphs["transformer"]
+        kinds = {key[0].__name__ for key in handle._denoisers[0].graphs._graphs}
+    assert kinds == {"FullStep", "SkippedStep"} if choice == "full" else {"SkippedStep"}
+    partly = {
+        "auto": "that of a full step takes 1,000 bytes, and 999 are left",
+        "full": None,
+        "skipped": "asked for",
+    }[choice]
+    assert stats.partly == (partly and f"only skipped steps are captured: {partly}")
+    assert stats.eager is None
+    assert stats.nbytes == 1000 * (3 if choice == "full" else 2)
+    assert FakeBackend.made[-1].captures == 3 if choice != "skipped" else 2
+
+
+def test_a_full_step_without_memory_for_its_graph_runs_eagerly():
+    pipe, arguments = pipelines.build("flux")
+    expected = eager(pipe, arguments)
+    with apply(pipe) as handle:
+        FakeBackend.made[-1].fails_whole = torch.OutOfMemoryError("CUDA out of memory")
+        assert close(draw(pipe, arguments), expected)
+        assert close(draw(pipe, arguments), expected)
+        stats = handle.stats.graphs["transformer"]
+    assert stats.partly == "only skipped steps are captured: OutOfMemoryError: CUDA out of memory"
+    assert stats.captures == 2
+
+
+def test_released_graphs_take_no_memory():
+    pipe, arguments = pipelines.build("flux")
+    with apply(pipe) as handle:
+        draw(pipe, arguments)
+        assert handle.stats.graphs["transformer"].nbytes == 3 * FakeBackend.room[0]
+        assert f"{3 * FakeBackend.room[0]:,} bytes" in str(handle.stats)
+        handle.release()
+        assert handle.stats.graphs["transformer"].nbytes == 0
+
+
 @pytest.mark.parametrize("value", ["yes", None, 1])
 def test_bad_argument(value):
     pipe, _ = pipelines.build("flux")
-    with pytest.raises(ValueError, match="cuda_graphs to be True, False or 'auto'"):
+    with pytest.raises(ValueError, match=r"unknown cuda_graphs .*; expected one of auto, full, skipped"):
         hicache.fast.apply(pipe, cuda_graphs=value)

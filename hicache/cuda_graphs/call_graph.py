@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hicache.compat import pytree
-from hicache.cuda_graphs.capture import CaptureBackend, Replay, describe, like, modes, tensors
+from hicache.cuda_graphs.capture import CaptureBackend, Captured, describe, like, modes, tensors
 from hicache.step_plan import CallResult, FullStep, RunningCall, SkippedStep
 
 
@@ -31,7 +31,7 @@ class CallArguments:
         described = describe([*self.leaves, *plan_inputs(call)])
         if described is None:
             return None
-        # fixed memory: the history, and what full steps left for skipped ones
+        # fixed memory: the history, and what the first full step left for skipped ones
         fixed: list[Tensor | None] = []
         if isinstance(plan, SkippedStep):
             fixed += [plan.sum.orders, *tensors(pytree.tree_leaves(call.rotary))]
@@ -53,11 +53,9 @@ class CallArguments:
 class CallGraph:
     """A captured call."""
 
-    _replay: Replay
-    output: Any
+    captured: Captured
     _inputs: list[Tensor]  # memory of the graph, for the call's tensors and its plan's
     _result: CallResult
-    _rotary: list[Any]
 
     @classmethod
     def capture(
@@ -68,7 +66,7 @@ class CallGraph:
         Raises:
             Exception: whatever the capture raised.
         """
-        plan, result, rotary = call.plan, call.result, list(call.rotary)
+        plan, result = call.plan, call.result
         given = tensors(form.leaves)
         inputs = [like(tensor).copy_(tensor) for tensor in [*given, *plan_inputs(call)]]
         queue = iter(inputs)
@@ -78,21 +76,19 @@ class CallGraph:
             call.plan = plan.with_inputs(list(queue))
         call.result, call.rotary_index = CallResult(), 0
         try:
-            replay, output = backend.capture(lambda: forward(*args, **kwargs))
-            return cls(replay, output, inputs, call.result, list(call.rotary))
+            captured = backend.capture(lambda: forward(*args, **kwargs))
+            return cls(captured, inputs, call.result)
         finally:
             call.plan, call.result, call.rotary_index = plan, result, 0
-            call.rotary[:] = rotary
 
     def replay(self, call: RunningCall, form: CallArguments) -> Any:
         """Run it with the numbers of this call; its output, which the next replay leaves alone."""
         given = [*tensors(form.leaves), *plan_inputs(call)]
         for own, tensor in zip(self._inputs, given, strict=True):
             own.copy_(tensor)
-        self._replay()
+        self.captured.replay()
         call.result = self._result.copy()
-        call.rotary[:] = self._rotary
-        return cloned(self.output)
+        return cloned(self.captured.output)
 
 
 def plan_inputs(call: RunningCall) -> list[Tensor]:
