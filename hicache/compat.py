@@ -196,16 +196,6 @@ def take_equal_sizes_for_one(taken: bool) -> bool:
     return before
 
 
-def weight_parts(weight: Tensor) -> Iterator[Tensor]:
-    """The tensors that hold a weight's numbers: those of a quantised one are inside it (torchao)."""
-    if not hasattr(weight, "__tensor_flatten__"):
-        yield weight
-        return
-    names, _ = weight.__tensor_flatten__()
-    for name in names:
-        yield from weight_parts(getattr(weight, name))
-
-
 def end_pool_allocation(device: torch.device | None, pool: Any) -> None:
     """Stop the allocator from serving a graph's memory pool after its capture failed.
 

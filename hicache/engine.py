@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 import hicache_kernels as kernels
 from hicache.basis import coefficients
 from hicache.config import HiCacheConfig
+from hicache.numbers import Numbers
 from hicache.schedule import Schedule, is_full
 
 
@@ -49,23 +50,35 @@ class Sum:
         )
 
 
-class _Numbers:
-    """Small tensors of host-computed numbers, by value: steps of later runs ask for the same ones."""
+@dataclass(frozen=True)
+class _Differences:
+    """Which differences exist after the full steps of a run so far."""
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[float, ...], Tensor] = {}
+    last_full: int | None = None
+    filled: int = 0  # how many, D0 included
+    gaps: tuple[int, ...] = ()  # behind them, newest first
+    taken: int = 0  # by the update of the last full step
 
-    def of(self, values: Sequence[float], like: Tensor) -> Tensor:
-        """``[len(values)]``, on the device of a history, in the dtype its arithmetic is done in."""
-        key = tuple(values)
-        if key not in self._known:
-            dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-            self._known[key] = torch.tensor(key, dtype=dtype, device=like.device)
-        return self._known[key]
+    def after(self, step: int, config: HiCacheConfig) -> _Differences:
+        """Those after one more full step."""
+        # Differences are taken from the last warm-up step on (docs/algorithm.md, "Finite differences").
+        if step <= config.warmup - 2 or self.last_full is None:
+            return _Differences(step, 1, self.gaps)
+        taken = min(self.filled, config.order)
+        gaps = (step - self.last_full, *self.gaps)[: config.order]
+        return _Differences(step, taken + 1, gaps, taken)
 
-    def clear(self) -> None:
-        """Forget them: the history has moved."""
-        self._known.clear()
+    @property
+    def inv_gap(self) -> tuple[float]:
+        """What the update multiplies by."""
+        return (1.0 / self.gaps[0] if self.taken else 1.0,)
+
+    def coeffs(self, step: int, config: HiCacheConfig, padded: bool) -> tuple[float, ...]:
+        """Coefficients at a skipped step, of all orders if ``padded``."""
+        assert self.last_full is not None
+        gaps = list(self.gaps[: self.filled - 1])
+        weights = coefficients(config.basis, gaps, step - self.last_full, self.filled, config.sigma)
+        return (*weights, *[0.0] * (config.order + 1 - len(weights) if padded else 0))
 
 
 class Engine:
@@ -83,7 +96,7 @@ class Engine:
         self.backend = backend
         self._schedule: Schedule = is_full
         self.history: kernels.History | None = None
-        self._numbers = _Numbers()
+        self._numbers = Numbers()
         self.reset(config)
 
     def reset(self, config: HiCacheConfig | None = None, num_steps: int | None = None) -> None:
@@ -96,9 +109,7 @@ class Engine:
         if config is not None:
             self.config = config
         self.num_steps = num_steps
-        self.last_full: int | None = None
-        self.filled = 0  # differences that exist, D0 included
-        self._gaps: list[int] = []  # behind the differences, newest first
+        self._differences = _Differences()
         self._pending: int | None = None  # differences the waiting update takes; None: no update waits
         self._blank: int | None = None  # orders from this one on hold zeros
 
@@ -107,6 +118,16 @@ class Engine:
         self.history = None
         self._numbers.clear()
         self.reset(num_steps=self.num_steps)
+
+    @property
+    def last_full(self) -> int | None:
+        """The last full step."""
+        return self._differences.last_full
+
+    @property
+    def filled(self) -> int:
+        """Differences that exist, D0 included."""
+        return self._differences.filled
 
     @property
     def nbytes(self) -> int:
@@ -150,15 +171,9 @@ class Engine:
         """
         if self.last_full is not None and step <= self.last_full:
             raise ValueError(f"Engine: expected a step after the last full step {self.last_full}, got {step}")
-        # Differences are taken from the last warm-up step on (docs/algorithm.md, "Finite differences").
-        takes = step > self.config.warmup - 2 and self.last_full is not None
-        taken = min(self.filled, self.config.order) if takes else 0
-        if takes and self.last_full is not None:
-            self._gaps = [step - self.last_full, *self._gaps][: self.config.order]
-        self.last_full = step
-        self.filled = taken + 1
+        self._differences = self._differences.after(step, self.config)
         # at order 0 the inbox is D0 itself: nothing waits
-        self._pending = taken if self.config.order else None
+        self._pending = self._differences.taken if self.config.order else None
 
     def record(self, step: int, features: Sequence[Tensor]) -> None:
         """Record the features of a full step: tensors of any shapes, of one dtype and device.
@@ -222,18 +237,20 @@ class Engine:
         self.settle()
         return out
 
-    def prepare(self, step: int, fixed: bool = False) -> Sum:
+    def prepare(self, step: int, fixed: bool = False, fused: bool = True) -> Sum:
         """The sum of a skipped step, to be done later; :meth:`settle` says that it was.
 
         Args:
             step: the skipped step.
-            fixed: do a waiting update now, and weigh all orders, those that do not exist yet with zero: sums
-                of all steps are then alike but for their numbers.
+            fixed: weigh all orders, those that do not exist yet with zero: sums of all steps are then alike
+                but for their numbers, in two kinds, with the waiting update and without. An update that does
+                not take all orders yet is done now.
+            fused: leave a waiting update to the sum; without, ``fixed`` sums are of one kind.
 
         Raises:
             RuntimeError, ValueError: as :meth:`gated_sum`.
         """
-        if fixed:
+        if fixed and not (fused and self._pending == self.config.order):
             self.flush()
         history, coeffs = self._ahead(step, padded=fixed)
         if fixed and self._blank != self.filled:
@@ -258,13 +275,20 @@ class Engine:
             raise RuntimeError(f"Engine: expected a full step recorded before step {step}, got none")
         if step <= self.last_full:
             raise ValueError(f"Engine: expected a step after the last full step {self.last_full}, got {step}")
-        config = self.config
-        gaps = self._gaps[: self.filled - 1]
-        weights = coefficients(config.basis, gaps, step - self.last_full, self.filled, config.sigma)
-        missing = config.order + 1 - len(weights) if padded else 0
-        return self.history, self._numbers.of([*weights, *[0.0] * missing], self.history.orders)
+        weights = self._differences.coeffs(step, self.config, padded)
+        return self.history, self._numbers.of(weights, self.history.orders, self._coming)
 
     def _inv_gap(self) -> Tensor:
         assert self.history is not None
-        value = 1.0 / self._gaps[0] if self._pending else 1.0
-        return self._numbers.of([value], self.history.orders).view(())
+        return self._numbers.of(self._differences.inv_gap, self.history.orders, self._coming).view(())
+
+    def _coming(self) -> Iterator[tuple[float, ...]]:
+        """Numbers that the rest of the run will ask for, where its length is known."""
+        differences = self._differences
+        for step in range((differences.last_full or 0) + 1, self.num_steps or 0):
+            if self.is_full(step, differences.last_full):
+                differences = differences.after(step, self.config)
+                yield differences.inv_gap
+            else:
+                yield differences.coeffs(step, self.config, padded=False)
+                yield differences.coeffs(step, self.config, padded=True)

@@ -14,7 +14,7 @@ from typing import Any
 from hicache.adapters import registry
 from hicache.config import HiCacheConfig
 from hicache.cuda_graphs.capture import CudaBackend
-from hicache.cuda_graphs.runner import GraphRunner
+from hicache.cuda_graphs.runner import CHOICES, GraphRunner
 from hicache.handle import BaseHandle
 from hicache.hooks.transformer import HookedTransformer
 from hicache.pipeline import (
@@ -103,10 +103,12 @@ def apply(
             ``"stack"``, the residual of all blocks together; ``"auto"``, modules where they are known and
             their history fits ``memory_budget``, else the stack. ``Handle.stats.choices`` says which.
         memory_budget: bytes a denoiser's histories may take for ``"auto"`` to choose modules.
-        cuda_graphs: capture full and skipped steps and replay them: ``"auto"`` where it can be done (never
-            off a GPU, under offload, with gradients or inside torch.compile; ``Handle.stats.graphs`` says why
-            not), ``True`` the same but with a warning where it cannot, ``False`` never. The environment
-            variable ``HICACHE_CUDA_GRAPHS=0`` switches them off.
+        cuda_graphs: capture steps and replay them: ``"auto"`` where it can be done (never off a GPU, under
+            offload, with gradients or inside torch.compile; ``Handle.stats.graphs`` says why not), ``True``
+            the same but with a warning where it cannot, ``False`` never. Full steps are captured where their
+            graphs take no more memory than they leave free; ``"full"`` does so in any case, ``"skipped"``
+            captures skipped steps alone. The environment variable ``HICACHE_CUDA_GRAPHS=0`` switches graphs
+            off.
         backend: of :mod:`hicache_kernels`: ``"auto"`` or a name; a name never falls back silently.
 
     Returns:
@@ -120,8 +122,8 @@ def apply(
     check_choice("granularity", granularity, GRANULARITIES)
     check_choice("backend", backend, ("auto", *BACKENDS))
     check_budget(memory_budget)
-    if cuda_graphs != "auto" and not isinstance(cuda_graphs, bool):
-        raise ValueError(f"hicache: expected cuda_graphs to be True, False or 'auto', got {cuda_graphs!r}")
+    if not isinstance(cuda_graphs, bool):
+        check_choice("cuda_graphs", cuda_graphs, CHOICES)
     modules = find_denoisers(pipe)
     for module in modules.values():
         check_backend(backend, module)
@@ -150,7 +152,7 @@ def apply(
     for name, transformer in hooked.items():
         graphs = None
         if cuda_graphs is not False:
-            graphs = GraphRunner(transformer, CudaBackend(), wanted=cuda_graphs is True)
+            graphs = GraphRunner(transformer, CudaBackend(), cuda_graphs)
         denoisers.append(Denoiser(name, transformer, adapters[name], policy, sessions, graphs))
     handle = Handle(sessions, denoisers)
     handle.install()

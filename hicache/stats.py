@@ -28,6 +28,7 @@ class GraphStats:
 
     captures: int = 0
     replays: int = 0
+    nbytes: int = 0  # of device memory that captures took
     eager: str | None = None  # why calls run without, if they do
     partly: str | None = None  # what is captured, and why not all, if only a part is
 
@@ -81,7 +82,8 @@ class Stats:
             ),
             *(f"  {name}: {choice}" for name, choice in self.choices.items()),
             *(
-                f"  {name}: {graphs.captures} graphs captured, {graphs.replays} replays"
+                f"  {name}: {graphs.captures} graphs captured, {graphs.nbytes:,} bytes, "
+                f"{graphs.replays} replays"
                 + (f"; without graphs: {graphs.eager}" if graphs.eager else "")
                 + (f"; {graphs.partly}" if graphs.partly else "")
                 for name, graphs in self.graphs.items()

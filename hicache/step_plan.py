@@ -54,14 +54,17 @@ class SkippedStep:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """The tensors whose numbers differ from step to step: coefficients, gates, what is added between."""
-        return [self.sum.coeffs, *([] if self.gates is None else [self.gates]), *self.between]
+        """The tensors whose numbers differ from step to step: the sum's, gates, what is added between."""
+        optional = (self.sum.inv_gap, self.gates)
+        return [self.sum.coeffs, *(tensor for tensor in optional if tensor is not None), *self.between]
 
     def with_inputs(self, tensors: list[Tensor]) -> SkippedStep:
         """The same plan with other tensors in the places of :attr:`inputs`."""
         coeffs, *others = tensors
+        inv_gap = None if self.sum.inv_gap is None else others.pop(0)
         gates = None if self.gates is None else others.pop(0)
-        return replace(self, sum=replace(self.sum, coeffs=coeffs), gates=gates, between=tuple(others))
+        total = replace(self.sum, coeffs=coeffs, inv_gap=inv_gap)
+        return replace(self, sum=total, gates=gates, between=tuple(others))
 
 
 @dataclass
@@ -110,7 +113,7 @@ class RunningCall:
         self.opaque = False  # compiled, captured or replayed: nothing inside can be timed or compared
         # runs a block, given it and its arguments, where blocks are captured one by one
         self.run_block: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any] | None = None
-        # rotary embeddings of the context's last full step, and how many this call has asked for
+        # rotary embeddings of the context's first full step, and how many this call has asked for
         self.rotary: list[Any] = []
         self.rotary_index = 0
 

@@ -163,30 +163,6 @@ def test_predictions_of_a_guider():
     assert compat.guider_prediction({}) is None
 
 
-class Quantised(torch.Tensor):
-    """A weight of two tensors, flattened as torchao's are."""
-
-    def __new__(cls, numbers: torch.Tensor, scale: torch.Tensor) -> Quantised:
-        made = torch.Tensor._make_wrapper_subclass(cls, numbers.shape)
-        made.numbers, made.scale = numbers, scale
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise NotImplementedError(func)
-
-    def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["numbers", "scale"], None
-
-
-def test_parts_of_a_weight():
-    numbers, scale = torch.ones(2), torch.ones(1)
-    plain = torch.ones(3)
-    assert [part is plain for part in compat.weight_parts(plain)] == [True]
-    parts = list(compat.weight_parts(Quantised(numbers, scale)))
-    assert [a is b for a, b in zip(parts, (numbers, scale), strict=True)] == [True, True]
-
-
 def test_sizes_that_are_open():
     given = torch.ones(2, 3)
     [alias] = compat.of_any_size((given,))

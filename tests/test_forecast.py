@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from hicache import Engine, HiCacheConfig, bound, full_steps, known_bases, register_basis, unregister_basis
+from hicache import (
+    Engine,
+    HiCacheConfig,
+    bound,
+    full_steps,
+    known_bases,
+    numbers,
+    register_basis,
+    unregister_basis,
+)
 from hicache.basis import coefficients
 from hicache.schedule import with_speedup
 from hicache_kernels import backend_status
@@ -245,7 +254,8 @@ def test_a_basis_of_ones_own_sees_gaps_and_distance():
             series([1.0, 2.0, 4.0, 0.0, 0.0, 10.0, 0.0], HiCacheConfig(interval=3, basis="nearest two"))
         )
         assert results[3][2] == 4.0 + 0.5 * 2.0
-        assert seen == [((1,), 1, 2), ((1,), 2, 2), ((3, 1), 1, 3)]
+        # once as it comes and once when all numbers of a run are made
+        assert list(dict.fromkeys(seen)) == [((1,), 1, 2), ((1,), 2, 2), ((3, 1), 1, 3)]
     finally:
         unregister_basis("nearest two")
     with pytest.raises(ValueError, match="unknown basis 'nearest two'; known bases: hermite, taylor"):
@@ -315,3 +325,41 @@ def test_engine_errors():
         engine.record(4, [torch.ones(2)])
     with pytest.raises(ValueError, match="expected a step after the last full step 4, got 3"):
         engine.forecast(3)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_numbers_of_a_run_are_brought_to_the_device_once(fixed, monkeypatch):
+    """A later run of as many steps brings none; one whose length is not known brings them as they come."""
+    uploads: list[int] = []
+    uploaded = numbers.uploaded
+    monkeypatch.setattr(
+        numbers, "uploaded", lambda values, device: uploads.append(1) or uploaded(values, device)
+    )
+    engine = Engine(HiCacheConfig(interval=7, order=2))
+    for num_steps, brought in ((50, 1), (50, 0), (None, 0), (55, 0), (200, 0)):
+        engine.reset(num_steps=num_steps)
+        for step in range(num_steps or 40):
+            if engine.is_full(step):
+                [slot] = engine.open([(1, 4, 8)], torch.float32, torch.device("cpu"))
+                slot.fill_(step)
+                engine.commit(step)
+            else:
+                engine.prepare(step, fixed=fixed)(torch.zeros(1, 4, 8), None)
+                engine.settle()
+        assert len(uploads) == brought, num_steps
+        uploads.clear()
+
+
+def test_numbers_of_the_device_begin_where_kernels_like_them_to():
+    """16 bytes: otherwise Triton makes other code for every place a row of coefficients may begin at."""
+    engine = Engine(HiCacheConfig(interval=4, order=2))
+    engine.reset(num_steps=30)
+    for step in range(30):
+        if engine.is_full(step):
+            engine.record(step, [torch.full((1, 4, 8), float(step))])
+            continue
+        total = engine.prepare(step)
+        for row in (total.coeffs, total.inv_gap):
+            assert row is None or row.data_ptr() % 16 == 0
+        total(torch.zeros(1, 4, 8), None)
+        engine.settle()

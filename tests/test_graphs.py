@@ -1,6 +1,7 @@
 """CUDA graphs without a GPU: keys, copies, clones, eviction and invalidation against a faked capture.
 
-A waiting update is done apart where steps are replayed: its rounding may differ, hence :func:`close`.
+In the warm-up a waiting update is done apart where steps are replayed: its rounding may differ, hence
+:func:`close`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 import hicache.fast
+import hicache_kernels
 from hicache import HiCacheConfig
+from hicache.cuda_graphs import model_state
 from hicache.cuda_graphs.block_graphs import BlockGraphs
 from hicache.cuda_graphs.call_graph import CallArguments
 from hicache.engine import Sum
@@ -60,7 +63,8 @@ def test_replays_equal_eager(name, granularity):
         [stats] = handle.stats.graphs.values()
     contexts = len(handle.stats.contexts)
     assert stats.eager is None
-    assert stats.captures == 2 * contexts  # a full and a skipped one, whatever the distance and the gap
+    # a full step, a skipped one, and one with the waiting update, whatever the distance and the gap
+    assert stats.captures == 3 * contexts
     assert stats.replays > 12 * contexts
     for ours, theirs in zip(drawn, expected, strict=True):
         assert close(ours, theirs)
@@ -70,6 +74,74 @@ def test_replays_equal_eager(name, granularity):
 
 def runs(arguments: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
     return [(arguments, STEPS), (other_prompt(arguments), STEPS), (arguments, STEPS - 3)]
+
+
+@pytest.mark.parametrize("granularity", ["module", "stack"])
+def test_a_waiting_update_is_part_of_the_graph(granularity, monkeypatch):
+    """Once all differences exist, none is launched apart: the history is read once an interval less."""
+    apart, fused = [], []
+    update, gated_sum = hicache_kernels.update_, hicache_kernels.gated_sum
+    monkeypatch.setattr(hicache_kernels, "update_", lambda *a, **k: apart.append(1) or update(*a, **k))
+
+    def count(*args: Any, inv_gap: Tensor | None = None, **more: Any) -> Tensor:
+        fused.extend([] if inv_gap is None else [1])
+        return gated_sum(*args, inv_gap=inv_gap, **more)
+
+    monkeypatch.setattr(hicache_kernels, "gated_sum", count)
+    pipe, arguments = pipelines.build("flux")
+    with apply(pipe, granularity=granularity):
+        draw(pipe, arguments)
+        # in the warm-up, while differences come to exist
+        assert len(apart) == 3
+        assert len(fused) >= 3
+        fused.clear()
+        draw(pipe, arguments)
+    assert len(apart) == 6
+    assert len(fused) == 3  # at steps 6, 9 and 12
+
+
+def test_a_skipped_step_looks_at_no_block(monkeypatch):
+    """Whether weights have moved is asked of those that a replayed graph reads."""
+    pipe, arguments = pipelines.build("flux")
+    expected = eager(pipe, arguments)
+    asked: list[int] = []
+    read = model_state._Part.read
+    monkeypatch.setattr(model_state._Part, "read", lambda part: asked.append(len(part.weights)) or read(part))
+    with apply(pipe) as handle:
+        draw(pipe, arguments)
+        asked.clear()
+        assert close(draw(pipe, arguments), expected)
+        replays = handle.stats.contexts["transformer[0]"]
+        weights = len(list(pipe.transformer.parameters()))
+        of_blocks = sum(
+            1
+            for blocks in (pipe.transformer.transformer_blocks, pipe.transformer.single_transformer_blocks)
+            for _ in blocks.parameters()
+        )
+    full, skipped = replays.full_steps, replays.skipped_steps
+    assert sum(asked) == full * weights + skipped * (weights - of_blocks)
+
+
+def test_a_block_that_moves_in_the_middle_of_a_run_is_captured_anew():
+    pipe, arguments = pipelines.build("flux")
+
+    def move(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 6:  # step 7 is skipped, step 8 full
+            weight = pipe.transformer.transformer_blocks[0].ff.net[2].weight
+            weight.data = weight.data * 1.5
+        return tensors
+
+    def reset() -> None:
+        weight = pipe.transformer.transformer_blocks[0].ff.net[2].weight
+        weight.data = weight.data / 1.5
+
+    changed = {**arguments, "callback_on_step_end": move}
+    expected = eager(pipe, changed)
+    reset()
+    with apply(pipe):
+        draw(pipe, arguments)
+        draw(pipe, arguments)
+        assert close(draw(pipe, changed), expected)
 
 
 def test_outputs_are_the_callers():
@@ -197,7 +269,7 @@ def test_changed_models_are_captured_anew(change):
     if change is exchange_hooks:
         pipe.transformer.transformer_blocks[1].ff.register_forward_hook(lambda module, args, output: output)
     captures, drawn = recaptured(pipe, arguments, change)
-    assert captures == 2
+    assert captures == 3
     assert close(drawn, eager(pipe, arguments))
 
 
@@ -232,7 +304,7 @@ def test_quantised_weights_that_move_are_captured_anew():
         layer.weight = torch.nn.Parameter(Quantised(layer.weight.inner * 1.1), requires_grad=False)
 
     captures, drawn = recaptured(pipe, arguments, move)
-    assert captures == 2
+    assert captures == 3
     assert close(drawn, eager(pipe, arguments))
 
 
@@ -249,7 +321,7 @@ def test_lora_scales_are_noticed_in_a_run():
 
     layer.__class__ = Scaled
     captures, drawn = recaptured(pipe, arguments, lambda transformer: layer.scaling.update(style=0.5))
-    assert captures == 2
+    assert captures == 3
     assert close(drawn, eager(pipe, arguments))
 
 
@@ -464,8 +536,53 @@ def test_an_exception_in_a_replayed_run_leaves_nothing():
     assert torch.equal(draw(pipe, arguments), plain)
 
 
+@pytest.mark.parametrize("choice", ["auto", "full", "skipped"])
+def test_full_steps_whose_graphs_leave_no_room_run_eagerly(choice, monkeypatch):
+    """As much as a graph takes has to be left; "full" captures all the same, "skipped" never."""
+    pipe, arguments = pipelines.build("flux")
+    expected = eager(pipe, arguments)
+    monkeypatch.setattr(FakeBackend, "room", (1000, 999))
+    with apply(pipe, cuda_graphs=choice) as handle:
+        assert close(draw(pipe, arguments), expected)
+        assert close(draw(pipe, arguments), expected)
+        stats = handle.stats.graphs["transformer"]
+        kinds = {key[0].__name__ for key in handle._denoisers[0].graphs._graphs}
+    assert kinds == {"FullStep", "SkippedStep"} if choice == "full" else {"SkippedStep"}
+    partly = {
+        "auto": "that of a full step takes 1,000 bytes, and 999 are left",
+        "full": None,
+        "skipped": "asked for",
+    }[choice]
+    assert stats.partly == (partly and f"only skipped steps are captured: {partly}")
+    assert stats.eager is None
+    assert stats.nbytes == 1000 * (3 if choice == "full" else 2)
+    assert FakeBackend.made[-1].captures == 3 if choice != "skipped" else 2
+
+
+def test_a_full_step_without_memory_for_its_graph_runs_eagerly():
+    pipe, arguments = pipelines.build("flux")
+    expected = eager(pipe, arguments)
+    with apply(pipe) as handle:
+        FakeBackend.made[-1].fails_whole = torch.OutOfMemoryError("CUDA out of memory")
+        assert close(draw(pipe, arguments), expected)
+        assert close(draw(pipe, arguments), expected)
+        stats = handle.stats.graphs["transformer"]
+    assert stats.partly == "only skipped steps are captured: OutOfMemoryError: CUDA out of memory"
+    assert stats.captures == 2
+
+
+def test_released_graphs_take_no_memory():
+    pipe, arguments = pipelines.build("flux")
+    with apply(pipe) as handle:
+        draw(pipe, arguments)
+        assert handle.stats.graphs["transformer"].nbytes == 3 * FakeBackend.room[0]
+        assert f"{3 * FakeBackend.room[0]:,} bytes" in str(handle.stats)
+        handle.release()
+        assert handle.stats.graphs["transformer"].nbytes == 0
+
+
 @pytest.mark.parametrize("value", ["yes", None, 1])
 def test_bad_argument(value):
     pipe, _ = pipelines.build("flux")
-    with pytest.raises(ValueError, match="cuda_graphs to be True, False or 'auto'"):
+    with pytest.raises(ValueError, match=r"unknown cuda_graphs .*; expected one of auto, full, skipped"):
         hicache.fast.apply(pipe, cuda_graphs=value)

@@ -94,10 +94,10 @@ def test_without_a_scheduler_the_stack_is_cached(tmp_path: Path):
     offload(transformer, tmp_path)
     with hicache.fast.apply(transformer, CONFIG) as handle:
         assert _loop(transformer).isfinite().all()
-        assert "offloaded in groups of blocks" in handle.stats.choices["transformer"]
+        assert "there in their own blocks only" in handle.stats.choices["transformer"]
         assert handle.stats.skipped_steps > 6
     with hicache.fast.apply(transformer, CONFIG, granularity="module"):
-        with pytest.raises(RuntimeError, match="offloaded in groups of blocks"):
+        with pytest.raises(RuntimeError, match="there in their own blocks only"):
             _loop(transformer)
 
 

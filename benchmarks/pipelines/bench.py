@@ -30,12 +30,14 @@ class Variant:
     """A way to run a loop: cached by what, replayed, compiled."""
 
     granularity: str | None  # None: uncached
-    graphs: bool = False
+    graphs: bool | str = False  # apply()'s cuda_graphs
     compiled: bool = False
 
     def __str__(self) -> str:
         parts = [self.granularity or "uncached"]
-        parts += ["CUDA graphs"] * self.graphs + ["compiled"] * self.compiled
+        if self.graphs:
+            parts.append("CUDA graphs" + " of skipped steps" * (self.graphs == "skipped"))
+        parts += ["compiled"] * self.compiled
         return ", ".join(parts)
 
 

@@ -141,10 +141,11 @@ def variants_of(bench: Bench, compiled: bool, notes: Notes) -> list[Variant]:
                 granularities.append(granularity)
             except Exception as error:
                 notes.fail(f"{name}, interval=1", error)
-    graphs = (False, True) if bench.device == "cuda" else (False,)
+    graphs: tuple[bool | str, ...] = (False, "skipped", "full") if bench.device == "cuda" else (False,)
     found = [Variant(None), *(Variant(g, graph) for graph in graphs for g in granularities)]
     if compiled:
         found.append(Variant(None, compiled=True))
+        graphs = tuple(graph for graph in graphs if graph != "skipped")
         found += [Variant("stack", graph, compiled=True) for graph in graphs if "stack" in granularities]
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hicache.compat import pytree
-from hicache.cuda_graphs.capture import CaptureBackend, Replay, describe, like, modes, tensors
+from hicache.cuda_graphs.capture import CaptureBackend, Captured, describe, like, modes, tensors
 from hicache.stats import GraphStats
 from hicache.step_plan import FullStep, RunningCall
 
@@ -21,8 +21,7 @@ from hicache.step_plan import FullStep, RunningCall
 class _BlockGraph:
     """One captured block."""
 
-    replay: Replay
-    output: Any
+    captured: Captured
     partial_sums: dict[int, Tensor]  # what it began to add up
 
 
@@ -58,6 +57,7 @@ class BlockGraphs:
         self._warmed.clear()
         self._buffers.clear()
         self._backend.drop()
+        self._stats.nbytes = 0
         self.begin()
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -89,17 +89,18 @@ class BlockGraphs:
         if graph is None:
             own_args, own_kwargs = pytree.tree_unflatten(own, layout)
             before = set(sums)
-            replay, output = self._backend.capture(lambda: block(*own_args, **own_kwargs))
-            if describe(pytree.tree_leaves(output)) is None:
-                raise TypeError(f"{type(block).__name__} returns {type(output).__name__}")
+            captured = self._backend.capture(lambda: block(*own_args, **own_kwargs))
+            if describe(pytree.tree_leaves(captured.output)) is None:
+                raise TypeError(f"{type(block).__name__} returns {type(captured.output).__name__}")
             begun = {feature: total for feature, total in sums.items() if feature not in before}
-            graph = self._graphs[key] = _BlockGraph(replay, output, begun)
+            graph = self._graphs[key] = _BlockGraph(captured, begun)
             self._stats.captures += 1
-        graph.replay()
+            self._stats.nbytes += captured.nbytes
+        graph.captured.replay()
         self._stats.replays += 1
         sums.update(graph.partial_sums)
-        self._made += tensors(pytree.tree_leaves(graph.output))
-        return graph.output
+        self._made += tensors(pytree.tree_leaves(graph.captured.output))
+        return graph.captured.output
 
     def _own(self, given: Tensor) -> Tensor:
         """Memory that is at the same place in every call, with the numbers of this one."""

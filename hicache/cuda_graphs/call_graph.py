@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hicache.compat import pytree
-from hicache.cuda_graphs.capture import CaptureBackend, Replay, describe, like, modes, tensors
+from hicache.cuda_graphs.capture import CaptureBackend, Captured, describe, like, modes, tensors
 from hicache.step_plan import CallResult, FullStep, RunningCall, SkippedStep
 
 
@@ -28,12 +28,10 @@ class CallArguments:
     def key(self, call: RunningCall) -> Any:
         """What must be equal for a graph to serve; None where that cannot be told."""
         plan = call.plan
-        if isinstance(plan, SkippedStep) and plan.sum.inv_gap is not None:
-            return None  # an update waits: it runs once
         described = describe([*self.leaves, *plan_inputs(call)])
         if described is None:
             return None
-        # fixed memory: the history, and what full steps left for skipped ones
+        # fixed memory: the history, and what the first full step left for skipped ones
         fixed: list[Tensor | None] = []
         if isinstance(plan, SkippedStep):
             fixed += [plan.sum.orders, *tensors(pytree.tree_leaves(call.rotary))]
@@ -45,7 +43,8 @@ class CallArguments:
             described,
             # the form too: a history may be followed by a smaller one in the same place
             tuple(None if tensor is None else (tensor.data_ptr(), tensor.shape) for tensor in fixed),
-            isinstance(plan, SkippedStep) and plan.gates is not None,
+            # what a skipped step does: compute gates or read them, update so many differences or none
+            isinstance(plan, SkippedStep) and (plan.gates is None, plan.sum.inv_gap is None, plan.sum.filled),
             *modes(),
         )
 
@@ -54,11 +53,9 @@ class CallArguments:
 class CallGraph:
     """A captured call."""
 
-    _replay: Replay
-    output: Any
+    captured: Captured
     _inputs: list[Tensor]  # memory of the graph, for the call's tensors and its plan's
     _result: CallResult
-    _rotary: list[Any]
 
     @classmethod
     def capture(
@@ -69,7 +66,7 @@ class CallGraph:
         Raises:
             Exception: whatever the capture raised.
         """
-        plan, result, rotary = call.plan, call.result, list(call.rotary)
+        plan, result = call.plan, call.result
         given = tensors(form.leaves)
         inputs = [like(tensor).copy_(tensor) for tensor in [*given, *plan_inputs(call)]]
         queue = iter(inputs)
@@ -79,21 +76,19 @@ class CallGraph:
             call.plan = plan.with_inputs(list(queue))
         call.result, call.rotary_index = CallResult(), 0
         try:
-            replay, output = backend.capture(lambda: forward(*args, **kwargs))
-            return cls(replay, output, inputs, call.result, list(call.rotary))
+            captured = backend.capture(lambda: forward(*args, **kwargs))
+            return cls(captured, inputs, call.result)
         finally:
             call.plan, call.result, call.rotary_index = plan, result, 0
-            call.rotary[:] = rotary
 
     def replay(self, call: RunningCall, form: CallArguments) -> Any:
         """Run it with the numbers of this call; its output, which the next replay leaves alone."""
         given = [*tensors(form.leaves), *plan_inputs(call)]
         for own, tensor in zip(self._inputs, given, strict=True):
             own.copy_(tensor)
-        self._replay()
+        self.captured.replay()
         call.result = self._result.copy()
-        call.rotary[:] = self._rotary
-        return cloned(self.output)
+        return cloned(self.captured.output)
 
 
 def plan_inputs(call: RunningCall) -> list[Tensor]:

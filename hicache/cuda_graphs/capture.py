@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,23 @@ from hicache.compat import pytree
 Replay = Callable[[], None]
 
 
+@dataclass(frozen=True)
+class Captured:
+    """A captured function.
+
+    Args:
+        replay: runs it again.
+        output: what it returned, overwritten by every replay.
+        nbytes: bytes of the device that its pool has grown by.
+        free: bytes of the device that are left.
+    """
+
+    replay: Replay
+    output: Any
+    nbytes: int
+    free: int
+
+
 class CaptureBackend(Protocol):
     """What captures."""
 
@@ -24,8 +42,8 @@ class CaptureBackend(Protocol):
     def warm(self, function: Callable[[], Any]) -> Any:
         """Run a function as it will be captured, without capturing it."""
 
-    def capture(self, function: Callable[[], Any]) -> tuple[Replay, Any]:
-        """Capture a function: what replays it, and what it returned, overwritten by every replay."""
+    def capture(self, function: Callable[[], Any]) -> Captured:
+        """Capture a function."""
 
     def drop(self) -> None:
         """All graphs have been forgotten."""
@@ -68,7 +86,7 @@ class CudaBackend:
                 tensor.record_stream(torch.cuda.current_stream())
         return output
 
-    def capture(self, function: Callable[[], Any]) -> tuple[Replay, Any]:
+    def capture(self, function: Callable[[], Any]) -> Captured:
         """See :class:`CaptureBackend`. Where it raises, streams and memory are as they were.
 
         ``torch.cuda.graph`` leaves the thread on its stream when the capture cannot be ended (torch 2.13),
@@ -77,6 +95,7 @@ class CudaBackend:
         with self._on_stream():
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # a pool of graphs cannot use what others have cached
+            before, _ = torch.cuda.mem_get_info()
             graph = torch.cuda.CUDAGraph()
             try:
                 # other threads (a data loader's) may go on using the device
@@ -89,13 +108,14 @@ class CudaBackend:
                 compat.end_pool_allocation(self._device, self._pool)
                 self.drop()
                 raise
+            free, _ = torch.cuda.mem_get_info()
         device = self._device
 
         def replay() -> None:
             with torch.cuda.device(device):
                 graph.replay()
 
-        return replay, output
+        return Captured(replay, output, before - free, free)
 
     def drop(self) -> None:
         """Take another pool from the next capture on.

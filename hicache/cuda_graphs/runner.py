@@ -20,15 +20,18 @@ from hicache import compat
 from hicache.compat import pytree
 from hicache.cuda_graphs.block_graphs import BlockGraphs
 from hicache.cuda_graphs.call_graph import CallArguments, CallGraph, cloned
-from hicache.cuda_graphs.capture import CaptureBackend, describe
+from hicache.cuda_graphs.capture import CaptureBackend, Captured, describe
 from hicache.cuda_graphs.capture_safety import INSIDE, unsafe_ops
 from hicache.cuda_graphs.model_state import ModelState
+from hicache.cuda_graphs.scope import Scope
 from hicache.hooks.transformer import HookedTransformer
 from hicache.mixin import mix_in
 from hicache.stats import GraphStats
-from hicache.step_plan import FullStep
+from hicache.step_plan import FullStep, SkippedStep
 
 LIMIT: Final = 16  # live graphs of one transformer
+# What a user may ask for besides True and False: with "full", full steps whatever room their graphs leave.
+CHOICES: Final = ("auto", "full", "skipped")
 _KEY: Final = "_hicache_graphs"
 
 
@@ -49,7 +52,7 @@ class GraphRunner:
         transformer: the transformer, watched. What runs outside its blocks may be run eagerly around captured
             ones.
         backend: what captures.
-        wanted: graphs were asked for: warn where they cannot be had.
+        choice: of :data:`CHOICES`, or True: warn where graphs cannot be had unless it is ``"auto"``.
         limit: live graphs; the least recently used is dropped.
     """
 
@@ -57,24 +60,22 @@ class GraphRunner:
         self,
         transformer: HookedTransformer,
         backend: CaptureBackend,
-        wanted: bool = False,
+        choice: bool | str = "auto",
         limit: int = LIMIT,
     ) -> None:
         self._module = module = transformer.module
         self._call = call = transformer.call
         self._block_lists = transformer.lists
         self._backend = backend
-        self._wanted = wanted
+        self._choice = choice
         self._limit = limit
         self._graphs: OrderedDict[Any, CallGraph] = OrderedDict()
         self._warmed: set[Any] = set()
-        self._model = ModelState(module)
-        self._model_state: tuple[Any, ...] = ()
-        self._why_not_whole: str | None = None
-        self._why_not_blocks: str | None = None
+        self._model = ModelState(module, transformer.lists)
         self._undo: Callable[[], None] | None = None
         self.due = False  # whether the current call is to be replayed: set where it begins and ends
         self.stats = GraphStats()
+        self._scope = Scope(self.stats, skipped_only=choice == "skipped")
         self._blocks = BlockGraphs(call, backend, self.stats, limit=8 * limit)
 
     def start_run(self, changed: bool) -> None:
@@ -87,8 +88,8 @@ class GraphRunner:
         if changed:
             self.drop()
         before = self.stats.eager
-        self.stats.eager = self._why_not_blocks or self._model.why_eager(self._backend)
-        if self._wanted and self.stats.eager not in (None, before):
+        self.stats.eager = self._scope.why_not_at_all or self._model.why_eager(self._backend)
+        if self._choice != "auto" and self.stats.eager not in (None, before):
             self._warn(f"runs without CUDA graphs: {self.stats.eager}")
         if self.stats.eager is None and self._undo is None:
             # it is the class that makes forward ours: from the next call on, as this one has looked its up
@@ -110,6 +111,7 @@ class GraphRunner:
             and not call.verifying
             and not torch.is_grad_enabled()
             and not self._module.training
+            and (self._scope.why_not_full is None or not isinstance(call.plan, FullStep))
         )
         return self.due
 
@@ -119,9 +121,9 @@ class GraphRunner:
         Raises:
             RuntimeError: graphs were asked for and cannot be had.
         """
-        if self._wanted:
+        if self._choice != "auto":
             raise RuntimeError(
-                f"hicache: cuda_graphs=True, but {reason}: torch.compile makes its graphs itself "
+                f"hicache: cuda_graphs={self._choice!r}, but {reason}: torch.compile makes its graphs itself "
                 "(mode='reduce-overhead'); pass cuda_graphs=False, or compile_repeated_blocks() in its place"
             )
         self.stats.eager = reason
@@ -147,11 +149,11 @@ class GraphRunner:
             args: of the call.
             kwargs: of the call.
         """
-        state = self._model.read()
-        if state != self._model_state:
-            self._model_state = state
+        plan = self._call.plan
+        computes = not isinstance(plan, SkippedStep) or (plan.gated and plan.gates is None)
+        if self._model.changed(blocks=computes):
             self.drop()
-        if self._why_not_whole is not None:
+        if self._scope.why_not_whole is not None:
             return self._run_blocks(forward, args, kwargs)
         form = CallArguments.of(args, kwargs)
         key = form.key(self._call)
@@ -196,7 +198,7 @@ class GraphRunner:
         return cloned(forward(*args, **kwargs))
 
     def _run_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._why_not_blocks is None:
+        if self._scope.why_not_at_all is None:
             result = self._call.result
             sums = dict(result.partial_sums)
             try:
@@ -208,36 +210,54 @@ class GraphRunner:
 
     def _capture(self, forward: Callable[..., Any], form: CallArguments) -> CallGraph | None:
         """The graph of the current call; None where it cannot be had."""
+        full = isinstance(self._call.plan, FullStep)
         try:
             graph = CallGraph.capture(self._backend, self._call, forward, form)
+        except torch.OutOfMemoryError as error:
+            if full:
+                self._capture_skipped_only(_first_line(error))
+            else:
+                self._give_up(f"a capture failed: {_first_line(error)}")
+            return None
         except Exception as error:
             self._capture_blocks_only(_first_line(error))
             return None
-        if describe(pytree.tree_leaves(graph.output)) is None:
+        captured = graph.captured
+        if describe(pytree.tree_leaves(captured.output)) is None:
             # its tensors would be overwritten by the next replay
-            self._give_up(f"a capture failed: TypeError: expected tensors, got {type(graph.output).__name__}")
+            given = type(captured.output).__name__
+            self._give_up(f"a capture failed: TypeError: expected tensors, got {given}")
+            return None
+        if full and self._choice != "full" and not _leaves_room(captured):
+            self._capture_skipped_only(
+                f"that of a full step takes {captured.nbytes:,} bytes, and {captured.free:,} are left"
+            )
             return None
         self.stats.captures += 1
+        self.stats.nbytes += captured.nbytes
         return graph
 
+    def _capture_skipped_only(self, reason: str) -> None:
+        self._scope.leave_out_full(reason)
+        self.drop()
+
     def _capture_blocks_only(self, reason: str) -> None:
-        """A call cannot be captured as a whole, maybe for what is before its blocks: try them alone."""
-        self._why_not_whole = reason
-        self.stats.partly = f"only its blocks are captured: {reason}"
+        self._scope.leave_out_surroundings(reason)
         self.drop()
 
     def _give_up(self, reason: str) -> None:
-        """From here on eagerly: what failed once fails again, and each time costs a step."""
-        if self._why_not_whole is not None and self._why_not_whole not in reason:
-            reason += f" (of a block; of the whole call: {self._why_not_whole})"
-        self._why_not_blocks = self.stats.eager = reason
-        self.stats.partly = None
+        self._scope.leave_out_all(reason)
         self.drop()
-        self._warn(f"runs without CUDA graphs, as {reason}")
+        self._warn(f"runs without CUDA graphs, as {self.stats.eager}")
 
     def _warn(self, what: str) -> None:
         name = type(self._module).__name__
         warnings.warn(f"hicache: {name} {what}", RuntimeWarning, stacklevel=3)
+
+
+def _leaves_room(captured: Captured) -> bool:
+    """Whether as much memory as a graph took is left beside it."""
+    return captured.nbytes <= captured.free
 
 
 def _first_line(error: Exception) -> str:

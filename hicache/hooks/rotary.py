@@ -1,7 +1,8 @@
 """Rotary embeddings on skipped steps: only the blocks read them, so they need not be computed anew.
 
-They are dozens of small operations a call. On a skipped step the ones of the context's last full step stand
-in: what uses them before the blocks (joining those of text and image, say) finds the shapes it expects.
+They are dozens of small operations a call. On a skipped step the ones of the context's first full step stand
+in: what uses them before the blocks (joining those of text and image, say) finds the shapes it expects, in
+the same memory at every step.
 """
 
 from __future__ import annotations

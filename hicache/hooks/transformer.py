@@ -170,7 +170,7 @@ class HookedTransformer:
         return self.interface.returned(image, block_kwargs)
 
     def _recall(self, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Rotary embeddings: computed at full steps, those of the last one on skipped steps."""
+        """Rotary embeddings: computed at full steps, those of the first one given on skipped steps."""
         call = self.call
         index = call.rotary_index
         call.rotary_index = index + 1
@@ -179,8 +179,6 @@ class HookedTransformer:
         output = compute(*args, **kwargs)
         if call.lesson is not None:
             call.rotary[index:] = [output]
-        elif call.recording and index < len(call.rotary):
-            call.rotary[index] = output
         return output
 
     def _changed(self) -> RuntimeError:

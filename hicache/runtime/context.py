@@ -53,7 +53,7 @@ class Context:
         self.prefetch = GatePrefetch()
         self.finite = FiniteCheck()
         self.form: CallForm | None = None  # learned from its first call
-        self.rotary: list[Any] = []  # embeddings of the last full step
+        self.rotary: list[Any] = []  # embeddings of the call learned from
 
     def restart(self, label: str, first_step: int, conditions: Conditions) -> None:
         """A run starts in which this context's first call is made at ``first_step``."""

@@ -175,7 +175,7 @@ class Denoiser(NotCopied):
             track.planner.begin_full(self._begun)
         else:
             graphs = self.graphs is not None and self.graphs.stats.eager is None
-            track.planner.begin_skipped(self._begun, fixed=compiled or graphs)
+            track.planner.begin_skipped(self._begun, replayed=graphs)
         self.hooked.call.opaque = (self.graphs is not None and self.graphs.begin_call(compiled)) or compiled
         if full:
             return None

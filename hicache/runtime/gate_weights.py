@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from hicache import compat
 from hicache.adapters.base import ModuleAdapter
+from hicache.weights import only_in_their_blocks, weight_parts
 
 
 class GateWeights:
@@ -23,13 +24,11 @@ class GateWeights:
         self._adapter = adapter
         self._roots = list(adapter.gate_modules())
         modules = [part for root in self._roots for part in root.modules()]
-        self._offloaded = compat.is_offloaded_by_blocks(adapter.module) or any(
-            map(compat.is_offloaded, modules)
-        )
+        self._offloaded = only_in_their_blocks(adapter.module) or any(map(compat.is_offloaded, modules))
         # holds on to the modules and weights, so that no others take their addresses
         self._parts = [(module, self._parts_of(module)) for module in modules]
         weights = [] if self._offloaded else [w for root in self._roots for w in root.parameters()]
-        tensors = [part for weight in weights for part in compat.weight_parts(weight)]
+        tensors = [part for weight in weights for part in weight_parts(weight)]
         self._tensors = [(tensor, *_place(tensor)) for tensor in tensors]
         self._lora = [(module, compat.lora_settings(module)) for module in modules if compat.is_lora(module)]
 

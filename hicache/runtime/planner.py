@@ -69,18 +69,20 @@ class CallPlanner:
             choice.decide(context)
             call.plan = choice.recorder.plan_full(context.engine, context.form)
 
-    def begin_skipped(self, begun: BegunCall, fixed: bool) -> None:
+    def begin_skipped(self, begun: BegunCall, replayed: bool) -> None:
         """Plan a skipped step; the first of a model is checked.
 
         Args:
             begun: the call.
-            fixed: one graph serves all skipped steps, so that they must not differ but in numbers.
+            replayed: a CUDA graph serves many skipped steps, so that they must not differ but in numbers.
         """
         call, context = self._hooked.call, begun.context
         assert context.form is not None
         call.rotary = context.rotary
         with self._session.watch.measure(context.form.device), torch.no_grad():
-            total = context.engine.prepare(begun.local_step, fixed=fixed)
+            total = context.engine.prepare(
+                begun.local_step, fixed=replayed or begun.compiled, fused=not begun.compiled
+            )
             call.plan = self._choice.recorder.plan_skipped(begun, total)
             if begun.compiled:
                 self._sizes.hold()

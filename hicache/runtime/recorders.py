@@ -23,6 +23,7 @@ from hicache.runtime.gate_prefetch import foretold, lora_scale
 from hicache.runtime.late_gates import LateGates
 from hicache.runtime.session import StepClock
 from hicache.step_plan import FullStep, RunningCall, SkippedStep
+from hicache.weights import only_in_their_blocks
 
 
 class Unfit(Exception):
@@ -119,10 +120,10 @@ class ModuleRecorder(Recorder):
         self.late: LateGates | None = None  # of a model whose weights are at hand in its blocks only
 
     def start_run(self) -> None:
-        """A run starts: its weights may be offloaded now, or no longer."""
-        offloaded = compat.is_offloaded_by_blocks(self.adapter.module)
-        if offloaded != (self.late is not None):
-            self.late = LateGates() if offloaded else None
+        """A run starts: its weights may be offloaded or sharded now, or no longer."""
+        absent = only_in_their_blocks(self.adapter.module)
+        if absent != (self.late is not None):
+            self.late = LateGates() if absent else None
 
     def plan_full(self, engine: Engine, form: CallForm) -> FullStep:
         outputs = self._watch()
@@ -243,8 +244,8 @@ class ModuleRecorder(Recorder):
                 self._can_prefetch and prefetch.knows_timesteps and done and (prefetch.fetched or not coming)
             ):
                 return (
-                    "its weights are offloaded in groups of blocks, and gates of the steps to come cannot be "
-                    "prefetched: they need a scheduler whose timesteps the model is called with"
+                    "its weights are there in their own blocks only, and gates of the steps to come cannot "
+                    "be prefetched: they need a scheduler whose timesteps the model is called with"
                 )
         prefetch.settle(self.adapter)
         return None

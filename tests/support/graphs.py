@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hicache import HiCacheConfig
-from hicache.step_plan import CallResult, FullStep, RunningCall
+from hicache.cuda_graphs.capture import Captured
+from hicache.step_plan import CallResult, FullStep, RunningCall, SkippedStep
 from tests.support.models import Arguments
 
 CONFIG = HiCacheConfig(interval=3, order=2, warmup=3)
@@ -28,6 +29,7 @@ class FakeBackend:
     """Records closures. One per transformer, as the backend it stands in for."""
 
     made: ClassVar[list[FakeBackend]] = []
+    room: ClassVar[tuple[int, int]] = (10, 100)  # bytes a capture takes, and leaves free
 
     def __init__(self) -> None:
         self.call: RunningCall | None = None
@@ -47,7 +49,7 @@ class FakeBackend:
     def warm(self, function: Callable[[], Any]) -> Any:
         return function()
 
-    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    def capture(self, function: Callable[[], Any]) -> Captured:
         self.captures += 1
         if self.fails is not None:
             raise self.fails
@@ -57,16 +59,17 @@ class FakeBackend:
         assert self.call is not None
         call = self.call
         before = _State.of(call)
-        slots = call.plan.slots if isinstance(call.plan, FullStep) else ()
-        held = [*slots, *call.result.partial_sums.values()]
+        plan = call.plan
+        slots = plan.slots if isinstance(plan, FullStep) else ()
+        updated = [plan.sum.orders] if isinstance(plan, SkippedStep) and plan.sum.inv_gap is not None else []
+        held = [*slots, *updated, *call.result.partial_sums.values()]
         history = [tensor.clone() for tensor in held]
         output = function()
         # a capture computes nothing
         for tensor, old in zip(held, history, strict=True):
             tensor.copy_(old)
         written = [*_tensors(output), *_left(call)]
-        known = [*_tensors(before.rotary), *held]
-        mine = [tensor for tensor in written if not any(tensor is old for old in known)]
+        mine = [tensor for tensor in written if not any(tensor is old for old in held)]
         _poison(mine)
         self.outputs += mine
 
@@ -82,7 +85,7 @@ class FakeBackend:
                     tensor.copy_(new)
             now.restore(call)
 
-        return replay, output
+        return Captured(replay, output, *self.room)
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,10 @@ class _State:
 
     fields: dict[str, Any]
     result: CallResult
-    rotary: list[Any]
 
     @classmethod
     def of(cls, call: RunningCall) -> _State:
-        return cls(dict(vars(call)), call.result.copy(), list(call.rotary))
+        return cls(dict(vars(call)), call.result.copy())
 
     def restore(self, call: RunningCall) -> None:
         vars(call).update(self.fields)
@@ -103,12 +105,11 @@ class _State:
         call.result.entered, call.result.head_reached = self.result.entered, self.result.head_reached
         call.result.partial_sums.clear()
         call.result.partial_sums.update(self.result.partial_sums)
-        call.rotary[:] = self.rotary
 
 
 def _left(call: RunningCall) -> list[Tensor]:
     """The tensors that code leaves for whoever reads the call after it."""
-    return [*_tensors(call.result.partial_sums), *_tensors(call.rotary)]
+    return _tensors(call.result.partial_sums)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -1,0 +1,54 @@
+"""Numbers that the host computes, on the device: coefficients and gaps of a run, brought there together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+
+class Numbers:
+    """Small tensors of host-computed numbers, by value: steps of later runs ask for the same ones."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[float, ...], Tensor] = {}
+
+    def of(
+        self,
+        values: tuple[float, ...],
+        like: Tensor,
+        coming: Callable[[], Iterable[tuple[float, ...]]],
+    ) -> Tensor:
+        """``[len(values)]``, on the device of a history, in the dtype its arithmetic is done in.
+
+        Args:
+            values: the numbers.
+            like: the history.
+            coming: what will be asked for later in the run, so that it is brought there together.
+        """
+        if values not in self._known:
+            wanted = dict.fromkeys((values, *coming()))
+            self._add([numbers for numbers in wanted if numbers not in self._known], like)
+        return self._known[values]
+
+    def _add(self, rows: list[tuple[float, ...]], like: Tensor) -> None:
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        lane = 16 // dtype.itemsize  # where a tensor begins decides which code Triton makes for it
+        padded = [(*row, *[0.0] * (-len(row) % lane)) for row in rows]
+        with torch.inference_mode(False):  # outlives the mode of the run that made it
+            numbers = torch.tensor([number for row in padded for number in row], dtype=dtype)
+            moved = uploaded(numbers, like.device)
+            parts = moved.split([len(row) for row in padded])
+        self._known.update({row: part[: len(row)] for row, part in zip(rows, parts, strict=True)})
+
+    def clear(self) -> None:
+        """Forget them: the history has moved."""
+        self._known.clear()
+
+
+def uploaded(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host on a device; on a GPU without waiting for it."""
+    if device.type == "cuda":
+        return numbers.pin_memory().to(device, non_blocking=True)
+    return numbers.to(device)

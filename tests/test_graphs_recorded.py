@@ -1,0 +1,174 @@
+"""CUDA graphs by the code that captures on a GPU, over a strict mock of torch.cuda that records operators.
+
+A replay runs no Python: it is the operators of the capture, at the addresses of the capture, and memory that
+was freed since is an error. Another device is current than the transformer's, as where a pipeline is on
+``cuda:1``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hicache.fast
+from hicache.cuda_graphs.capture import CudaBackend
+from tests.support import pipelines
+from tests.support.comparisons import close
+from tests.support.cuda.runtime import Runtime, Violation
+from tests.support.cuda.tape import FreedMemory
+from tests.support.graphs import CONFIG, PIPELINES, STEPS, other_prompt
+
+
+class Backend(CudaBackend):
+    """Takes a transformer on the CPU for one on ``cuda:1``."""
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return super().unavailable(torch.device("cuda", 1))
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
+    monkeypatch.setattr(hicache.fast, "CudaBackend", Backend)
+    with Runtime(tensors=1).installed() as mocked:
+        yield mocked
+
+
+@pytest.fixture
+def backend() -> Backend:
+    made = Backend()
+    assert made.unavailable(torch.device("cpu")) is None
+    return made
+
+
+def draw(pipe: Any, arguments: dict[str, Any], steps: int = STEPS) -> Tensor:
+    with torch.no_grad():
+        return pipelines.draw(pipe, arguments, steps)
+
+
+def runs(arguments: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
+    """Other prompts, resolutions and step counts, and the first run again."""
+    larger = {"height": 96} if arguments.get("height") == 64 else {}
+    other = other_prompt(arguments)
+    return [
+        (arguments, STEPS),
+        (other, STEPS),
+        ({**arguments, **larger}, STEPS),
+        (arguments, STEPS - 3),
+        ({**other, **larger}, STEPS),
+        (arguments, STEPS),
+    ]
+
+
+@pytest.mark.parametrize("granularity", ["module", "stack"])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        pytest.param(name, number, marks=[pytest.mark.slow] * (number > 2), id=f"{name}, {number} runs")
+        for name, number in [("flux", 2), ("wan", 2), *((name, 6) for name in PIPELINES)]
+    ],
+)
+def test_replays_equal_eager(name: str, number: int, granularity: str, runtime: Runtime):
+    pipe, arguments = pipelines.build(name)
+    wanted = runs(arguments)[:number]
+    with hicache.fast.apply(pipe, CONFIG, granularity=granularity, cuda_graphs=False):
+        expected = [draw(pipe, given, steps) for given, steps in wanted]
+    with hicache.fast.apply(pipe, CONFIG, granularity=granularity) as handle:
+        drawn = [draw(pipe, given, steps) for given, steps in wanted]
+        [stats] = handle.stats.graphs.values()
+        assert stats.eager is None
+        assert stats.partly is None
+        assert stats.captures == runtime.captures
+        assert stats.replays == runtime.replays > 0
+        assert stats.nbytes == 1000 * stats.captures
+    for ours, theirs in zip(drawn, expected, strict=True):
+        assert close(ours, theirs)
+    assert runtime.device == 0
+
+
+def test_full_steps_alone_are_eager_where_there_is_no_room(runtime: Runtime):
+    pipe, arguments = pipelines.build("flux")
+    with hicache.fast.apply(pipe, CONFIG, cuda_graphs=False):
+        expected = draw(pipe, arguments)
+    runtime.takes = runtime.free * 2 // 3
+    with hicache.fast.apply(pipe, CONFIG) as handle:
+        assert close(draw(pipe, arguments), expected)
+        partly = handle.stats.graphs["transformer"].partly
+    assert partly is not None
+    assert "only skipped steps are captured: that of a full step takes" in partly
+
+
+def test_a_capture_that_fails_leaves_streams_pools_and_device(runtime: Runtime, backend: Backend):
+    """And the next one succeeds."""
+    given = torch.ones(3)
+
+    def fails() -> Tensor:
+        return given * 2 if (given * 2).sum().item() else given
+
+    backend.warm(lambda: given * 2)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            backend.capture(fails)
+        assert runtime.graph is None
+        assert not any(pool.allocating for pool in runtime.pools)
+        assert (runtime.device, runtime.stream()) == (0, runtime.default(0))
+        torch.cuda.empty_cache()
+    captured = backend.capture(lambda: given * 3)
+    given.fill_(2)
+    captured.replay()
+    assert (captured.output == 6).all()
+
+
+def test_a_failed_capture_of_a_whole_call_is_followed_by_blocks(runtime: Runtime):
+    """An embedding that waits for the device is found before its capture is begun."""
+    pipe, arguments = pipelines.build("flux")
+    embed = pipe.transformer.x_embedder.forward
+
+    class Waiting(type(pipe.transformer.x_embedder)):  # type: ignore[misc]
+        def forward(self, hidden: Tensor) -> Tensor:
+            return super().forward(hidden) if hidden.sum().item() else embed(hidden)
+
+    pipe.transformer.x_embedder.__class__ = Waiting
+    with hicache.fast.apply(pipe, CONFIG, cuda_graphs=False):
+        expected = draw(pipe, arguments)
+    with hicache.fast.apply(pipe, CONFIG) as handle:
+        assert close(draw(pipe, arguments), expected)
+        assert close(draw(pipe, arguments), expected)
+        stats = handle.stats.graphs["transformer"]
+    assert stats.eager is None
+    assert "only its blocks are captured" in (stats.partly or "")
+    assert runtime.replays == stats.replays > 0
+
+
+def test_a_pool_without_graphs_is_not_captured_into(runtime: Runtime, backend: Backend):
+    given = torch.ones(3)
+    kept = backend.capture(lambda: given * 2).output  # the graph is gone, a tensor of its pool is not
+    backend.drop()
+    assert backend.capture(lambda: given * 3).output is not kept
+
+
+def test_what_the_mock_finds(runtime: Runtime, backend: Backend, monkeypatch: pytest.MonkeyPatch):
+    """The rules that the tests above rest on, each broken once."""
+    given = [torch.ones(3)]
+    captured = backend.capture(lambda: given[0] * 2)
+    with pytest.raises(RuntimeError, match="use_count"):
+        pool = torch.cuda.graph_pool_handle()
+        pool.used = True
+        backend._pool = pool
+        backend.capture(lambda: given[0] * 2)
+    given.clear()
+    with pytest.raises(FreedMemory):
+        captured.replay()
+    side = torch.cuda.Stream()
+    with pytest.raises(Violation, match="may not have written"), torch.cuda.device(1):
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            made = torch.ones(3) * 2
+        made + 1
+    with pytest.raises(Violation, match="capture on cuda:0"):
+        torch.cuda.CUDAGraph().capture_begin(torch.cuda.graph_pool_handle())
+    with pytest.raises(RuntimeError, match="non-default stream"), torch.cuda.device(1):
+        torch.cuda.CUDAGraph().capture_begin(torch.cuda.graph_pool_handle())
