@@ -1,8 +1,8 @@
 """torch.cuda, mocked: devices, streams, graphs and their memory pools, with the rules of the real ones.
 
 Tensors are on the CPU and count as being on one CUDA device. Every operator is a kernel that is launched on
-the current stream of that device; :class:`Runtime` raises :class:`Violation` where that would go wrong or draw
-a wrong picture without a word on a GPU, and torch's own errors where torch would.
+the current stream of that device; :class:`Runtime` raises :class:`Violation` where that would go wrong, or
+draw a wrong picture without a word, on a GPU, and torch's own errors where torch would.
 """
 
 from __future__ import annotations
