@@ -20,7 +20,7 @@ import torch
 from hicache.pipeline import check_scheduler
 
 _METHODS: Final = ("set_timesteps", "step")
-_TIMESTEPS: Final = ("timestep", "timesteps", "t")  # what transformers call it
+_TIMESTEPS: Final = ("timestep", "timesteps", "t", "vision_timesteps")  # what transformers call it
 
 
 def timestep_of(kwargs: Mapping[str, Any]) -> Any:

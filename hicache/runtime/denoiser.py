@@ -164,7 +164,8 @@ class Denoiser(NotCopied):
         dropped = {name for name in BLOCK_ONLY_ARGUMENTS if model_kwargs.get(name) is not None}
         compiled = compat.inside_compiled_call()
         # what is known to be added between blocks, and dropped on skipped steps, is not looked for
-        begun = BegunCall(context, counter.step, args, kwargs, model_kwargs, compiled, checked=not dropped)
+        checked = not (dropped or self.hooked.side_lists)
+        begun = BegunCall(context, counter.step, args, kwargs, model_kwargs, compiled, checked)
         full = track.planner.is_full(begun)
         if dropped and not full:
             args = tuple(None if n in dropped else v for n, v in zip(self._names, args, strict=False))
