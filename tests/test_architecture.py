@@ -23,7 +23,7 @@ ROOT = Path(hicache.__file__).parent.parent
 # stands for the module and all modules below it, but for "hicache", which is the package's __init__ alone.
 LAYERS = [
     {"hicache_kernels"},
-    {"hicache._version", "hicache.basis", "hicache.mixin", "hicache.compat"},
+    {"hicache._version", "hicache.basis", "hicache.mixin", "hicache.shadow", "hicache.compat"},
     {"hicache.config"},
     {"hicache.schedule"},
     {"hicache.engine"},

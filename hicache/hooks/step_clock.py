@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 
 from hicache.pipeline import check_scheduler
+from hicache.shadow import shadow
 
 _METHODS: Final = ("set_timesteps", "step")
 _TIMESTEPS: Final = ("timestep", "timesteps", "t", "vision_timesteps")  # what transformers call it
@@ -47,13 +48,13 @@ class _Watched:
     """A method of one scheduler that tells its watchers after every call that succeeds.
 
     It does not keep the scheduler alive: a server makes one for every request.
+
+    Args:
+        owner: the scheduler; copies of it are not watched.
+        name: of the method.
     """
 
     def __init__(self, owner: Any, name: str) -> None:
-        self.owner = weakref.ref(owner)
-        self.name = name
-        # what stood in the instance before, if anything: restored exactly
-        self.shadowed = owner.__dict__.get(name)
         method = getattr(owner, name)
         self.watchers: list[Callable[[], None]] = []
         # Threads that called set_timesteps and whose runs have not ended, as all clocks know them. One
@@ -68,26 +69,13 @@ class _Watched:
         if isinstance(method, types.MethodType) and method.__self__ is owner:
             self._bound = weakref.WeakMethod(method)
             del method
+        self.restore = shadow(owner, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self._bound()(*args, **kwargs)
         for watcher in tuple(self.watchers):
             watcher()
         return result
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # Some pipelines copy their scheduler; the copy must drive itself, not this one.
-        owner = memo.get(id(self.owner()))
-        return self if owner is None else functools.partial(getattr(type(owner), self.name), owner)
-
-    def restore(self) -> None:
-        owner = self.owner()
-        if owner is None or owner.__dict__.get(self.name) is not self:
-            return  # wrapped by somebody else since: without watchers this only passes calls on
-        if self.shadowed is None:
-            del owner.__dict__[self.name]
-        else:
-            owner.__dict__[self.name] = self.shadowed
 
 
 class SchedulerClock:
@@ -138,7 +126,6 @@ class SchedulerClock:
             watched = scheduler.__dict__.get(name)
             if not isinstance(watched, _Watched):
                 watched = _Watched(scheduler, name)
-                scheduler.__dict__[name] = watched
             watched.watchers.append(watcher)
             self._watched.append((watched, watcher))
         self._begun = self._watched[0][0].begun
