@@ -147,7 +147,7 @@ class Denoiser(NotCopied):
             self._warn("is called for its gradients: it runs uncached")
             return None
         caller = find_caller(module)
-        track = self._track = self.track(self.sessions.of_call(caller.scheduler))
+        track = self._track = self.track(self.sessions.of_call(caller.scheduler, model_kwargs))
         counter = track.counter
         if counter.tick(module, model_kwargs):
             self._start_run(track)
