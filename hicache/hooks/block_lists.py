@@ -123,15 +123,24 @@ class BlockListHook:
         blocks: the list.
         first: whether the hidden state enters this one first.
         ends: whether it is taken from the last block of this one.
+        stands_in: which of its blocks the stand-in is given for, by its index; None: for none.
     """
 
-    def __init__(self, transformer: Transformer, blocks: nn.ModuleList, first: bool, ends: bool) -> None:
+    def __init__(
+        self,
+        transformer: Transformer,
+        blocks: nn.ModuleList,
+        first: bool,
+        ends: bool,
+        stands_in: int | None,
+    ) -> None:
         self._transformer = transformer
         self._call = transformer.call
         self._blocks = blocks
         self._first = first
         self._ends = ends
-        self._stand_in: list[Any] = [_StandIn(transformer)] if first else []
+        self._stands_in = stands_in
+        self._stand_in: list[Any] = [] if stands_in is None else [_StandIn(transformer)]
         self._watched: list[_WatchedBlock] = []
 
     def install(self) -> Callable[[], None]:
@@ -158,7 +167,8 @@ class BlockListHook:
         """What a slice gives."""
         blocks = compat.children_of_list(self._blocks)
         if self._call.skipping:
-            return self._stand_in if blocks and blocks[0] in blocks[index] else []
+            given = self._stands_in is not None and blocks[self._stands_in] in blocks[index]
+            return self._stand_in if given else []
         return self._watched[index] if self._watching else nn.ModuleList(blocks[index])
 
     @property

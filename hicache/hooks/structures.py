@@ -25,6 +25,8 @@ class Structure:
             have the usual names.
         side_lists: path of a list whose modules make what is added to the hidden state between blocks → what
             one of them returns, given its arguments, for nothing to be added.
+        begins_again: whether the last blocks of its last list, which it takes as a slice, begin with what
+            entered the first block: on a skipped step it is for them that the stand-in is given.
         refusal: why its blocks cannot be skipped as a whole; None where they can.
         refused: whether ``refusal`` holds of this one.
     """
@@ -32,6 +34,7 @@ class Structure:
     lists: tuple[str, ...] = ()
     heads: tuple[str, ...] | None = None
     side_lists: dict[str, Callable[..., Any]] | None = None
+    begins_again: Callable[[Any], bool] = lambda module: False
     refusal: str | None = None
     refused: Callable[[Any], bool] = lambda module: True
 
@@ -80,10 +83,7 @@ STRUCTURES: Final[dict[str, Structure]] = {
     "Krea2Transformer2DModel": _FROM_THE_LAST_BLOCK,  # the head has the picture's tokens alone
     "LTX2VideoTransformer3DModel": _TWO_STREAMS,
     "LongCatAudioDiTTransformer": _FROM_THE_LAST_BLOCK,  # what entered the blocks is added
-    "MotifVideoTransformer3DModel": Structure(
-        refusal="its last blocks begin with the hidden state that entered the first ones",
-        refused=lambda m: m.config.num_decoder_layers > 0,
-    ),
+    "MotifVideoTransformer3DModel": Structure(begins_again=lambda m: m.config.num_decoder_layers > 0),
     "OmniGenTransformer2DModel": Structure(heads=("norm",)),  # of all tokens; its norm_out has the picture's
     "SanaWMLTX2RefinerTransformer3DModel": _KEYS_AND_VALUES,
     "WanAnimateTransformer3DModel": Structure(side_lists={"face_adapter": _nothing}),

@@ -19,6 +19,7 @@ from hicache.hooks import rotary
 from hicache.hooks.block_interface import UNCACHED, BlockInterface
 from hicache.hooks.block_lists import BlockListHook, find_heads, find_lists
 from hicache.hooks.side_lists import SideLists
+from hicache.hooks.structures import structure_of
 from hicache.step_plan import FullStep, RunningCall, SkippedStep
 
 # the hidden state that would leave the last block on a skipped step, of the first block's arguments by name
@@ -47,8 +48,11 @@ class HookedTransformer:
         self.verified = False  # whether what the stand-in returned once reached the head
         self._expected: Tensor | None = None  # what the stand-in returned, until it is seen to reach the head
         self._forecast: Forecast | None = None
+        first, last = self.lists[0], self.lists[-1]
+        again = structure_of(module).begins_again(module)
+        place = {last: -1} if again else {first: 0}
         self._list_hooks = [
-            BlockListHook(self, blocks, blocks is self.lists[0], not self.heads and blocks is self.lists[-1])
+            BlockListHook(self, blocks, blocks is first, not self.heads and blocks is last, place.get(blocks))
             for blocks in self.lists
         ]
         self.side_lists = SideLists(module, self.call)

@@ -669,6 +669,6 @@ _MODELS: dict[str, tuple[Arguments, Any, Arguments]] = {
 MODELS = {name: Model(name, config, inputs, **more) for name, (config, inputs, more) in _MODELS.items()}
 
 
-def build(name: str) -> Built:
+def build(name: str, changes: Arguments | None = None) -> Built:
     """A model by the name of its class, as :func:`tests.support.models.build` does."""
-    return models.build_model(MODELS[name])
+    return models.build_model(MODELS[name], **(changes or {}))
