@@ -23,7 +23,14 @@ ROOT = Path(hicache.__file__).parent.parent
 # stands for the module and all modules below it, but for "hicache", which is the package's __init__ alone.
 LAYERS = [
     {"hicache_kernels"},
-    {"hicache._version", "hicache.basis", "hicache.mixin", "hicache.compat", "hicache.weights"},
+    {
+        "hicache._version",
+        "hicache.basis",
+        "hicache.mixin",
+        "hicache.compat",
+        "hicache.weights",
+        "hicache.shadow",
+    },
     {"hicache.config"},
     {"hicache.schedule", "hicache.numbers"},
     {"hicache.engine"},

@@ -41,6 +41,7 @@ CLEAN = (
     "SD3, SD3.5",
     "HunyuanVideo",
     "Wan 2.1, 2.2",
+    "Wan VACE",
     "LTX",
     "CogVideoX",
     "PixArt",
@@ -105,6 +106,7 @@ def test_models_are_cached_by_module_where_they_can_be(surveys: dict[str, Survey
     assert by_stack == {
         "Qwen-Image-Edit, `zero_cond_t`",
         "HunyuanVideo 1.5",
+        "Wan VACE",
         "CogView4",
         "HiDream",
         "Z-Image",

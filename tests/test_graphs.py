@@ -28,6 +28,7 @@ from hicache.step_plan import RunningCall, SkippedStep
 from tests.support import models, pipelines
 from tests.support.comparisons import close
 from tests.support.graphs import CONFIG, PIPELINES, STEPS, FakeBackend, connect, other_prompt
+from tests.support.schedulers import CountingScheduler
 
 MEMORY = torch.zeros(3 * 3 * 8).untyped_storage()
 
@@ -428,6 +429,31 @@ def test_blocks_alone_where_what_is_before_them_cannot_be_captured(name, granula
     assert graphs.replays >= 5 * blocks
     for ours, theirs in zip(drawn, expected, strict=True):
         assert close(ours, theirs)
+
+
+def test_blocks_alone_of_a_model_without_a_head():
+    """What leaves the last block is recorded outside of that one's graph."""
+    model, call = models.build("kandinsky5")
+    pipelines.randomize(model)
+    scheduler = CountingScheduler()
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            scheduler.set_timesteps(STEPS)
+            said = []
+            for t in torch.linspace(1, 0.1, STEPS):
+                said.append(model(**call(t))[0])
+                scheduler.step()
+            return torch.stack(said)
+
+    with hicache.fast.apply(model, CONFIG, scheduler=scheduler, cuda_graphs=False):
+        expected = run()
+    with apply(model, scheduler=scheduler) as handle:
+        FakeBackend.made[-1].fails_whole = RuntimeError("a copy to the device in the embedding")
+        assert close(run(), expected)
+        [graphs] = handle.stats.graphs.values()
+        assert graphs.eager is None
+        assert graphs.replays >= len(model.visual_transformer_blocks)
 
 
 @pytest.mark.filterwarnings("default::RuntimeWarning")

@@ -28,6 +28,7 @@ ALLOWED = {
     "hicache.basis",
     "hicache.compat",
     "hicache.mixin",
+    "hicache.shadow",
     "hicache.config",
     "hicache.schedule",
     "hicache.stats",

@@ -6,6 +6,8 @@ import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import diffusers
+import pytest
 import torch
 from torch import Tensor
 
@@ -68,6 +70,50 @@ def test_runs_that_threads_begin_by_turns_and_go_on_in_others():
             assert (handle.stats.full_steps, handle.stats.skipped_steps) == (6, 6)
         assert len(handle._sessions._sessions) == 1
     assert all(torch.equal(picture, drawn[0]) for picture in drawn)
+
+
+@pytest.mark.parametrize(
+    ("begins", "goes_on"),
+    [
+        (2, [2, 0, 1] * 4),
+        (1, [1, 0, 2] * 4),
+        (2, [3] * 12),
+        (2, [0] * 12),
+        (2, [2] * 4 + [0] * 8),
+        (1, [1] * 4 + [0] * 8),
+    ],
+    ids=["in all", "in the last one", "where none was", "where that began", "at its step", "at its step too"],
+)
+def test_a_run_called_off_among_threads_is_not_gone_on_with(begins: int, goes_on: list[int]):
+    """DDIM keeps no count, so nothing says that a run is over: the timestep of a call says which it is of."""
+    transformer = models.flux_transformer()
+
+    def draw(called_off: list[int], begins: int, goes_on: list[int]) -> tuple[Tensor, int, int]:
+        scheduler = diffusers.DDIMScheduler()
+
+        def step(latents: Tensor, timestep: Tensor) -> Tensor:
+            with torch.no_grad():
+                velocity = transformer(**flux_call(latents, timestep / 1000))[0]
+            return scheduler.step(velocity, timestep, latents).prev_sample
+
+        def run(begins: int, goes_on: list[int], latents: Tensor) -> Tensor:
+            pools[begins].submit(scheduler.set_timesteps, 12).result()
+            for number, timestep in zip(goes_on, scheduler.timesteps, strict=False):
+                latents = pools[number].submit(step, latents, timestep).result()
+            return latents
+
+        with contextlib.ExitStack() as stack:
+            pools = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(4)]
+            handle = stack.enter_context(hicache.fast.apply(transformer, EVERY_THIRD, scheduler=scheduler))
+            if called_off:
+                run(called_off[0], called_off, 2 * models.noise(1, 16, 4))
+            drawn = run(begins, goes_on, models.noise(1, 16, 4))
+            return drawn, handle.stats.full_steps, handle.stats.skipped_steps
+
+    alone = draw([], 0, [0] * 12)
+    after = draw([0, 1, 1, 1], begins, goes_on)
+    assert alone[1:] == after[1:] == (6, 6)
+    assert torch.equal(after[0], alone[0])
 
 
 def test_loops_of_ones_own_in_threads():

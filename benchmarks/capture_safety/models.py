@@ -25,6 +25,7 @@ MODELS: Final = {
     "HunyuanVideo": "hunyuan_video",
     "HunyuanVideo 1.5": "hunyuan_video15",
     "Wan 2.1, 2.2": "wan",
+    "Wan VACE": "wan_vace",
     "LTX": "ltx",
     "CogVideoX": "cogvideox",
     "CogView4": "cogview4",

@@ -13,13 +13,26 @@ from hicache import compat
 # Where blocks that return a tuple keep the image, for those that diffusers has no record of, or a wrong one.
 _IMAGE_INDEX: Final = {
     "AuraFlowJointTransformerBlock": 1,
+    "BriaFiboTransformerBlock": 1,
     "BriaTransformerBlock": 1,
     "ChromaTransformerBlock": 1,
+    "CogView3PlusTransformerBlock": 0,
+    "ConsisIDBlock": 0,
+    "EasyAnimateTransformerBlock": 0,
     "Flux2TransformerBlock": 1,  # diffusers has a record of it from 0.42 on
+    "GlmImageTransformerBlock": 0,
     "HiDreamImageTransformerBlock": 0,
     "HiDreamBlock": 0,
+    "HunyuanImageTransformerBlock": 0,
     "HunyuanVideo15TransformerBlock": 0,
+    "JoyImageEditPlusTransformerBlock": 0,
+    "JoyImageTransformerBlock": 0,
+    "LongCatImageTransformerBlock": 1,
+    "MotifVideoTransformerBlock": 0,
+    "OvisImageTransformerBlock": 1,
 }
+# What blocks call the hidden state and the text, where it is neither the usual name nor in diffusers' record.
+_STREAMS: Final = {"Cosmos3VLTextMoTDecoderLayer": ("gen_seq", "und_seq")}
 
 UNCACHED: Final = "call Handle.remove() to run it uncached"
 
@@ -37,10 +50,9 @@ class BlockInterface:
         self._block = type(block).__name__
         self._names = positional_parameters(block)
         metadata = compat.block_metadata(block)
-        self._hidden_name = getattr(metadata, "hidden_states_argument_name", None) or "hidden_states"
-        self._text_name = (
-            getattr(metadata, "encoder_hidden_states_argument_name", None) or "encoder_hidden_states"
-        )
+        hidden, text = _STREAMS.get(self._block, ("hidden_states", "encoder_hidden_states"))
+        self._hidden_name = getattr(metadata, "hidden_states_argument_name", None) or hidden
+        self._text_name = getattr(metadata, "encoder_hidden_states_argument_name", None) or text
         image = getattr(metadata, "return_hidden_states_index", None)
         self._image_index: int | None = _IMAGE_INDEX.get(self._block, image)
         # One entry an element returned: "image", the argument passed through, or None; () for a tensor.
@@ -81,12 +93,7 @@ class BlockInterface:
         if not self.layout:
             return image
         return tuple(
-            # one prompt for several pictures: blocks broadcast it
-            image
-            if name == "image"
-            else block_kwargs[name].expand(len(image), *block_kwargs[name].shape[1:])
-            if name
-            else None
+            image if name == "image" else _as_many(block_kwargs[name], image) if name else None
             for name in self.layout
         )
 
@@ -130,6 +137,11 @@ class BlockInterface:
                 + f"; {UNCACHED}"
             )
         self.layout = tuple(layout)
+
+
+def _as_many(text: Tensor, image: Tensor) -> Tensor:
+    """One prompt for several pictures, as blocks broadcast it; but not tokens without a batch."""
+    return text.expand(len(image), *text.shape[1:]) if text.dim() > 2 else text
 
 
 def _like_text(element: Any, text: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hicache import compat
 from hicache.hooks.block_interface import BlockInterface
+from hicache.hooks.structures import structure_of
 from hicache.mixin import mix_in
 from hicache.step_plan import RunningCall
 
@@ -36,22 +37,26 @@ HEADS: Final = ("norm_final", "norm_out", "final_layer", "all_final_layer", "fin
 
 
 def find_lists(module: nn.Module) -> list[nn.ModuleList]:
-    """The block lists among a transformer's children, in run order.
+    """The block lists of a transformer, in run order but that the hidden state enters the first.
 
     Raises:
-        ValueError: there is none, or there are some that take turns; the message names the class.
+        ValueError: there is none, or they cannot be skipped as a whole; the message names the class.
     """
     children = dict(module.named_children())
+    structure = structure_of(module)
+    if structure.refusal is not None and structure.refused(module):
+        raise ValueError(f"hicache: {type(module).__name__} cannot be cached: {structure.refusal}")
     turns = next((name for name in _IN_TURNS if name in children), None)
     if turns is not None:
         raise ValueError(
             f"hicache: {type(module).__name__} cannot be cached: its blocks take turns with those of {turns}"
             ", so that no list of them can be skipped as a whole"
         )
+    paths = dict(module.named_modules()) if structure.lists else children
     lists = [
         block_list
-        for name in BLOCK_LISTS
-        if isinstance(block_list := children.get(name), nn.ModuleList) and len(block_list) > 0
+        for name in structure.lists or BLOCK_LISTS
+        if isinstance(block_list := paths.get(name), nn.ModuleList) and len(block_list) > 0
     ]
     if not lists:
         raise ValueError(
@@ -62,9 +67,12 @@ def find_lists(module: nn.Module) -> list[nn.ModuleList]:
 
 
 def find_heads(module: nn.Module) -> list[nn.Module]:
-    """The modules that take the hidden state after the blocks, one of which runs; empty: none is known."""
+    """The modules that take the hidden state after the blocks, one of which runs; empty: none does."""
     children = dict(module.named_children())
-    head = next((children[name] for name in HEADS if name in children), nn.ModuleDict())
+    known = structure_of(module).heads
+    head = next((children[name] for name in (HEADS if known is None else known) if name in children), None)
+    if head is None:
+        return []
     return list(head.values()) if isinstance(head, nn.ModuleDict) else [head]
 
 
@@ -81,6 +89,9 @@ class Transformer(Protocol):
 
     def compare(self, hidden: Tensor) -> None:
         """The hidden state enters a later block, after :attr:`returned` was set."""
+
+    def leave(self, hidden: Tensor) -> None:
+        """The hidden state leaves the last block."""
 
     def run_stand_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A skipped step has come to its blocks: what the first of them would return."""
@@ -110,15 +121,26 @@ class BlockListHook:
     Args:
         transformer: the hooked transformer.
         blocks: the list.
-        first: whether it is the first in run order.
+        first: whether the hidden state enters this one first.
+        ends: whether it is taken from the last block of this one.
+        stands_in: which of its blocks the stand-in is given for, by its index; None: for none.
     """
 
-    def __init__(self, transformer: Transformer, blocks: nn.ModuleList, first: bool) -> None:
+    def __init__(
+        self,
+        transformer: Transformer,
+        blocks: nn.ModuleList,
+        first: bool,
+        ends: bool,
+        stands_in: int | None,
+    ) -> None:
         self._transformer = transformer
         self._call = transformer.call
         self._blocks = blocks
         self._first = first
-        self._stand_in: list[Any] = [_StandIn(transformer)] if first else []
+        self._ends = ends
+        self._stands_in = stands_in
+        self._stand_in: list[Any] = [] if stands_in is None else [_StandIn(transformer)]
         self._watched: list[_WatchedBlock] = []
 
     def install(self) -> Callable[[], None]:
@@ -129,7 +151,10 @@ class BlockListHook:
         """Watch the blocks that are in the list now: others may have been put in their places."""
         current = compat.children_of_list(self._blocks)
         if [watched.block for watched in self._watched] != current:
-            self._watched = [_WatchedBlock(self._transformer, block, self._first) for block in current]
+            last = current[-1] if current and self._ends else None
+            self._watched = [
+                _WatchedBlock(self._transformer, block, self._first, block is last) for block in current
+            ]
 
     def blocks(self, own: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """What iteration gives; ``own`` gives the list's own iterator."""
@@ -142,28 +167,30 @@ class BlockListHook:
         """What a slice gives."""
         blocks = compat.children_of_list(self._blocks)
         if self._call.skipping:
-            return self._stand_in if blocks and blocks[0] in blocks[index] else []
+            given = self._stands_in is not None and blocks[self._stands_in] in blocks[index]
+            return self._stand_in if given else []
         return self._watched[index] if self._watching else nn.ModuleList(blocks[index])
 
     @property
     def _watching(self) -> bool:
-        return self._call.recording and (self._first or self._call.run_block is not None)
+        return self._call.recording and (self._first or self._ends or self._call.run_block is not None)
 
 
 class _WatchedBlock:
     """A block on a full step; other attributes are the block's."""
 
-    def __init__(self, transformer: Transformer, block: nn.Module, first: bool) -> None:
+    def __init__(self, transformer: Transformer, block: nn.Module, first: bool, last: bool) -> None:
         self._transformer = transformer
         self._call = transformer.call
         self._first = first  # in the first list
+        self._last = last  # of all, with no head to take the hidden state from
         self.block = block
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         transformer, call = self._transformer, self._call
         if self._first and not call.result.entered:
             transformer.enter(*transformer.interface.arguments(self.block, args, kwargs))
-        elif transformer.returned is not None:
+        elif self._first and transformer.returned is not None:
             transformer.compare(transformer.interface.arguments(self.block, args, kwargs)[0])
         if call.run_block is not None:
             output = call.run_block(self.block, args, kwargs)
@@ -173,6 +200,10 @@ class _WatchedBlock:
             transformer.interface.learn(*transformer.interface.arguments(self.block, args, kwargs), output)
         if self._first and call.checked and not call.opaque:
             transformer.returned = transformer.interface.image(output)
+        if self._last:
+            left = transformer.interface.image(output)
+            if left is not None:
+                transformer.leave(left)
         return output
 
     def __getattr__(self, name: str) -> Any:

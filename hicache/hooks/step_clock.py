@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import threading
 import types
 import weakref
@@ -18,9 +19,11 @@ from typing import Any, Final
 import torch
 
 from hicache.pipeline import check_scheduler
+from hicache.shadow import shadow
 
 _METHODS: Final = ("set_timesteps", "step")
-_TIMESTEPS: Final = ("timestep", "timesteps", "t")  # what transformers call it
+_CALLS: Final = itertools.count(1)
+_TIMESTEPS: Final = ("timestep", "timesteps", "t", "vision_timesteps")  # what transformers call it
 
 
 def timestep_of(kwargs: Mapping[str, Any]) -> Any:
@@ -32,34 +35,36 @@ def timestep_of(kwargs: Mapping[str, Any]) -> Any:
     return timestep.max() if isinstance(timestep, torch.Tensor) else timestep
 
 
-def _index(timesteps: Any, timestep: Any) -> int:
-    """Where a run begins among its scheduler's timesteps; 0 if that is not to be seen. Reads the device."""
+def _index(timesteps: Any, timestep: Any) -> int | None:
+    """Where a timestep is among its scheduler's; None if that is not to be seen. Reads the device."""
     if not isinstance(timesteps, torch.Tensor) or not isinstance(timestep, torch.Tensor):
-        return 0
+        return None
     known = timesteps.to(timestep.device)
     # pipelines give their model the scheduler's timestep, or a thousandth of it
     same = (known.to(timestep.dtype) == timestep) | ((known / 1000).to(timestep.dtype) == timestep)
     found = same.nonzero().flatten().tolist()
-    return found[0] if found else 0
+    return found[0] if found else None
 
 
 class _Watched:
     """A method of one scheduler that tells its watchers after every call that succeeds.
 
     It does not keep the scheduler alive: a server makes one for every request.
+
+    Args:
+        owner: the scheduler; copies of it are not watched.
+        name: of the method.
     """
 
     def __init__(self, owner: Any, name: str) -> None:
-        self.owner = weakref.ref(owner)
-        self.name = name
-        # what stood in the instance before, if anything: restored exactly
-        self.shadowed = owner.__dict__.get(name)
         method = getattr(owner, name)
         self.watchers: list[Callable[[], None]] = []
         # Threads that called set_timesteps and whose runs have not ended, as all clocks know them. One
         # scheduler may serve several at once if it keeps no count of its own (DDIM); and a run that one
         # thread began may go on in others.
         self.begun: set[int] = set()
+        # Thread → the clock that its last call was counted by: the step after that is of the same run.
+        self.calling: dict[int, SchedulerClock] = {}
         functools.update_wrapper(self, method)
         # retrieve_timesteps() inspects the signature to see whether custom sigmas are accepted
         self.__dict__.pop("__wrapped__")
@@ -68,26 +73,13 @@ class _Watched:
         if isinstance(method, types.MethodType) and method.__self__ is owner:
             self._bound = weakref.WeakMethod(method)
             del method
+        self.restore = shadow(owner, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self._bound()(*args, **kwargs)
         for watcher in tuple(self.watchers):
             watcher()
         return result
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # Some pipelines copy their scheduler; the copy must drive itself, not this one.
-        owner = memo.get(id(self.owner()))
-        return self if owner is None else functools.partial(getattr(type(owner), self.name), owner)
-
-    def restore(self) -> None:
-        owner = self.owner()
-        if owner is None or owner.__dict__.get(self.name) is not self:
-            return  # wrapped by somebody else since: without watchers this only passes calls on
-        if self.shadowed is None:
-            del owner.__dict__[self.name]
-        else:
-            owner.__dict__[self.name] = self.shadowed
 
 
 class SchedulerClock:
@@ -104,10 +96,13 @@ class SchedulerClock:
     def __init__(self, scheduler: Any, on_run: Callable[[], None] = lambda: None) -> None:
         self.run = 0
         self.thread = threading.get_ident()  # that began the run
+        self.worker = self.thread  # that made its last call
+        self.used = 0  # when that was: larger is later, over all clocks
         self._on_run = on_run
         self._first = 0  # the run's first timestep among the scheduler's, where that does not say
         self.step = 0
         self._begun: set[int] = set()  # the scheduler's, see there
+        self._calling: dict[int, SchedulerClock] = {}  # the same
         self._ended = False  # whether the thread's run has had its last step
         self._scheduler: Callable[[], Any] = lambda: None
         self._watched: list[tuple[_Watched, Callable[[], None]]] = []
@@ -127,7 +122,7 @@ class SchedulerClock:
         check_scheduler(scheduler)
         if self._ended:
             self._begun.discard(self.thread)
-        self.thread = threading.get_ident()
+        self.thread = self.worker = threading.get_ident()
         self.busy = False  # whether a run goes on: from its first call to its last step
         self._ended = False
         if scheduler is self.scheduler:
@@ -138,10 +133,26 @@ class SchedulerClock:
             watched = scheduler.__dict__.get(name)
             if not isinstance(watched, _Watched):
                 watched = _Watched(scheduler, name)
-                scheduler.__dict__[name] = watched
             watched.watchers.append(watcher)
             self._watched.append((watched, watcher))
-        self._begun = self._watched[0][0].begun
+        self._begun, self._calling = self._watched[0][0].begun, self._watched[0][0].calling
+
+    @property
+    def begun(self) -> frozenset[int]:
+        """Threads that began a run with the scheduler which has not ended, as all of its clocks know them."""
+        return frozenset(self._begun)
+
+    def begins(self, thread: int) -> bool:
+        """Whether a thread has begun the run, and it has had no call yet."""
+        return thread == self.thread and not self.busy
+
+    def fits(self, kwargs: Mapping[str, Any]) -> bool | None:
+        """Whether a call's timestep is of the step that the run is at; None if that is not to be seen.
+
+        Reads the device.
+        """
+        index = _index(self.timesteps, timestep_of(kwargs)) if self.busy else None
+        return None if index is None else index == self._first + self.step
 
     def counts(self, thread: int) -> bool:
         """Whether what a thread does is of this run: it began it, or none of its own."""
@@ -149,6 +160,7 @@ class SchedulerClock:
 
     def _on_set_timesteps(self) -> None:
         thread, begun = threading.get_ident(), self._begun
+        self._calling.pop(thread, None)
         if hasattr(self.scheduler, "step_index"):
             # it counts its steps itself, so this ends the run it was in, whichever thread that was of
             begun.clear()
@@ -165,10 +177,13 @@ class SchedulerClock:
             self._on_run()
 
     def _on_step(self) -> None:
-        if self.counts(threading.get_ident()):
+        thread = threading.get_ident()
+        caller = self._calling.get(thread)
+        if caller is self or (caller is None and self.counts(thread)):
             self.step += 1
             if self.busy and self._finished:
                 self.busy, self._ended = False, True
+                self._hang_up()
 
     @property
     def timesteps(self) -> Any:
@@ -205,7 +220,14 @@ class SchedulerClock:
         if not self.busy:
             self.busy, self._ended = True, False
             if not getattr(self.scheduler, "begin_index", None):
-                self._first = max(0, _index(self.timesteps, timestep_of(kwargs)) - self.step)
+                self._first = max(0, (_index(self.timesteps, timestep_of(kwargs)) or 0) - self.step)
+        self.worker, self.used = threading.get_ident(), next(_CALLS)
+        self._calling[self.worker] = self
+
+    def _hang_up(self) -> None:
+        for thread, clock in tuple(self._calling.items()):
+            if clock is self:
+                del self._calling[thread]
 
     def abort(self) -> None:
         """A call raised: nothing to do, the next run begins with ``set_timesteps``."""
@@ -218,6 +240,7 @@ class SchedulerClock:
 
     def detach(self) -> None:
         """Leave the scheduler as it was."""
+        self._hang_up()
         for watched, watcher in self._watched:
             watched.watchers.remove(watcher)
             if not watched.watchers:

@@ -18,6 +18,8 @@ from hicache import compat
 from hicache.hooks import rotary
 from hicache.hooks.block_interface import UNCACHED, BlockInterface
 from hicache.hooks.block_lists import BlockListHook, find_heads, find_lists
+from hicache.hooks.side_lists import SideLists
+from hicache.hooks.structures import structure_of
 from hicache.step_plan import FullStep, RunningCall, SkippedStep
 
 # the hidden state that would leave the last block on a skipped step, of the first block's arguments by name
@@ -46,22 +48,24 @@ class HookedTransformer:
         self.verified = False  # whether what the stand-in returned once reached the head
         self._expected: Tensor | None = None  # what the stand-in returned, until it is seen to reach the head
         self._forecast: Forecast | None = None
+        first, last = self.lists[0], self.lists[-1]
+        again = structure_of(module).begins_again(module)
+        place = {last: -1} if again else {first: 0}
         self._list_hooks = [
-            BlockListHook(self, blocks, index == 0) for index, blocks in enumerate(self.lists)
+            BlockListHook(self, blocks, blocks is first, not self.heads and blocks is last, place.get(blocks))
+            for blocks in self.lists
         ]
+        self.side_lists = SideLists(module, self.call)
         self._undo: list[Callable[[], None]] = []
 
     def install(self, forecast: Forecast) -> None:
         """Hook the transformer. :meth:`remove` undoes it exactly."""
         self._forecast = forecast
         self._undo += [hook.install() for hook in self._list_hooks]
+        self._undo += self.side_lists.install()
         self._undo += rotary.hook(self.module, self._recall)
-        if self.heads:
-            for head in self.heads:
-                self._undo.append(head.register_forward_pre_hook(self._before_head, with_kwargs=True).remove)
-        else:
-            last = compat.children_of_list(self.lists[-1])[-1]
-            self._undo.append(last.register_forward_hook(self._after_last).remove)
+        for head in self.heads:
+            self._undo.append(head.register_forward_pre_hook(self._before_head, with_kwargs=True).remove)
 
     def remove(self) -> None:
         """Leave the transformer as it was before :meth:`install`."""
@@ -126,7 +130,7 @@ class HookedTransformer:
             raise self._changed()
         self.returned = None
 
-    def _leave(self, hidden: Tensor) -> None:
+    def leave(self, hidden: Tensor) -> None:
         """The hidden state leaves the last block."""
         call, plan = self.call, self.call.plan
         if isinstance(plan, FullStep):
@@ -150,12 +154,7 @@ class HookedTransformer:
     def _before_head(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
         if isinstance(hidden, Tensor):
-            self._leave(hidden)
-
-    def _after_last(self, block: nn.Module, args: Any, output: Any) -> None:
-        hidden = self.interface.image(output)
-        if hidden is not None:
-            self._leave(hidden)
+            self.leave(hidden)
 
     # What a skipped step goes through.
 
@@ -166,7 +165,8 @@ class HookedTransformer:
         hidden, block_kwargs = self.interface.arguments(self.first_block, args, kwargs)
         image = self._forecast(self.call.plan, hidden, block_kwargs)
         if self.call.verifying:
-            self._expected = image
+            # without a head, nothing of what comes after the blocks is in the cached residual
+            self._expected, self.verified = (image, False) if self.heads else (None, True)
         return self.interface.returned(image, block_kwargs)
 
     def _recall(self, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,7 +8,6 @@ in every run, and ``step`` counts from 0 in each.
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from hicache.pipeline import check_scheduler
+from hicache.shadow import shadow
 
 # What transformers call their timestep.
 _TIMESTEPS: Final = ("timestep", "timesteps", "t")
@@ -32,7 +32,7 @@ class _Journal:
         self.steps = [0]  # run by run, the current one last
         self._readers = 0
         self.scheduler = scheduler
-        self._noting = [_Noting(self, "set_timesteps"), _Noting(self, "step")]
+        self._undo: list[Callable[[], None]] = []
 
     @classmethod
     def open(cls, scheduler: Any) -> _Journal:
@@ -45,22 +45,21 @@ class _Journal:
         step = scheduler.__dict__.get("step")
         journal = step.journal if isinstance(step, _Noting) else cls(scheduler)
         if not journal._readers:
-            for noting in journal._noting:
-                scheduler.__dict__[noting.name] = noting
+            for name in ("set_timesteps", "step"):
+                journal._undo.append(shadow(scheduler, name, _Noting(journal, name)))
         journal._readers += 1
         return journal
 
     def close(self) -> None:
-        """One reader less. The last one leaves the scheduler as it was."""
+        """One reader less. The last one leaves the scheduler as it was.
+
+        Who has put a wrapper around ours since goes on calling it: it only passes calls on.
+        """
         self._readers -= 1
         if self._readers:
             return
-        attributes = self.scheduler.__dict__
-        for noting in self._noting:
-            if attributes.get(noting.name) is not noting:
-                continue  # wrapped by somebody else since, who goes on calling ours: it only passes calls on
-            del attributes[noting.name]
-            attributes.update(noting.before)
+        while self._undo:
+            self._undo.pop()()
 
     def note(self, name: str) -> None:
         """A method of the scheduler has done its work."""
@@ -76,21 +75,13 @@ class _Noting:
     def __init__(self, journal: _Journal, name: str) -> None:
         self.journal = journal
         self.name = name
-        scheduler = journal.scheduler
-        # what the instance itself had under this name, if anything
-        self.before = {name: scheduler.__dict__[name]} if name in scheduler.__dict__ else {}
-        self._method = getattr(scheduler, name)
+        self._method = getattr(journal.scheduler, name)
         functools.update_wrapper(self, self._method)  # pipelines read its signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self._method(*args, **kwargs)
         self.journal.note(self.name)
         return result
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # pipelines may copy their scheduler: the copy's method is its own, and unwatched
-        copied = memo.get(id(self.journal.scheduler))
-        return self if copied is None else types.MethodType(getattr(type(copied), self.name), copied)
 
 
 class SchedulerSteps:

@@ -147,7 +147,7 @@ class Denoiser(NotCopied):
             self._warn("is called for its gradients: it runs uncached")
             return None
         caller = find_caller(module)
-        track = self._track = self.track(self.sessions.of_call(caller.scheduler))
+        track = self._track = self.track(self.sessions.of_call(caller.scheduler, model_kwargs))
         counter = track.counter
         if counter.tick(module, model_kwargs):
             self._start_run(track)
@@ -164,7 +164,8 @@ class Denoiser(NotCopied):
         dropped = {name for name in BLOCK_ONLY_ARGUMENTS if model_kwargs.get(name) is not None}
         compiled = compat.inside_compiled_call()
         # what is known to be added between blocks, and dropped on skipped steps, is not looked for
-        begun = BegunCall(context, counter.step, args, kwargs, model_kwargs, compiled, checked=not dropped)
+        checked = not (dropped or self.hooked.side_lists)
+        begun = BegunCall(context, counter.step, args, kwargs, model_kwargs, compiled, checked)
         full = track.planner.is_full(begun)
         if dropped and not full:
             args = tuple(None if n in dropped else v for n, v in zip(self._names, args, strict=False))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from torch import nn
@@ -113,12 +113,14 @@ class Sessions:
         self.latest = make(TimestepClock() if source is None else SchedulerClock(source(), on_run=on_run))
         self._sessions = [self.latest]
 
-    def of_call(self, scheduler: Any) -> Session:
+    def of_call(self, scheduler: Any, model_kwargs: Mapping[str, Any]) -> Session:
         """The session of the run that calls a transformer now, from this thread.
 
         Args:
             scheduler: of the pipeline that calls; None where none does. A bare transformer's steps are
                 counted by its timesteps all the same, unless the pipeline is one of diffusers'.
+            model_kwargs: the call's arguments by name; its timestep is looked at where the thread does not
+                tell the run.
 
         Raises:
             TypeError: the scheduler of ``source`` cannot be watched.
@@ -129,7 +131,9 @@ class Sessions:
         elif self._source is None and scheduler is not None and not runs_in_diffusers(scheduler):
             scheduler = None
         with self._lock:
-            self.latest = self._by_thread() if scheduler is None else self._by_scheduler(scheduler)
+            self.latest = (
+                self._by_thread() if scheduler is None else self._by_scheduler(scheduler, model_kwargs)
+            )
             return self.latest
 
     def _by_thread(self) -> Session:
@@ -144,13 +148,21 @@ class Sessions:
                 return session
         return self._add(TimestepClock())
 
-    def _by_scheduler(self, scheduler: Any) -> Session:
-        thread = threading.get_ident()
+    def _by_scheduler(self, scheduler: Any, model_kwargs: Mapping[str, Any]) -> Session:
         clocks = [(s, s.clock) for s in self._sessions if isinstance(s.clock, SchedulerClock)]
-        held = [(s, clock) for s, clock in clocks if clock.scheduler is scheduler]
-        for session, clock in sorted(held, key=lambda pair: pair[1].thread != thread):
-            if clock.counts(thread):
-                return session
+        held = {clock: session for session, clock in clocks if clock.scheduler is scheduler}
+        # runs that were begun, and have had no call
+        waiting = {thread for clock in held for thread in clock.begun} - {clock.thread for clock in held}
+        clock = _clock_of_call(list(held), waiting, model_kwargs)
+        if clock is not None:
+            return held[clock]
+        session = self._of_new_run(scheduler, clocks)
+        assert isinstance(session.clock, SchedulerClock)
+        if waiting and session.clock.thread not in waiting:
+            session.clock.thread = waiting.pop()  # that run has gone on in this thread
+        return session
+
+    def _of_new_run(self, scheduler: Any, clocks: list[tuple[Session, SchedulerClock]]) -> Session:
         own = None if self._source is None else self._source()  # stays watched: other runs may begin with it
         for session, clock in clocks:
             if clock.idle and (clock.scheduler is not own or own is scheduler):
@@ -172,6 +184,35 @@ class Sessions:
         """Leave all schedulers as they were."""
         for session in self._sessions:
             session.clock.detach()
+
+
+def _clock_of_call(
+    clocks: list[SchedulerClock], waiting: Collection[int], model_kwargs: Mapping[str, Any]
+) -> SchedulerClock | None:
+    """Which of a scheduler's clocks counts a call that this thread makes now; None: a run begins with it.
+
+    A run may go from thread to thread, and one that was called off is never heard of again. So where a
+    scheduler has had several, a call is of the run that is at its timestep: of several of those the one that
+    this thread has worked on last, or else the one that was worked on last.
+
+    Args:
+        clocks: the scheduler's.
+        waiting: threads that began runs which have had no call.
+        model_kwargs: the call's arguments by name.
+    """
+    thread = threading.get_ident()
+    if thread in waiting:
+        return None
+    ours = sorted(clocks, key=lambda clock: clock.thread != thread)
+    counting = [clock for clock in ours if clock.counts(thread)]
+    if len(clocks) + len(waiting) > 1 and not (counting and counting[0].begins(thread)):
+        fits = {clock: clock.fits(model_kwargs) for clock in clocks}
+        fitting = [clock for clock in clocks if fits[clock]]
+        if fitting:
+            return max(fitting, key=lambda clock: (clock.worker == thread, clock.used))
+        if waiting and False in fits.values():
+            return None
+    return counting[0] if counting else None
 
 
 class StepCounter:

@@ -13,7 +13,8 @@ def signature(model_kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """The form of a call, by its arguments.
 
     Shapes, dtypes and devices of its tensors, those in lists and dictionaries too (IP-Adapters'), whole
-    numbers in lists (which layers to skip), and what autocast makes of them.
+    numbers in lists (which layers to skip), words (whether keys and values are read or written), and what
+    autocast makes of them.
     """
     forms = _forms(model_kwargs, in_list=False)
     types = sorted({device.type for *_, device in forms if isinstance(device, torch.device)})
@@ -29,7 +30,7 @@ def _forms(values: Any, in_list: bool) -> list[tuple[Any, ...]]:
             found.append((name, value.shape, value.dtype, value.device))
         elif isinstance(value, (list, tuple, Mapping)):
             found += [(name, *form) for form in _forms(value, not isinstance(value, Mapping))]
-        elif in_list and isinstance(value, int):
+        elif isinstance(value, str) or (in_list and isinstance(value, int)):
             found.append((name, value))
     return found
 

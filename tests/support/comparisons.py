@@ -32,7 +32,9 @@ def first(output: Any) -> Tensor:
 
 def flat(output: Any) -> Tensor:
     """All numbers of a model's output, in one row."""
-    return output.flatten() if isinstance(output, Tensor) else torch.cat([flat(part) for part in output])
+    if isinstance(output, Tensor):
+        return output.flatten()
+    return torch.cat([flat(part) for part in output if part is not None])
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:

@@ -61,7 +61,7 @@ class Model:
         inputs: the fixed arguments of its call.
         time: what the model wants for t.
         time_name: the name of that argument.
-        batch: the length of that argument.
+        batch: the length of that argument, or its shape.
     """
 
     kind: str
@@ -69,7 +69,11 @@ class Model:
     inputs: Callable[[], Arguments]
     time: Callable[[float], float] = float
     time_name: str = "timestep"
-    batch: int = 1
+    batch: int | tuple[int, ...] = 1
+
+    def built(self, **changes: Any) -> Any:
+        """It, its weights drawn from torch's own generator."""
+        return getattr(diffusers, self.kind)(**{**self.config, **changes}).eval()
 
 
 def _thousand(t: float) -> float:
@@ -325,9 +329,6 @@ def _lumina2_inputs() -> Arguments:
     return _inputs(2, 4, 8, 8, text=9, encoder_attention_mask=(torch.arange(9) < lengths).long())
 
 
-# More than the blocks changes the hidden state, or two do.
-
-
 def _wan_vace_inputs() -> Arguments:
     """With a control video, whose hints are added between the blocks."""
     hints: Arguments = {
@@ -335,22 +336,6 @@ def _wan_vace_inputs() -> Arguments:
         "control_hidden_states_scale": torch.ones(2),
     }
     return _inputs(1, 4, 2, 4, 4, **hints)
-
-
-_LTX2 = {
-    **_LTX,
-    "audio_in_channels": 4,
-    "audio_out_channels": 4,
-    "audio_num_attention_heads": 2,
-    "audio_attention_head_dim": WIDTH // 2,
-    "audio_cross_attention_dim": WIDTH,
-}
-
-
-def _ltx2_inputs() -> Arguments:
-    """A video and its sound: two streams leave the blocks."""
-    sound: Arguments = {"audio_hidden_states": noise(1, 6, 4), "audio_encoder_hidden_states": noise(1, 5, 8)}
-    return _inputs(1, TOKENS, 4, text=5, **sound, **_LTX_SIZE, audio_num_frames=6)
 
 
 _KANDINSKY5: Arguments = {
@@ -441,7 +426,6 @@ MODELS = {
         _wan_vace_inputs,
         _thousand,
     ),
-    "ltx2": Model("LTX2VideoTransformer3DModel", _LTX2, _ltx2_inputs, _thousand),
 }
 # tested in whole pipelines
 IN_PIPELINES = (
@@ -455,16 +439,13 @@ IN_PIPELINES = (
     "pixart",
     "dit",
 )
-# whose blocks cannot be skipped as a whole
-UNSKIPPABLE = ("wan_vace", "ltx2")
 # tested without a pipeline
-BARE = tuple(name for name in MODELS if name not in (*IN_PIPELINES, *UNSKIPPABLE))
+BARE = tuple(name for name in MODELS if name not in IN_PIPELINES)
 
 
 def transformer(name: str, **changes: Any) -> Any:
     """A model with some of its configuration changed, its weights drawn from torch's own generator."""
-    model = MODELS[name]
-    return getattr(diffusers, model.kind)(**{**model.config, **changes}).eval()
+    return MODELS[name].built(**changes)
 
 
 def reconfigured(model: Any, **changes: Any) -> Any:
@@ -477,12 +458,17 @@ def reconfigured(model: Any, **changes: Any) -> Any:
 
 def build(name: str, **changes: Any) -> Built:
     """A model from a fixed seed, and what gives the arguments of its call."""
-    model = MODELS[name]
+    return build_model(MODELS[name], **changes)
+
+
+def build_model(model: Model, **changes: Any) -> Built:
+    """The same for a model that is in another table."""
     torch.manual_seed(0)
-    built, fixed = transformer(name, **changes), model.inputs()
+    built, fixed = model.built(**changes), model.inputs()
+    shape = (model.batch,) if isinstance(model.batch, int) else model.batch
 
     def call(t: float | Tensor) -> Arguments:
-        now = torch.full((model.batch,), model.time(float(t)))
+        now = torch.full(shape, model.time(float(t)))
         return {**fixed, model.time_name: now, "return_dict": False}
 
     return built, call
