@@ -45,7 +45,7 @@ class CallArguments:
             described,
             # the form too: a history may be followed by a smaller one in the same place
             tuple(None if tensor is None else (tensor.data_ptr(), tensor.shape) for tensor in fixed),
-            isinstance(plan, SkippedStep) and plan.gates is not None,
+            isinstance(plan, SkippedStep) and (plan.gates is not None, plan.ones),
             *modes(),
         )
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hicache import compat
 from hicache.adapters.base import ModuleAdapter
@@ -124,11 +124,17 @@ class GatePrefetch:
             steps.start, gates.transpose(0, 1), coming, _constants(adapter, model_kwargs)
         )
 
-    def settle(self, adapter: ModuleAdapter) -> None:
-        """What :meth:`fetch` computed has been written, with the weights the model has now."""
+    def settle(self, adapter: ModuleAdapter, ones: int = 0) -> None:
+        """What :meth:`fetch` computed has been written, with the weights the model has now.
+
+        Args:
+            adapter: the family's.
+            ones: further features, whose gates are one.
+        """
         if self._fetched is not None:
             # a copy in any case: the adapter uses its memory again
             gates = self._fetched.gates.clone(memory_format=torch.contiguous_format)
+            gates = with_ones(gates, ones)
             self._fetched = replace(self._fetched, gates=gates, weights=GateWeights(adapter))
 
     @property
@@ -172,6 +178,11 @@ class GatePrefetch:
             )
             self._rules, self._searched = [], True
         return not wrong
+
+
+def with_ones(gates: Tensor, ones: int) -> Tensor:
+    """Gates ``[..., num_features, batch, channels]`` and those of ``ones`` further features: one."""
+    return nn.functional.pad(gates, (0, 0, 0, 0, 0, ones), value=1.0) if ones else gates
 
 
 def foretold(
