@@ -571,6 +571,33 @@ def test_weights_that_are_offloaded_are_not_brought_for_a_skipped_step(
     assert len(brought) == 5 * a_run
 
 
+def test_a_transformer_that_is_offloaded_in_groups_skips_as_well():
+    """FLUX's pipelines with a ControlNet make a tensor of their guidance anew in every step."""
+    pipe, arguments = pipelines.build_randomized("flux_controlnet")
+    with hicache.fast.apply(pipe, CONFIG, granularity="module"):
+        expected = draw(pipe, arguments)
+    pipelines.offload_groups(pipe)
+    with hicache.fast.apply(pipe, CONFIG, granularity="module") as handle, watched(pipe) as ran:
+        assert relative_rms(draw(pipe, arguments), expected) < 1e-6
+        assert ran == FULL
+        assert handle.stats.full_steps == 5
+
+
+def test_another_guidance_is_noticed_where_weights_are_offloaded_in_groups():
+    """No step is skipped with the gates of the old one."""
+    loop = ControlLoop.build()
+
+    def guide(step: int, residuals: Any) -> Any:
+        loop.call["guidance"] = torch.full((1,), 3.5 if step < 4 else 9.0)
+        return residuals
+
+    loop.between = guide
+    pipelines.offload_groups(loop)
+    with hicache.fast.apply(loop, CONFIG, granularity="module"), watched(loop) as ran:
+        loop()
+    assert ran == [0, 1, 2, 4, 8]
+
+
 def test_hooks_of_accelerate():
     """As model offload puts them there: they come after, and are not asked at skipped steps."""
     hooks = pytest.importorskip("accelerate.hooks")

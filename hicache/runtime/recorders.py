@@ -152,7 +152,9 @@ class ModuleRecorder(Recorder):
         return SkippedStep(total, self._prefetched(begun), True, between, ones)
 
     def _prefetched(self, begun: BegunCall) -> Tensor | None:
-        return begun.context.prefetch.gates(self.adapter, begun.step, begun.model_kwargs)
+        # without them there is no skipping where weights are away: worth a look at the device
+        read = self.late is not None
+        return begun.context.prefetch.gates(self.adapter, begun.step, begun.model_kwargs, read)
 
     def can_skip(self, begun: BegunCall) -> bool:
         return self.late is None or not self.late.needed or self._prefetched(begun) is not None
