@@ -133,9 +133,9 @@ class GatePrefetch:
         """
         if self._fetched is not None:
             # a copy in any case: the adapter uses its memory again
-            gates = self._fetched.gates.clone(memory_format=torch.contiguous_format)
-            gates = with_ones(gates, ones)
-            self._fetched = replace(self._fetched, gates=gates, weights=GateWeights(adapter))
+            gates = self._fetched.gates
+            copy = with_ones(gates, ones) if ones else gates.clone(memory_format=torch.contiguous_format)
+            self._fetched = replace(self._fetched, gates=copy.contiguous(), weights=GateWeights(adapter))
 
     @property
     def knows_timesteps(self) -> bool:
