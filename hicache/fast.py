@@ -99,8 +99,8 @@ def apply(
     """Cache a diffusers pipeline, or a bare transformer driven by a loop of your own.
 
     Every denoiser of the pipeline is hooked (``transformer``, ``transformer_2``, …), every call of it inside
-    a step has its own history (classifier-free guidance), and every run starts fresh. Applying again replaces
-    the settings.
+    a step has its own history (classifier-free guidance), and every run starts fresh. A ControlNet that the
+    pipeline has runs at full steps only. Applying again replaces the settings.
 
     Args:
         pipe: a ``DiffusionPipeline``, any object with ``transformer`` and ``scheduler``, or a transformer

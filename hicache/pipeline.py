@@ -114,11 +114,11 @@ def find_scheduler(pipe: Any, scheduler: Any) -> Callable[[], Any] | None:
 
 
 class PartsCheck:
-    """Notices transformers that were put into a pipeline after it was cached.
+    """Notices transformers and ControlNets that were put into a pipeline after it was cached.
 
     Args:
         pipe: the pipeline, which is not kept alive, or a transformer.
-        modules: the transformers that are cached, by name.
+        modules: those that are cached, by name.
     """
 
     def __init__(self, pipe: Any, modules: Mapping[str, nn.Module]) -> None:
