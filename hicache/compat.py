@@ -1,7 +1,6 @@
 """Every private name of torch, diffusers and accelerate that hicache touches, and nothing else touches one.
 
-Each function says which name it reads and in which version that was read. tests/test_compat.py fails with a
-clear message when one of them moves.
+Each says which name it reads and in which version that was read; tests/test_compat.py tells when one moves.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from hicache.mixin import mix_in
 
 pytree: Final = _pytree
 TorchDispatchMode = _python_dispatch.TorchDispatchMode
+no_torch_function: Final = torch._C._disabled_torch_function_impl  # what torch has subclasses take it from
 
 # Under this key a module has the hook that records its output. The same on every module: with the key that
 # register_forward_hook() counts up, each block would be another block to torch.compile.

@@ -9,7 +9,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
+
+from torch import nn
 
 from hicache.adapters import registry
 from hicache.config import HiCacheConfig
@@ -27,11 +30,13 @@ from hicache.pipeline import (
     check_config,
     check_one_cache,
     check_speedup,
+    find_controlnets,
     find_denoisers,
     find_scheduler,
 )
 from hicache.plan import DenoiserPlan, Plan, plan
 from hicache.runtime.budget import Policy
+from hicache.runtime.controlnet import ControlNet
 from hicache.runtime.denoiser import Denoiser
 from hicache.runtime.session import Session, Sessions
 from hicache.stats import ContextStats, Stats
@@ -45,8 +50,11 @@ class Handle(BaseHandle[Denoiser]):
 
     owner = "hicache.fast"
 
-    def __init__(self, sessions: Sessions, denoisers: list[Denoiser]) -> None:
-        super().__init__(denoisers, sessions)
+    def __init__(
+        self, sessions: Sessions, denoisers: list[Denoiser], controlnets: Mapping[str, nn.Module]
+    ) -> None:
+        self._controlnets = [ControlNet(*found, denoisers, sessions) for found in controlnets.items()]
+        super().__init__(denoisers, sessions, self._controlnets)
         self._sessions = sessions
 
     def _read_stats(self) -> Stats:
@@ -70,6 +78,10 @@ class Handle(BaseHandle[Denoiser]):
                 for denoiser in denoisers
                 if denoiser.graphs is not None
             },
+            controlnets={
+                controlnet.name: dataclasses.replace(controlnet.stats(session))
+                for controlnet in self._controlnets
+            },
         )
 
 
@@ -87,8 +99,8 @@ def apply(
     """Cache a diffusers pipeline, or a bare transformer driven by a loop of your own.
 
     Every denoiser of the pipeline is hooked (``transformer``, ``transformer_2``, …), every call of it inside
-    a step has its own history (classifier-free guidance), and every run starts fresh. Applying again replaces
-    the settings.
+    a step has its own history (classifier-free guidance), and every run starts fresh. A ControlNet that the
+    pipeline has runs at full steps only. Applying again replaces the settings.
 
     Args:
         pipe: a ``DiffusionPipeline``, any object with ``transformer`` and ``scheduler``, or a transformer
@@ -124,7 +136,7 @@ def apply(
     check_budget(memory_budget)
     if not isinstance(cuda_graphs, bool):
         check_choice("cuda_graphs", cuda_graphs, CHOICES)
-    modules = find_denoisers(pipe)
+    modules, controlnets = find_denoisers(pipe), find_controlnets(pipe)
     for module in modules.values():
         check_backend(backend, module)
         check_one_cache(module, Handle.owner)
@@ -145,7 +157,7 @@ def apply(
         source,
         callers=scheduler is None,
         make=lambda clock: Session(clock, config, speedup, backend),
-        on_run=PartsCheck(pipe, modules).warn,
+        on_run=PartsCheck(pipe, {**modules, **controlnets}).warn,
     )
     policy = Policy(granularity, memory_budget)
     denoisers = []
@@ -154,6 +166,6 @@ def apply(
         if cuda_graphs is not False:
             graphs = GraphRunner(transformer, CudaBackend(), cuda_graphs)
         denoisers.append(Denoiser(name, transformer, adapters[name], policy, sessions, graphs))
-    handle = Handle(sessions, denoisers)
+    handle = Handle(sessions, denoisers, controlnets)
     handle.install()
     return handle

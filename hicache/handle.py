@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -29,6 +29,19 @@ class Hooked(Protocol):
 
     def release(self) -> None:
         """Free its histories."""
+
+
+class Part(Protocol):
+    """What else of the pipeline is hooked: a ControlNet."""
+
+    def install(self) -> None:
+        """Hook it."""
+
+    def remove(self) -> None:
+        """Leave it as it was; nothing where it is."""
+
+    def release(self) -> None:
+        """Free what it holds."""
 
 
 class Steps(Protocol):
@@ -57,13 +70,15 @@ class BaseHandle(NotCopied, ABC, Generic[Denoiser]):
     Args:
         denoisers: the pipeline's, not hooked yet.
         steps: counts the steps of all of them.
+        others: what else is hooked with them.
     """
 
     owner: ClassVar[str]  # who caches, of HANDLE_ATTRIBUTES
 
-    def __init__(self, denoisers: list[Denoiser], steps: Steps) -> None:
+    def __init__(self, denoisers: list[Denoiser], steps: Steps, others: Sequence[Part] = ()) -> None:
         self._denoisers = denoisers
         self._steps = steps
+        self._others = others
         self._final: Stats | None = None  # once removed
         self._refusals: dict[Denoiser, Callable[[], Any]] = {}  # of other caches: what undoes them
 
@@ -93,12 +108,14 @@ class BaseHandle(NotCopied, ABC, Generic[Denoiser]):
         denoiser.module.__dict__.pop(HANDLE_ATTRIBUTES[self.owner], None)
 
     def install(self) -> None:
-        """Hook all denoisers, or none where one of them fails."""
+        """Hook all that is to be hooked, or nothing where a part of it fails."""
         try:
             for denoiser in self._denoisers:
                 denoiser.module.__dict__[HANDLE_ATTRIBUTES[self.owner]] = self
                 self._refusals[denoiser] = refuse_other_caches(denoiser.module, self.owner)
                 denoiser.install()
+            for other in self._others:
+                other.install()
         except BaseException:
             self.remove()
             raise
@@ -133,12 +150,16 @@ class BaseHandle(NotCopied, ABC, Generic[Denoiser]):
         """Free the memory of histories and graphs. The pipeline stays cached: its next run allocates anew."""
         for denoiser in self._denoisers:
             denoiser.release()
+        for other in self._others:
+            other.release()
 
     def remove(self) -> None:
         """Leave the pipeline exactly as ``apply()`` found it. Calling it again does nothing."""
         if self._final is not None:
             return
         self._final = self._read_stats()
+        for other in self._others:
+            other.remove()
         for denoiser in self._denoisers:
             self._leave(denoiser)
         self._denoisers.clear()

@@ -29,7 +29,7 @@ HANDLE_ATTRIBUTES: Final = {
     "hicache.reference": "_hicache_reference_handle",
 }
 # What a pipeline without a table of components may call its parts.
-_COMPONENTS: Final = ("transformer", "transformer_2", "unet")
+_COMPONENTS: Final = ("transformer", "transformer_2", "unet", "controlnet")
 _SCHEDULER_METHODS: Final = ("set_timesteps", "step")
 
 
@@ -45,10 +45,7 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
     """
     if isinstance(pipe, nn.Module):
         return {"transformer": compat.original_module(pipe)}
-    components = getattr(pipe, "components", None)
-    if not isinstance(components, Mapping):
-        components = {name: getattr(pipe, name, None) for name in _COMPONENTS}
-    modules = {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+    modules = _modules(pipe)
     found: dict[str, nn.Module] = {}
     for name, part in modules.items():
         if "transformer" in name and compat.original_module(part) not in found.values():
@@ -60,6 +57,25 @@ def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
             f"got {present or 'no modules'}"
         )
     return found
+
+
+def find_controlnets(pipe: Any) -> dict[str, nn.Module]:
+    """The ControlNets that a pipeline calls before its transformer, by its names for them.
+
+    Args:
+        pipe: as for :func:`find_denoisers`.
+    """
+    if isinstance(pipe, nn.Module):
+        return {}
+    return {name: part for name, part in _modules(pipe).items() if "controlnet" in name}
+
+
+def _modules(pipe: Any) -> dict[str, nn.Module]:
+    """The modules among the parts of a pipeline, by its names for them."""
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, Mapping):
+        components = {name: getattr(pipe, name, None) for name in _COMPONENTS}
+    return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
 
 
 def find_scheduler(pipe: Any, scheduler: Any) -> Callable[[], Any] | None:
@@ -98,11 +114,11 @@ def find_scheduler(pipe: Any, scheduler: Any) -> Callable[[], Any] | None:
 
 
 class PartsCheck:
-    """Notices transformers that were put into a pipeline after it was cached.
+    """Notices transformers and ControlNets that were put into a pipeline after it was cached.
 
     Args:
         pipe: the pipeline, which is not kept alive, or a transformer.
-        modules: the transformers that are cached, by name.
+        modules: those that are cached, by name.
     """
 
     def __init__(self, pipe: Any, modules: Mapping[str, nn.Module]) -> None:

@@ -19,6 +19,7 @@ from hicache.pipeline import (
     check_choice,
     check_config,
     check_whole,
+    find_controlnets,
     find_denoisers,
 )
 
@@ -136,7 +137,7 @@ def plan(
         hidden = (batch * samples, tokens, adapter.channels)
         engine = Engine(config)
         kept = dtype or next(module.parameters()).dtype
-        num_features = adapter.num_features({})
+        num_features = adapter.num_features({}) + bool(find_controlnets(pipe))
         by_module = contexts * engine.planned_nbytes([hidden] * num_features, kept)
         by_stack = contexts * engine.planned_nbytes([hidden], kept)
         fits = granularity == "module" or (granularity == "auto" and by_module <= memory_budget)

@@ -34,6 +34,15 @@ class GraphStats:
 
 
 @dataclass
+class ControlNetStats:
+    """The calls of one ControlNet in a run, and how often it ran: not at steps that all contexts skip."""
+
+    calls: int = 0
+    runs: int = 0
+    always: str | None = None  # why it runs whenever it is called, if it does
+
+
+@dataclass
 class Stats:
     """What the cache did in the current run, or in the last one if none is going on."""
 
@@ -45,6 +54,7 @@ class Stats:
     cache_ms: float = 0.0  # time in recording and forecasting
     choices: dict[str, str] = field(default_factory=dict)  # denoiser → what is cached of it, and why
     graphs: dict[str, GraphStats] = field(default_factory=dict)  # denoiser → captures, replays, or why none
+    controlnets: dict[str, ControlNetStats] = field(default_factory=dict)  # by the pipeline's names for them
 
     @property
     def full_steps(self) -> int:
@@ -87,6 +97,15 @@ class Stats:
                 + (f"; without graphs: {graphs.eager}" if graphs.eager else "")
                 + (f"; {graphs.partly}" if graphs.partly else "")
                 for name, graphs in self.graphs.items()
+            ),
+            *(
+                f"  {name}: "
+                + (
+                    f"runs at every step: {net.always}"
+                    if net.always
+                    else f"{net.runs} of {net.calls} calls run"
+                )
+                for name, net in self.controlnets.items()
             ),
             f"  bound {self.bound:.2f}x, cache {self.cache_ms:.2f} ms",
         ]

@@ -40,12 +40,14 @@ class SkippedStep:
         gates: ``[num_features, batch, channels]`` where they were prefetched.
         gated: whether they are computed where they were not; without, gates are one.
         between: what the model itself adds to the hidden state between its blocks.
+        ones: features after those of the blocks, whose gates are one.
     """
 
     sum: Sum
     gates: Tensor | None = None
     gated: bool = False
     between: tuple[Tensor, ...] = ()
+    ones: int = 0
 
     def of_any_size(self) -> SkippedStep:
         """The same plan for torch.compile, which makes one graph of it whatever the picture's size."""

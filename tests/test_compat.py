@@ -57,6 +57,16 @@ def test_a_mixed_in_class_is_undone_exactly(layer: nn.Linear):
     assert dict(vars(layer)) == before
 
 
+def test_subclasses_of_tensor_without_torch_function():
+    class Plain(torch.Tensor):
+        __torch_function__ = compat.no_torch_function  # type: ignore[assignment]
+
+    given = torch.ones(2).as_subclass(Plain)
+    assert type(given + 1) is torch.Tensor, moved(
+        "torch._C._disabled_torch_function_impl", "no_torch_function"
+    )
+
+
 def test_children_of_a_list(layer: nn.Linear):
     assert compat.children_of_list(nn.ModuleList([layer])) == [layer], moved(
         "Module._modules", "children_of_list"

@@ -6,26 +6,14 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import hicache.fast
 from hicache import HiCacheConfig
 from tests.support import pipelines
+from tests.support.operations import Operations
 
 # what waits for a device: its answer is needed on the host
 SYNCS = ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
-
-
-class Operations(TorchDispatchMode):
-    """Every operation that reaches the dispatcher, views included."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen[str(function)] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def operations(pipe: Any, arguments: dict[str, Any], granularity: str) -> list[Counter[str]]:

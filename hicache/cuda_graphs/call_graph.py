@@ -44,7 +44,8 @@ class CallArguments:
             # the form too: a history may be followed by a smaller one in the same place
             tuple(None if tensor is None else (tensor.data_ptr(), tensor.shape) for tensor in fixed),
             # what a skipped step does: compute gates or read them, update so many differences or none
-            isinstance(plan, SkippedStep) and (plan.gates is None, plan.sum.inv_gap is None, plan.sum.filled),
+            isinstance(plan, SkippedStep)
+            and (plan.gates is None, plan.ones, plan.sum.inv_gap is None, plan.sum.filled),
             *modes(),
         )
 

@@ -28,11 +28,11 @@ class Caller:
     name: str | None = None  # what a guider calls the prediction
 
 
-def find_caller(module: nn.Module) -> Caller:
-    """The pipeline that is calling a transformer now, if one is.
+def find_caller(*modules: nn.Module) -> Caller:
+    """The pipeline that is calling a transformer, or another of its modules, now, if one is.
 
     It is what runs in a ``__call__``, or is given to one first (modular pipelines' blocks), and has the
-    transformer and a scheduler that can be watched among its attributes.
+    modules and a scheduler that can be watched among its attributes.
     """
     name = None
     for arguments, variables in compat.running_calls():
@@ -41,7 +41,7 @@ def find_caller(module: nn.Module) -> Caller:
             attributes = getattr(argument, "__dict__", None)
             if not isinstance(attributes, Mapping) or not _can_be_watched(attributes.get("scheduler")):
                 continue
-            if any(_is(value, module) for value in attributes.values()):
+            if all(any(_is(value, module) for value in attributes.values()) for module in modules):
                 return Caller(attributes["scheduler"], name)
     return Caller()
 

@@ -5,7 +5,8 @@ context; on skipped steps every block still runs, with forecasts in place of its
 the gates of the current timestep. It is what :mod:`hicache.fast` is compared with, for parity and for speed,
 and shares with it only how a pipeline's parts are found and given back (:mod:`hicache.pipeline`,
 :mod:`hicache.handle`) and the settings' own numbers (config, schedule, basis): it hooks, counts steps, tells
-contexts apart, computes and measures by itself.
+contexts apart, computes and measures by itself. A ControlNet runs at full steps only, and each of its
+residuals is cached as a feature is.
 
 >>> import hicache.reference                                        # doctest: +SKIP
 >>> with hicache.reference.apply(pipe) as handle:                   # doctest: +SKIP
@@ -21,12 +22,19 @@ from torch import nn
 from hicache import compat
 from hicache.config import HiCacheConfig
 from hicache.handle import BaseHandle
-from hicache.pipeline import check_config, check_one_cache, find_denoisers, find_scheduler
+from hicache.pipeline import (
+    check_config,
+    check_one_cache,
+    find_controlnets,
+    find_denoisers,
+    find_scheduler,
+)
 from hicache.reference.blocks import cached_parts
+from hicache.reference.controlnet import ControlNet
 from hicache.reference.denoiser import Denoiser
 from hicache.reference.steps import Steps, count_steps
 from hicache.reference.timer import Timer
-from hicache.stats import Stats
+from hicache.stats import ControlNetStats, Stats
 
 __all__ = ["Handle", "apply"]
 
@@ -36,8 +44,16 @@ class Handle(BaseHandle[Denoiser]):
 
     owner = "hicache.reference"
 
-    def __init__(self, denoisers: list[Denoiser], config: HiCacheConfig, steps: Steps, timer: Timer) -> None:
-        super().__init__(denoisers, steps)
+    def __init__(
+        self,
+        denoisers: list[Denoiser],
+        controlnets: dict[str, ControlNet],
+        config: HiCacheConfig,
+        steps: Steps,
+        timer: Timer,
+    ) -> None:
+        super().__init__(denoisers, steps, [*controlnets.values()])
+        self._controlnets = controlnets
         self._config = config
         self._timer = timer
 
@@ -52,8 +68,13 @@ class Handle(BaseHandle[Denoiser]):
             granularity="module",
             backend="reference",
             contexts=contexts,
-            history_bytes=sum(context.history_bytes for context in contexts.values()),
+            history_bytes=sum(context.history_bytes for context in contexts.values())
+            + sum(controlnet.nbytes for controlnet in self._controlnets.values()),
             cache_ms=self._timer.milliseconds,
+            controlnets={
+                name: ControlNetStats(controlnet.calls, controlnet.runs)
+                for name, controlnet in self._controlnets.items()
+            },
         )
 
 
@@ -86,8 +107,14 @@ def apply(pipe: Any, config: HiCacheConfig | None = None, *, scheduler: Any = No
     # everything that can fail has been checked: from here on the pipeline is changed
     Handle.remove_from(modules.values())
     steps, timer = count_steps(source), Timer()
-    denoisers = [Denoiser(name, module, config, steps, timer) for name, module in modules.items()]
-    handle = Handle(denoisers, config, steps, timer)
+    controlnets = {
+        name: ControlNet(module, config, steps, timer) for name, module in find_controlnets(pipe).items()
+    }
+    denoisers = [
+        Denoiser(name, module, config, steps, timer, [*controlnets.values()])
+        for name, module in modules.items()
+    ]
+    handle = Handle(denoisers, controlnets, config, steps, timer)
     handle.install()
     return handle
 

@@ -82,6 +82,7 @@ class Context:
         self.full_steps = 0
         self.skipped_steps = 0
         self.features: dict[Key, Feature] = {}
+        self.scale: Any = None  # of the ControlNet, if there is one
         self.pairs: set[str] = set()  # paths of idle submodules that give a pair of streams
 
     def release(self) -> None:
@@ -92,6 +93,14 @@ class Context:
     def stats(self) -> ContextStats:
         held = sum(feature.nbytes for feature in self.features.values())
         return ContextStats(self.full_steps, self.skipped_steps, held)
+
+    def follow(self, scale: Any, step: int, num_steps: int | None) -> None:
+        """The ControlNet has another scale from this step of the run on: all begins anew with it."""
+        if scale != self.scale and self.last_full is not None:
+            self.release()
+            self.first_step = step
+            self.num_steps = None if num_steps is None else num_steps - step
+        self.scale = scale
 
     def is_full(self, step: int) -> bool:
         return is_full(self.config, step, self.last_full, self.num_steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hicache.config import HiCacheConfig
 from hicache.reference.blocks import Part, cached_parts
 from hicache.reference.context import Context, Key, form, wants_gradients
+from hicache.reference.controlnet import ControlNet
 from hicache.reference.steps import Steps
 from hicache.reference.timer import Timer
 
@@ -67,10 +68,17 @@ class Denoiser:
         config: the cache's settings.
         steps: counts the steps of all denoisers of the pipeline.
         timer: of all of them, too.
+        controlnets: that the pipeline calls before it.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, config: HiCacheConfig, steps: Steps, timer: Timer
+        self,
+        name: str,
+        module: nn.Module,
+        config: HiCacheConfig,
+        steps: Steps,
+        timer: Timer,
+        controlnets: Sequence[ControlNet] = (),
     ) -> None:
         self.name = name
         self.module = module
@@ -78,6 +86,7 @@ class Denoiser:
         self._config = config
         self._steps = steps
         self._timer = timer
+        self._controlnets = controlnets
         self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self._run = -1
         self._step = -1
@@ -121,6 +130,8 @@ class Denoiser:
             )
             return
         context = self._context((self._ordinal, form(named)))
+        scales = tuple(controlnet.scale for controlnet in self._controlnets)
+        context.follow(scales, self._step, self._steps.num_steps)
         self._call = _Call(context, self._step - context.first_step, self._timer)
         for part in cached_parts(module):  # looked up anew: adapters may have replaced some since
             self._undo.append(_replace_forward(part, self._call))

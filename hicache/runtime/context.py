@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -30,6 +30,7 @@ class CallForm:
     refusal: str | None = None  # why they cannot be cached by module
     block_kwargs: dict[str, Any] = field(default_factory=dict)  # of the first block, no hidden states
     missing: tuple[int, ...] = ()  # features without an output
+    ones: int = 0  # features after the family's, with gates of one: what a ControlNet adds
 
     def like(self) -> Tensor:
         """Something ``[batch, 1, channels]`` of the hidden state's dtype and device, without memory."""
@@ -66,6 +67,23 @@ class Context:
         self.skipped_steps = 0
         self.prefetch.restart()
         self.finite = FiniteCheck()
+        self.scale: tuple[float, ...] | None = None  # of the residuals it is given, see scale_of()
+
+    def follow(self, scale: tuple[float, ...] | None, step: int, num_steps: int | None) -> None:
+        """A ControlNet counts as much from here on: where that is another number, all starts anew.
+
+        Nothing is forecast across the jump that it makes in every feature, which is no function of time.
+
+        Args:
+            scale: of its residuals; None where nobody knows whose they are.
+            step: of the run.
+            num_steps: of the run, if known.
+        """
+        if scale != self.scale and self.scale is not None:
+            self.first_step = step
+            self.engine.reset(num_steps=None if num_steps is None else num_steps - step)
+            self.prefetch.forget()
+        self.scale = scale
 
     def is_full(self, step: int) -> bool:
         """Whether the transformer runs at this step of the run."""
@@ -108,7 +126,7 @@ class BegunCall:
     kwargs: dict[str, Any]
     model_kwargs: Mapping[str, Any]  # both by name
     compiled: bool  # as a whole
-    checked: bool  # whether nothing but the blocks may change the hidden state
+    checked: bool = True  # whether nothing but the blocks may change the hidden state
 
     @property
     def local_step(self) -> int:
@@ -142,13 +160,13 @@ class Contexts:
             context.form = None
 
     def find(
-        self, counter: StepCounter, name: str | None, model_kwargs: Mapping[str, Any], session: Session
+        self, counter: StepCounter, name: Hashable, model_kwargs: Mapping[str, Any], session: Session
     ) -> Context | None:
         """The context of a call.
 
         Args:
             counter: which call of which step it is.
-            name: the pipeline's for the call, if it has one.
+            name: what else tells it from others, as the pipeline's name for the call.
             model_kwargs: the transformer's arguments by name.
             session: of the run.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -22,6 +21,7 @@ from hicache.runtime.budget import Policy
 from hicache.runtime.context import MAX_CONTEXTS, BegunCall
 from hicache.runtime.planner import forecast
 from hicache.runtime.recorders import ModuleRecorder
+from hicache.runtime.residuals import given_to_blocks, scale_of
 from hicache.runtime.session import Session, Sessions
 from hicache.runtime.signature import requires_grad
 from hicache.runtime.track import Track
@@ -35,14 +35,6 @@ _UNCOUNTED: Final = (
 _TOO_MANY_FORMS: Final = (
     f"was called in more than {MAX_CONTEXTS} forms or with as many prompts in one run: further ones run "
     "uncached"
-)
-# Arguments that only feed the blocks: their effect is in the cached residual already. A list of ControlNet
-# residuals would be added a second time, and skip-layer guidance would leave out the stand-in.
-BLOCK_ONLY_ARGUMENTS: Final = (
-    "controlnet_block_samples",
-    "controlnet_single_block_samples",
-    "block_controlnet_hidden_states",
-    "skip_layers",
 )
 
 
@@ -75,7 +67,7 @@ class Denoiser(NotCopied):
         by_module = adapter is not None and policy.granularity != "stack"
         self._modules = ModuleRecorder(adapter, hooked.call) if adapter is not None and by_module else None
         self._policy = policy
-        self._tracks: dict[Session, Track] = {}
+        self.tracks: dict[Session, Track] = {}
         self._names = tuple(inspect.signature(type(self.module).forward).parameters)[1:]
         self._name = CallName(self.module)
         self._turns = Turns(self.module)
@@ -116,23 +108,23 @@ class Denoiser(NotCopied):
     def release(self) -> None:
         """Free its histories, and the graphs that are of use with them only."""
         with self._turns.none():
-            for track in self._tracks.values():
+            for track in self.tracks.values():
                 track.contexts.release()
             if self.graphs is not None:
                 self.graphs.drop()
 
     def track(self, session: Session) -> Track:
         """What it has of a session."""
-        if session not in self._tracks:
-            self._tracks[session] = Track(
+        if session not in self.tracks:
+            self.tracks[session] = Track(
                 self.name, self.hooked, self._policy, self._modules, session, self._warn
             )
-        return self._tracks[session]
+        return self.tracks[session]
 
     @property
     def nbytes(self) -> int:
         """Bytes of history held, of all sessions together."""
-        return sum(track.contexts.nbytes for track in tuple(self._tracks.values()))
+        return sum(track.contexts.nbytes for track in tuple(self.tracks.values()))
 
     # What a call of the transformer goes through, in order. From _before() to _after() it may be compiled.
 
@@ -157,32 +149,28 @@ class Denoiser(NotCopied):
             self._warn(f"was called more than {MAX_CONTEXTS} times {_UNCOUNTED}")
             return None
         name = self._name.current or caller.name
-        context = track.contexts.find(counter, name, model_kwargs, track.session)
+        scale = scale_of(model_kwargs)
+        context = track.contexts.find(counter, (name, scale is None), model_kwargs, track.session)
         if context is None:
             self._warn(_TOO_MANY_FORMS)
             return None
-        dropped = {name for name in BLOCK_ONLY_ARGUMENTS if model_kwargs.get(name) is not None}
+        context.follow(scale, counter.step, track.session.clock.num_steps)
         compiled = compat.inside_compiled_call()
-        # what is known to be added between blocks, and dropped on skipped steps, is not looked for
-        checked = not (dropped or self.hooked.side_lists)
-        begun = BegunCall(context, counter.step, args, kwargs, model_kwargs, compiled, checked)
-        full = track.planner.is_full(begun)
-        if dropped and not full:
-            args = tuple(None if n in dropped else v for n, v in zip(self._names, args, strict=False))
-            kwargs = {name: None if name in dropped else value for name, value in kwargs.items()}
-            begun = replace(begun, args=args, kwargs=kwargs)
-        self._begun = begun
+        checked = not self.hooked.side_lists
+        self._begun = BegunCall(context, counter.step, args, kwargs, model_kwargs, compiled, checked)
+        full = track.planner.is_full(self._begun)
+        self._begun = begun = given_to_blocks(self._begun, self._names, full)
+        args, kwargs = begun.args, begun.kwargs
         if full:
-            track.planner.begin_full(self._begun)
+            track.planner.begin_full(begun)
         else:
             graphs = self.graphs is not None and self.graphs.stats.eager is None
-            track.planner.begin_skipped(self._begun, replayed=graphs)
+            track.planner.begin_skipped(begun, replayed=graphs)
         self.hooked.call.opaque = (self.graphs is not None and self.graphs.begin_call(compiled)) or compiled
-        if full:
-            return None
-        if compiled:
+        if compiled and not full:
             kwargs = {name: compat.of_any_size(value) for name, value in kwargs.items()}
-        return (compat.of_any_size(args) if compiled else args), kwargs
+            args = compat.of_any_size(args)
+        return args, kwargs
 
     def _forecast(self, plan: SkippedStep, base: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
         """See :func:`~hicache.runtime.planner.forecast`; maybe compiled, and then nothing is timed."""

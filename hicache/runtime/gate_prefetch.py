@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hicache import compat
 from hicache.adapters.base import ModuleAdapter
@@ -124,12 +124,18 @@ class GatePrefetch:
             steps.start, gates.transpose(0, 1), coming, _constants(adapter, model_kwargs)
         )
 
-    def settle(self, adapter: ModuleAdapter) -> None:
-        """What :meth:`fetch` computed has been written, with the weights the model has now."""
+    def settle(self, adapter: ModuleAdapter, ones: int = 0) -> None:
+        """What :meth:`fetch` computed has been written, with the weights the model has now.
+
+        Args:
+            adapter: the family's.
+            ones: further features, whose gates are one.
+        """
         if self._fetched is not None:
             # a copy in any case: the adapter uses its memory again
-            gates = self._fetched.gates.clone(memory_format=torch.contiguous_format)
-            self._fetched = replace(self._fetched, gates=gates, weights=GateWeights(adapter))
+            gates = self._fetched.gates
+            copy = with_ones(gates, ones) if ones else gates.clone(memory_format=torch.contiguous_format)
+            self._fetched = replace(self._fetched, gates=copy.contiguous(), weights=GateWeights(adapter))
 
     @property
     def knows_timesteps(self) -> bool:
@@ -141,13 +147,25 @@ class GatePrefetch:
         """Whether there are gates of coming steps."""
         return self._fetched is not None
 
-    def gates(self, adapter: ModuleAdapter, step: int, model_kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The gates of a skipped step, ``[num_features, batch, channels]``; None: they were not fetched."""
+    def gates(
+        self, adapter: ModuleAdapter, step: int, model_kwargs: Mapping[str, Any], read: bool = False
+    ) -> Tensor | None:
+        """The gates of a skipped step, ``[num_features, batch, channels]``; None: they were not fetched.
+
+        Args:
+            adapter: the family's.
+            step: of the run.
+            model_kwargs: the transformer's.
+            read: whether numbers may be read from the device: FLUX's ControlNet pipelines make a tensor of
+                their guidance anew in every step.
+        """
         fetched = self._fetched
         timestep = model_kwargs.get("timestep")
         if fetched is None or fetched.weights is None or not 0 <= step - fetched.first < len(fetched.gates):
             return None
-        if fetched.constants != _constants(adapter, model_kwargs) or not fetched.weights.unchanged():
+        constants = zip(fetched.constants, _constants(adapter, model_kwargs), strict=True)
+        same = all(one == other or (read and _equal(one, other)) for one, other in constants)
+        if not same or not fetched.weights.unchanged():
             self.forget()
             return None
         if not isinstance(timestep, Tensor) or timestep.ndim > 1:
@@ -172,6 +190,11 @@ class GatePrefetch:
             )
             self._rules, self._searched = [], True
         return not wrong
+
+
+def with_ones(gates: Tensor, ones: int) -> Tensor:
+    """Gates ``[..., num_features, batch, channels]`` and those of ``ones`` further features: one."""
+    return nn.functional.pad(gates, (0, 0, 0, 0, 0, ones), value=1.0) if ones else gates
 
 
 def foretold(
@@ -243,6 +266,11 @@ def _identity(value: Any) -> Any:
     return _Same(value) if isinstance(value, Tensor) else value
 
 
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two tensors hold the same numbers, the first of them since it was taken."""
+    return isinstance(one, _Same) and isinstance(other, _Same) and one.equal(other)
+
+
 class _Same:
     """A tensor, equal to itself while nobody writes to it."""
 
@@ -254,3 +282,8 @@ class _Same:
         return isinstance(other, _Same) and other._tensor is self._tensor and other._writes == self._writes
 
     __hash__ = None  # type: ignore[assignment]
+
+    def equal(self, other: _Same) -> bool:
+        """Whether the other holds the numbers that this one was taken with."""
+        unwritten = self._writes == compat.write_count(self._tensor)
+        return unwritten and torch.equal(self._tensor, other._tensor)

@@ -40,7 +40,8 @@ class FirstCall:
             form.block_kwargs = {n: v for n, v in block_kwargs.items() if not n.endswith("hidden_states")}
             if choice.modules is not None:
                 adapter = choice.modules.adapter
-                form.num_features = adapter.num_features(block_kwargs)
+                form.ones = int(bool(context.scale))
+                form.num_features = adapter.num_features(block_kwargs) + form.ones
                 form.refusal = adapter.refusal(block_kwargs)
             context.form = form
             choice.decide(context)

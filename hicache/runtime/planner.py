@@ -13,7 +13,7 @@ from hicache.hooks.block_interface import UNCACHED
 from hicache.hooks.dynamo import CompilePause, OpenSizes
 from hicache.hooks.transformer import HookedTransformer
 from hicache.runtime.budget import RecorderChoice
-from hicache.runtime.context import BegunCall, Context
+from hicache.runtime.context import BegunCall
 from hicache.runtime.finite import not_finite
 from hicache.runtime.lesson import FirstCall
 from hicache.runtime.recorders import ModuleRecorder
@@ -59,7 +59,7 @@ class CallPlanner:
                 return
             # Too late to keep this call from being compiled: learn from one of our own.
             self._hooked.module.forward(*begun.args, **begun.kwargs)
-            self.take_in(context)
+            self.take_in(begun)
             context.engine.reset(num_steps=context.engine.num_steps)
             self.end()
             call.checked, call.rotary = begun.checked, context.rotary
@@ -112,7 +112,7 @@ class CallPlanner:
         context.full_steps += 1
         if call.plan is None and call.lesson is None:
             return  # compiled as a whole, and learned that nothing can be recorded
-        self.take_in(context)
+        self.take_in(begun)
         if context.form is None:
             return
         with self._session.watch.measure(context.form.device), torch.no_grad():
@@ -132,13 +132,13 @@ class CallPlanner:
         narrow = [slot for slot in slots if slot.dtype == torch.float16]
         return [tensor for tensor in (*found, *narrow) if tensor.is_floating_point()]
 
-    def take_in(self, context: Context) -> None:
+    def take_in(self, begun: BegunCall) -> None:
         """Take in what a full step recorded, if it did.
 
         Raises:
             RuntimeError: it did not go through its blocks or its head as it should.
         """
-        call, name = self._hooked.call, self._hooked.name
+        call, name, context = self._hooked.call, self._hooked.name, begun.context
         lesson = call.lesson
         if lesson is not None and not call.result.entered:
             raise RuntimeError(
@@ -156,7 +156,7 @@ class CallPlanner:
             return
         assert context.form is not None
         with self._session.watch.measure(context.form.device), torch.no_grad():
-            self._choice.recorder.finish(context.form)
+            self._choice.recorder.finish(context.form, begun.model_kwargs)
 
     def end(self) -> None:
         """A call has ended, or never came to its end: let go of its tensors."""
@@ -182,7 +182,7 @@ def forecast(
         gates = plan.gates
         if gates is None and plan.gated:
             assert modules is not None
-            gates = modules.gates(block_kwargs, base)
+            gates = modules.gates(block_kwargs, base, plan.ones)
         for residual in plan.between:
             base = base + residual
         return plan.sum(base, gates)

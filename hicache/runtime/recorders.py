@@ -19,8 +19,9 @@ from hicache.adapters.gates import deferred
 from hicache.engine import Engine, Sum
 from hicache.hooks.module_outputs import ModuleOutputs
 from hicache.runtime.context import BegunCall, CallForm
-from hicache.runtime.gate_prefetch import foretold, lora_scale
+from hicache.runtime.gate_prefetch import foretold, lora_scale, with_ones
 from hicache.runtime.late_gates import LateGates
+from hicache.runtime.residuals import write_total
 from hicache.runtime.session import StepClock
 from hicache.step_plan import FullStep, RunningCall, SkippedStep
 from hicache.weights import only_in_their_blocks
@@ -58,7 +59,7 @@ class Recorder:
             Unfit: what was recorded does not make it.
         """
 
-    def finish(self, form: CallForm) -> None:
+    def finish(self, form: CallForm, model_kwargs: Mapping[str, Any]) -> None:
         """A full step has ended: what it recorded is to be in its slots."""
 
     def foresee(self, begun: BegunCall, clock: StepClock) -> None:
@@ -107,7 +108,8 @@ class ModuleRecorder(Recorder):
         self.adapter = adapter
         self._call = call
         self._outputs: ModuleOutputs | None = None
-        self._slots: tuple[Tensor, ...] = ()
+        self._slots: tuple[Tensor, ...] = ()  # of the family's features
+        self._added: Tensor | None = None  # slot of what a ControlNet adds between the blocks
         # Of a call learned from: what to check the sum against.
         self.base: Tensor | None = None
         self._block_kwargs: Mapping[str, Any] = {}
@@ -127,9 +129,11 @@ class ModuleRecorder(Recorder):
 
     def plan_full(self, engine: Engine, form: CallForm) -> FullStep:
         outputs = self._watch()
-        self._slots = tuple(engine.open([form.shape] * form.num_features, form.dtype, form.device))
+        slots = tuple(engine.open([form.shape] * form.num_features, form.dtype, form.device))
+        self._slots = slots[: len(slots) - form.ones]
+        self._added = slots[-1] if form.ones else None
         outputs.bind(self._slots)
-        return FullStep(self._slots)
+        return FullStep(slots)
 
     def _watch(self) -> ModuleOutputs:
         """Record the outputs of the family's modules; LoRA may have put others in their places since."""
@@ -144,19 +148,21 @@ class ModuleRecorder(Recorder):
         return self._outputs
 
     def plan_skipped(self, begun: BegunCall, total: Sum) -> SkippedStep:
-        return SkippedStep(
-            total, self._prefetched(begun), True, tuple(self.adapter.between(begun.model_kwargs))
-        )
+        ones = 0 if begun.context.form is None else begun.context.form.ones
+        between = () if ones else tuple(self.adapter.between(begun.model_kwargs))
+        return SkippedStep(total, self._prefetched(begun), True, between, ones)
 
     def _prefetched(self, begun: BegunCall) -> Tensor | None:
-        return begun.context.prefetch.gates(self.adapter, begun.step, begun.model_kwargs)
+        # without them there is no skipping where weights are away: worth a look at the device
+        read = self.late is not None
+        return begun.context.prefetch.gates(self.adapter, begun.step, begun.model_kwargs, read)
 
     def can_skip(self, begun: BegunCall) -> bool:
         return self.late is None or not self.late.needed or self._prefetched(begun) is not None
 
-    def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
-        """The gates of this step, ``[num_features, batch, channels]``."""
-        return _as_blocks_do(self.adapter.gates(block_kwargs, base), base)
+    def gates(self, block_kwargs: Mapping[str, Any], base: Tensor, ones: int = 0) -> Tensor:
+        """The gates of this step, ``[num_features, batch, channels]``, the last ``ones`` of them one."""
+        return with_ones(_as_blocks_do(self.adapter.gates(block_kwargs, base), base), ones)
 
     def learn(self, hidden: Tensor, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> None:
         between = list(self.adapter.between(model_kwargs))
@@ -220,9 +226,11 @@ class ModuleRecorder(Recorder):
         allowed = max(1e-3, 4 * torch.finfo(base.dtype).eps)
         self._can_prefetch = again is not None and bool((again - gates).norm() <= allowed * gates.norm())
 
-    def finish(self, form: CallForm) -> None:
+    def finish(self, form: CallForm, model_kwargs: Mapping[str, Any]) -> None:
         assert self._outputs is not None
         self._outputs.finish(self._slots, form.missing)
+        if self._added is not None:
+            write_total(self.adapter.between(model_kwargs), self._added)
 
     def foresee(self, begun: BegunCall, clock: StepClock) -> None:
         if self.late is not None:
@@ -247,7 +255,7 @@ class ModuleRecorder(Recorder):
                     "its weights are there in their own blocks only, and gates of the steps to come cannot "
                     "be prefetched: they need a scheduler whose timesteps the model is called with"
                 )
-        prefetch.settle(self.adapter)
+        prefetch.settle(self.adapter, form.ones)
         return None
 
     def _fetch(self, begun: BegunCall, clock: StepClock) -> None:
@@ -265,6 +273,7 @@ class ModuleRecorder(Recorder):
         if self._outputs is not None:
             self._outputs.unbind()
         self._slots, self._between, self._block_kwargs, self.base = (), (), {}, None
+        self._added = None
         self._model_kwargs, self._gates = {}, None
         if self.late is not None:
             self.late.drop()

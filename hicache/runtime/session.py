@@ -224,7 +224,7 @@ class StepCounter:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._run = -1
+        self.run = -1
         self.step = -1
         self.ordinal = 0  # of the call in the step
         self._timestep: Any = None  # of the step's first call
@@ -233,15 +233,15 @@ class StepCounter:
     def outdated(self) -> bool:
         """Whether another run has had steps since the last call."""
         clock = self._session.clock
-        return self._run != clock.run and clock.step > 0
+        return self.run != clock.run and clock.step > 0
 
     def tick(self, module: nn.Module, model_kwargs: Mapping[str, Any]) -> bool:
         """A call begins; whether it is the first of a run."""
         clock = self._session.clock
         clock.tick(module, model_kwargs)
-        started = self._run != clock.run
+        started = self.run != clock.run
         if started:
-            self._run, self.step = clock.run, -1
+            self.run, self.step = clock.run, -1
         if self.step != clock.step:
             self.step, self.ordinal = clock.step, 0
             self._timestep = None if self.step else timestep_of(model_kwargs)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from hicache.hooks.transformer import HookedTransformer
 from hicache.runtime.budget import Policy, RecorderChoice
-from hicache.runtime.context import Contexts
+from hicache.runtime.context import Context, Contexts
 from hicache.runtime.planner import CallPlanner
 from hicache.runtime.recorders import ModuleRecorder
 from hicache.runtime.session import Session, StepCounter
@@ -39,3 +39,10 @@ class Track:
         self.choice = RecorderChoice(hooked.name, policy, modules, self.contexts, warn)
         self.planner = CallPlanner(hooked, self.choice, session)
         self.learned_from = 0  # which of the model's versions
+
+    def going_on(self) -> list[Context]:
+        """The contexts of the run that goes on which had a call in the step before this one."""
+        if self.session.clock.run != self.counter.run:
+            return []
+        last = self.session.clock.step - 1
+        return [context for context in self.contexts.current if context.last_step == last]

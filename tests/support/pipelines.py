@@ -141,6 +141,14 @@ def _autoencoder(latent_channels: int) -> diffusers.AutoencoderKL:
     ).eval()
 
 
+def _controls(nets: int, size: int = 64) -> Arguments:
+    """What ControlNets are given: a picture each, and how much each counts."""
+    if nets == 1:
+        return {"control_image": _picture(size=size)}
+    pictures = [_picture(color, size) for color in ("teal", "red")]
+    return {"control_image": pictures, "controlnet_conditioning_scale": [0.7, 0.4]}
+
+
 # FLUX.
 
 
@@ -163,15 +171,41 @@ def flux_kontext() -> Built:
     return pipe, {**flux()[1], **more}
 
 
-def flux_controlnet(xlabs: bool = False) -> Built:
-    """Residuals after the doubles and singles; those of XLabs' controlnets repeat over the blocks."""
+def flux_controlnet(xlabs: bool = False, kind: str = "FluxControlNetPipeline", nets: int = 1) -> Built:
+    """Residuals after the doubles and singles; those of XLabs' controlnets repeat over the blocks.
+
+    Args:
+        xlabs: one of theirs.
+        kind: of the pipeline.
+        nets: how many ControlNets: several add up.
+    """
     model = flux_transformer(num_layers=3, num_single_layers=3)
     config = {**model.config, "num_layers": 2, "num_single_layers": 0 if xlabs else 2}
     if xlabs:
         config |= {"conditioning_embedding_channels": 1, "patch_size": 2}
-    controlnet = randomize(diffusers.FluxControlNetModel.from_config(config).eval())
-    pipe = _pipeline("FluxControlNetPipeline", model, vae=_autoencoder(1), controlnet=controlnet)
-    return pipe, {**flux()[1], "control_image": _picture()}
+    made = [randomize(diffusers.FluxControlNetModel.from_config(config).eval()) for _ in range(nets)]
+    pipe = _pipeline(kind, model, vae=_autoencoder(1), controlnet=made[0] if nets == 1 else made)
+    modes = {"control_mode": [0] * nets} if nets > 1 else {}
+    return pipe, {**flux()[1], **_controls(nets), **modes}
+
+
+def flux_controlnet_cfg() -> Built:
+    """Both calls of a step are given the residuals of one call of the ControlNet."""
+    pipe, arguments = flux_controlnet()
+    return pipe, {**arguments, **_prompts(1, 6, 32, pooled=32), "true_cfg_scale": 3.0}
+
+
+def flux_controlnet_img2img() -> Built:
+    """Begins with a given picture, in the middle of the scheduler's timesteps."""
+    pipe, arguments = flux_controlnet(kind="FluxControlNetImg2ImgPipeline")
+    return pipe, {**arguments, "image": _picture("red"), "strength": 0.8}
+
+
+def flux_controlnet_inpaint() -> Built:
+    """Draws a part of a given picture anew."""
+    pipe, arguments = flux_controlnet(kind="FluxControlNetInpaintPipeline")
+    given = {"image": _picture("red"), "mask_image": Image.new("L", (64, 64), 255), "strength": 0.8}
+    return pipe, {**arguments, **given}
 
 
 def flux_ip_adapter() -> Built:
@@ -270,15 +304,18 @@ def qwen_many() -> Built:
     }
 
 
-def qwen_controlnet() -> Built:
-    """Residuals after the blocks."""
+def qwen_controlnet(union: bool = False) -> Built:
+    """Residuals after the blocks. A union of ControlNets: one for two pictures."""
     model = _qwen_transformer()
     controlnet = diffusers.QwenImageControlNetModel.from_transformer(
         model, num_layers=1, attention_head_dim=16, num_attention_heads=3, extra_condition_channels=0
     )
-    parts = {"vae": _qwen_autoencoder(), "controlnet": randomize(controlnet.eval())}
+    controlnet = randomize(controlnet.eval())
+    if union:
+        controlnet = diffusers.QwenImageMultiControlNetModel([controlnet])
+    parts = {"vae": _qwen_autoencoder(), "controlnet": controlnet}
     pipe = _pipeline("QwenImageControlNetPipeline", model, **parts)
-    return pipe, {**_qwen_prompts(32), "control_image": _picture(size=32)}
+    return pipe, {**_qwen_prompts(32), **_controls(1 + union, size=32)}
 
 
 # SD3.
@@ -314,18 +351,22 @@ def sd3_skip_layer() -> Built:
     }
 
 
-def sd3_controlnet() -> Built:
-    """Residuals after the blocks."""
+def sd3_controlnet(nets: int = 1) -> Built:
+    """Residuals after the blocks; those of several ControlNets add up."""
     pipe, arguments = sd3()
-    controlnet = diffusers.SD3ControlNetModel.from_transformer(
-        pipe.transformer,
-        num_layers=2,
-        num_extra_conditioning_channels=0,
-        load_weights_from_transformer=False,
-    )
-    parts = {"vae": _autoencoder(4), "controlnet": randomize(controlnet.eval())}
+    controlnets = [
+        diffusers.SD3ControlNetModel.from_transformer(
+            pipe.transformer,
+            num_layers=2,
+            num_extra_conditioning_channels=0,
+            load_weights_from_transformer=False,
+        )
+        for _ in range(nets)
+    ]
+    controlnets = [randomize(controlnet.eval()) for controlnet in controlnets]
+    parts = {"vae": _autoencoder(4), "controlnet": controlnets[0] if nets == 1 else controlnets}
     pipe = _pipeline("StableDiffusion3ControlNetPipeline", pipe.transformer, **parts)
-    return pipe, {**arguments, "control_image": _picture()}
+    return pipe, {**arguments, **_controls(nets)}
 
 
 def sd3_ip_adapter() -> Built:
@@ -498,6 +539,15 @@ PIPELINES: dict[str, Callable[..., Built]] = {
     "sana": sana,
     "sana_many": _many(sana),
 }
+# that have a ControlNet, besides those above
+CONTROLNETS: dict[str, Callable[..., Built]] = {
+    "flux_controlnets": functools.partial(flux_controlnet, nets=2),
+    "flux_controlnet_cfg": flux_controlnet_cfg,
+    "flux_controlnet_img2img": flux_controlnet_img2img,
+    "flux_controlnet_inpaint": flux_controlnet_inpaint,
+    "sd3_controlnets": functools.partial(sd3_controlnet, nets=2),
+    "qwen_controlnet_union": functools.partial(qwen_controlnet, union=True),
+}
 CORE = tuple(_CORE)
 # whose transformer's modules an adapter knows, and can gate
 BY_MODULE = tuple(name for name in PIPELINES if name != "qwen_edit_plus")
@@ -506,7 +556,7 @@ BY_MODULE = tuple(name for name in PIPELINES if name != "qwen_edit_plus")
 def build(name: str, **changes: Any) -> Built:
     """A pipeline from a fixed seed, and what it is called with."""
     torch.manual_seed(0)
-    pipe, arguments = PIPELINES[name](**changes)
+    pipe, arguments = {**PIPELINES, **CONTROLNETS}[name](**changes)
     pipe.set_progress_bar_config(disable=True)
     return pipe, arguments
 
