@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_tools import nvcc, output, tool
 
 from hicache_kernels import backend_status
 from hicache_kernels.backends import native
@@ -30,40 +31,14 @@ PAIRS = {
 }
 
 
-def tool(name: str) -> str:
-    """A program of the CUDA toolkit, Triton's or the system's."""
-    try:
-        import triton
-
-        path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-        if path.exists():
-            return str(path)
-    except ImportError:
-        pass
-    found = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
-    if found is None:
-        pytest.skip(f"no {name}: neither triton nor a CUDA toolkit is installed")
-    return found
-
-
-def output(*command: str | Path) -> str:
-    # cuobjdump looks for nvdisasm on the path
-    path = f"{Path(command[0]).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    environment = {**os.environ, "PATH": path}
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-
-
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """A file with the kernels, its architectures and history dtypes: the extension, or one dtype of it."""
     if native._MISSING is None and native.cuda_archs():
         return Path(native._native.__file__), native.cuda_archs(), tuple(PACKS)
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if nvcc is None:
-        pytest.skip("the extension was built without CUDA, and there is no nvcc")
     out = tmp_path_factory.mktemp("cuda") / "bf16.o"
     command = [
-        nvcc, "-std=c++17", "--fmad=false", "-gencode", "arch=compute_90,code=[sm_90,compute_90]",
+        nvcc(), "-std=c++17", "--fmad=false", "-gencode", "arch=compute_90,code=[sm_90,compute_90]",
         f"-I{ROOT / 'csrc' / 'include'}", "-DHICACHE_TYPE=bf16",
         "-c", ROOT / "csrc" / "cuda_kernels.cu", "-o", out,
     ]  # fmt: skip
@@ -282,8 +257,8 @@ def test_bad_options_are_errors(tmp_path, environment, message):
 @pytest.mark.parametrize("works", [True, False], ids=["nvcc", "nvcc that cannot compile"])
 def test_configure(tmp_path, works):
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
-    if works and (shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")) is None:
-        pytest.skip("no nvcc")
+    if works:
+        nvcc()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HICACHE_", "CUDACXX"))}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     if works:

@@ -7,23 +7,12 @@ Not covered: what nvcc makes of the same source (tests/kernels/test_cuda_build.p
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-import shutil
-import subprocess
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
 import pytest
 import torch
 
 from hicache_kernels import forecast, gated_sum, update_, update_forecast_
 from hicache_kernels.backends import native
 
-ROOT = Path(__file__).parents[2]
-FAKE = Path(__file__).parent / "cuda_on_host"
-COMPILER = shutil.which("g++") or shutil.which("c++")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PAIRS = [
     *((dtype, dtype) for dtype in DTYPES),
@@ -38,78 +27,11 @@ pairs = pytest.mark.parametrize(
 )
 
 
-class Machine(ctypes.Structure):
-    """``fake::machine``."""
-
-    _fields_ = [
-        ("blocks_a_processor", ctypes.c_int),
-        ("backward", ctypes.c_int),
-        ("fails", ctypes.c_char_p),
-        ("device", ctypes.c_int),
-        ("launches", ctypes.c_int),
-        ("blocks", ctypes.c_int),
-        ("launched_on", ctypes.c_int),
-        ("occupancy_asked", ctypes.c_int),
-        ("errors_cleared", ctypes.c_int),
-        ("misaligned", ctypes.c_int),
-        ("stream", ctypes.c_size_t),
-    ]
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The extension, with a host in place of CUDA: the module and its machine."""
-    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed: nothing to bind with")
-    if COMPILER is None:
-        pytest.skip("no C++ compiler")
-    out = tmp_path_factory.mktemp("cuda_on_host")
-    common = [
-        COMPILER, "-std=c++17", "-fPIC", "-O1", "-ffp-contract=off", "-fno-strict-aliasing",
-        # counted by cuda_on_host/runtime.cpp: a 16-byte access anywhere else is an error on a GPU
-        "-fsanitize=alignment",
-        f"-I{FAKE}", "-include", "cuda_runtime.h", f"-I{ROOT / 'csrc' / 'include'}",
-        f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}",
-        "-DHICACHE_CUDA", "-DHICACHE_CUDA_ARCHS=80,90", "-DHICACHE_ISA=baseline", '-DHICACHE_ISA_NAME="host"',
-    ]  # fmt: skip
-    kernels = ROOT / "csrc" / "cuda_kernels.cu"
-    units = [(f"{t}.o", kernels, [f"-DHICACHE_TYPE={t}"]) for t in ("float", "bf16", "fp16", "double")]
-    units += [(f"{n}.o", ROOT / "csrc" / n, ["-O0"]) for n in ("bindings.cpp", "cuda.cpp", "cpu.cpp")]
-    units += [("cpu_kernels.o", ROOT / "csrc" / "cpu_kernels.cpp", ["-O0"])]
-    units += [("runtime.o", FAKE / "runtime.cpp", [])]
-
-    def compile_unit(unit: tuple[str, Path, list[str]]) -> None:
-        name, source, flags = unit
-        command = [*common, *flags, "-x", "c++", "-c", str(source), "-o", str(out / name)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-
-    try:
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(compile_unit, units))
-        library = out / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-        objects = [str(out / name) for name, *_ in units]
-        subprocess.run(
-            [COMPILER, "-shared", *objects, "-o", str(library), "-pthread"],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    except subprocess.CalledProcessError as error:
-        pytest.fail(error.stderr)
-    spec = importlib.util.spec_from_file_location("_native", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    handle = ctypes.CDLL(str(library))
-    handle.machine.restype = ctypes.POINTER(Machine)
-    return module, handle.machine().contents
-
-
 @pytest.fixture
-def machine(built, monkeypatch):
+def machine(host_native, monkeypatch):
     """What ``native`` runs on: device n has n multiprocessors. Every access must be aligned."""
-    module, machine = built
-    ctypes.memset(ctypes.addressof(machine), 0, ctypes.sizeof(machine))
-    machine.blocks_a_processor = 1
-    machine.fails = b""
+    module, machine, _ = host_native
+    machine.reset()
     monkeypatch.setattr(native, "_native", module)
     monkeypatch.setattr(native, "_MISSING", None)
     yield machine
