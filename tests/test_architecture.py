@@ -28,7 +28,7 @@ LAYERS = [
     {"hicache.schedule"},
     {"hicache.engine"},
     {"hicache"},
-    {"hicache.step_plan", "hicache.stats", "hicache.adapters", "hicache.pipeline"},
+    {"hicache.token_view", "hicache.step_plan", "hicache.stats", "hicache.adapters", "hicache.pipeline"},
     {"hicache.hooks", "hicache.handle"},
     {"hicache.cuda_graphs"},
     {"hicache.runtime"},

@@ -46,6 +46,7 @@ class CallArguments:
             # the form too: a history may be followed by a smaller one in the same place
             tuple(None if tensor is None else (tensor.data_ptr(), tensor.shape) for tensor in fixed),
             isinstance(plan, SkippedStep) and plan.gates is not None,
+            None if plan is None or plan.view is None else plan.view.form,
             *modes(),
         )
 

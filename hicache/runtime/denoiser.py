@@ -72,6 +72,7 @@ class Denoiser(NotCopied):
         self.hooked = hooked
         self.sessions = sessions
         self.graphs = graphs
+        self._adapter = adapter
         by_module = adapter is not None and policy.granularity != "stack"
         self._modules = ModuleRecorder(adapter, hooked.call) if adapter is not None and by_module else None
         self._policy = policy
@@ -125,7 +126,7 @@ class Denoiser(NotCopied):
         """What it has of a session."""
         if session not in self._tracks:
             self._tracks[session] = Track(
-                self.name, self.hooked, self._policy, self._modules, session, self._warn
+                self.name, self.hooked, self._policy, self._modules, session, self._warn, self._adapter
             )
         return self._tracks[session]
 

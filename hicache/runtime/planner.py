@@ -50,6 +50,8 @@ class CallPlanner:
         call, choice, context = self._hooked.call, self._choice, begun.context
         self._hooked.refresh()
         call.checked, call.rotary = begun.checked, context.rotary
+        if context.full_steps == 0 and not choice.knows(context.form, begun.model_kwargs):
+            context.form = None
         if choice.modules is not None and choice.modules.late is not None:
             call.on_entry = lambda: choice.recorder.foresee(begun, self._session.clock)
         if context.form is None:
@@ -177,10 +179,13 @@ def forecast(
         block_kwargs: the first block's arguments by name.
     """
     with torch.no_grad():
-        gates = plan.gates
+        gates, view = plan.gates, plan.view
+        hidden = base if view is None else view.drawn(base)
         if gates is None and plan.gated:
             assert modules is not None
-            gates = modules.gates(block_kwargs, base)
+            gates = modules.gates(block_kwargs, hidden if view is None else view.grouped(hidden))
         for residual in plan.between:
-            base = base + residual
-        return plan.sum(base, gates)
+            hidden = hidden + (residual if view is None else view.drawn(residual))
+        if view is None:
+            return plan.sum(hidden, gates)
+        return view.filled(base, plan.sum(view.grouped(hidden), gates))
