@@ -96,6 +96,11 @@ class Context:
         self.engine.reset(num_steps=self.engine.num_steps)
         self.prefetch.forget()
 
+    def unlearn(self) -> None:
+        """What was learned of its form does not hold; what is recorded may."""
+        self.form = None
+        self.groups = GroupCheck()
+
     def release(self) -> None:
         """Free its memory, and forget what was learned."""
         self.engine.release()

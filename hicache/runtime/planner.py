@@ -51,7 +51,7 @@ class CallPlanner:
         self._hooked.refresh()
         call.checked, call.rotary = begun.checked, context.rotary
         if context.full_steps == 0 and not choice.knows(context.form, begun.model_kwargs):
-            context.form = None
+            context.unlearn()
         if choice.modules is not None and choice.modules.late is not None:
             call.on_entry = lambda: choice.recorder.foresee(begun, self._session.clock)
         if context.form is None:

@@ -159,7 +159,7 @@ class ModuleRecorder(Recorder):
 
     def can_skip(self, begun: BegunCall) -> bool:
         if not self._groups_hold(begun):
-            begun.context.form = None  # learned anew, from this step
+            begun.context.unlearn()  # and learn anew, from this step
             return False
         return self.late is None or not self.late.needed or self._prefetched(begun) is not None
 
