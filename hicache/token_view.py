@@ -76,7 +76,7 @@ class TokenView:
         """A hidden state of base's shape: ``made`` in the place of its drawn tokens, the others base's."""
         if self.part is None:
             return made.view(base.shape)
-        drawn, count = made.view(self.part.shape), self.part.shape[1]
+        drawn, count = made if self.groups is None else made.view(self.part.shape), self.part.shape[1]
         if self.first:
             return torch.cat([drawn, base[:, count:]], dim=1)
         return torch.cat([base[:, : base.shape[1] - count], drawn], dim=1)

@@ -18,6 +18,7 @@ from hicache_kernels.history import history_nbytes
 from tests.support import models, pipelines
 from tests.support.comparisons import first, relative_rms, snapshot
 from tests.support.runs import Run, by_fast, by_reference, recorded, recorded_in, replay, trace
+from tests.support.runs import drawn as drawn_part
 from tests.support.schedulers import CountingScheduler
 
 CONFIG = HiCacheConfig(interval=3, order=2, warmup=3)
@@ -126,36 +127,66 @@ def test_a_picture_of_another_size_in_as_many_tokens(granularity: str):
     assert [bytes_held / held[2] for bytes_held in held] == [0.5, 0.75, 1, 0.25]
 
 
+def sized(*counts: int, anew: bool = False) -> tuple[nn.Module, Run]:
+    """Kontext's model in float64, and calls of so many drawn tokens in each step."""
+    model, run = recorded_in("flux_kontext", torch.float64)
+    given = [split(run, drawn)[0][0][1]["img_ids"] for drawn in counts]
+    calls: Run = []
+    for [(args, kwargs)] in run:
+        ids = [one.clone() if anew else one for one in given]
+        calls.append([(args, {**kwargs, "img_ids": one}) for one in ids])
+    return model, calls
+
+
+def said(cache: Any, model: nn.Module, run: Run) -> list[Tensor]:
+    """Of the drawn tokens, call by call; the arguments are the run's own."""
+    scheduler, found = CountingScheduler(), []
+    with cache.apply(model, CONFIG, scheduler=scheduler), torch.no_grad():
+        scheduler.set_timesteps(len(run))
+        for calls in run:
+            found += [drawn_part(model, kwargs, model(*args, **kwargs)) for args, kwargs in calls]
+            scheduler.step()
+    return found
+
+
 @pytest.mark.parametrize("anew", [False, True], ids=["held", "made anew"])
 def test_pictures_of_two_sizes_in_one_run(anew: bool):
     """Two calls a step that differ in nothing but where the picture drawn ends."""
-    model, run = recorded_in("flux_kontext", torch.float64)
-    ids = [split(run, drawn)[0][0][1]["img_ids"] for drawn in (16, 24)]
-    both_sizes: Run = []
-    for [(args, kwargs)] in run:
-        given = [one.clone() if anew else one for one in ids]
-        both_sizes.append([(args, {**kwargs, "img_ids": one}) for one in given])
-    scheduler = CountingScheduler()
-
-    def say(step: int, call: int) -> Tensor:
-        args, kwargs = both_sizes[step][call]
-        with torch.no_grad():
-            count = int((kwargs["img_ids"][:, 0] == 0).sum())
-            return model(*args, **kwargs)[0][:, :count]
-
-    said: dict[bool, list[Tensor]] = {}
-    for caches, module in ((True, hicache.fast), (False, hicache.reference)):
-        with module.apply(model, CONFIG, scheduler=scheduler):
-            scheduler.set_timesteps(len(both_sizes))
-            said[caches] = []
-            for step in range(len(both_sizes)):
-                # the first call of a step is that of either size: by its order it cannot be told
-                order = (0, 1) if module is hicache.reference or step % 2 == 0 else (1, 0)
-                one = {call: say(step, call) for call in order}
-                said[caches] += [one[0], one[1]]
-                scheduler.step()
-    for ours, theirs in zip(said[True], said[False], strict=True):
+    model, run = sized(16, 24, anew=anew)
+    for ours, theirs in zip(said(hicache.fast, model, run), said(hicache.reference, model, run), strict=True):
         assert relative_rms(ours, theirs) <= 1e-10
+
+
+@pytest.mark.parametrize("how", ["other ids", "written to"])
+def test_a_picture_that_grows_in_the_middle_of_a_run(how: str):
+    """At a step that would be skipped: it runs in full, and the tokens that have no history get one."""
+    model, run = sized(16)
+    _, larger = sized(24)
+    ids, step, ran = run[0][0][1]["img_ids"], 7, []
+    hook = model.transformer_blocks[0].register_forward_hook(lambda *_: ran.append(len(found)))
+    scheduler, found = CountingScheduler(), []
+    with hicache.fast.apply(model, CONFIG, scheduler=scheduler) as handle, torch.no_grad():
+        scheduler.set_timesteps(len(run))
+        for index, [(args, kwargs)] in enumerate(run):
+            if index == step and how == "written to":
+                ids.copy_(larger[0][0][1]["img_ids"])
+            elif index >= step:
+                kwargs = {**kwargs, "img_ids": larger[0][0][1]["img_ids"]}
+            found.append(drawn_part(model, kwargs, model(*args, **kwargs)))
+            scheduler.step()
+        held = handle.stats.history_bytes
+    hook.remove()
+    assert [one.shape[1] for one in found] == [16] * step + [24] * (len(run) - step)
+    assert step in ran
+    assert step - 1 not in ran
+    assert len(ran) < len(run) - 2
+    with torch.no_grad():
+        args, kwargs = larger[step][0]
+        expected = drawn_part(model, kwargs, model(*args, **kwargs))
+    assert torch.equal(found[step], expected)
+    with hicache.fast.apply(model, CONFIG) as handle:
+        replay(model, larger, None)
+        assert handle.stats.history_bytes == held
 
 
 def test_residuals_of_a_controlnet_are_added_to_drawn_tokens():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import hicache.fast
 from hicache import HiCacheConfig
 from hicache.adapters import registry
-from hicache.runtime import finite, token_layout
+from hicache.runtime import token_layout
 from tests.support import pipelines
 from tests.support.comparisons import first, relative_rms
 from tests.support.runs import Run, by_fast, by_reference, recorded_in, replay
@@ -149,7 +149,7 @@ def test_a_device_that_answers_late_is_told_of_a_step_later(monkeypatch: pytest.
 
     monkeypatch.setattr(token_layout, "reading", late)
     model, run = changing(at=7)
-    with pytest.warns(RuntimeWarning, match="other timesteps for tokens that had the same"):
+    with pytest.warns(RuntimeWarning, match="some tokens were forecast as others"):
         _, ran = played(model, run)
     assert not ran[7]
     assert ran[8]
@@ -189,7 +189,7 @@ def test_the_length_of_groups(times: list[list[int]], group: int | None):
     assert (layout.refusal is None) == (group is not None)
 
 
-def test_the_check_of_groups_waits_for_its_device(monkeypatch: pytest.MonkeyPatch):
+def test_the_check_waits_for_its_device(monkeypatch: pytest.MonkeyPatch):
     """Asked again before it has answered, it does not forget."""
     flags: list[Tensor] = []
 
@@ -198,8 +198,12 @@ def test_the_check_of_groups_waits_for_its_device(monkeypatch: pytest.MonkeyPatc
         return lambda: None
 
     monkeypatch.setattr(token_layout, "reading", never)
-    check = token_layout.GroupCheck()
+    adapter = registry.find(pipelines.build("ltx")[0].transformer)
+    layout = token_layout.TokenLayout(range(4), 2)
+    check = token_layout.LayoutCheck(adapter, layout, {})
     for times in ([0, 0, 5, 5], [0, 0, 0, 5], [0, 0, 5, 5]):
-        assert check.holds(torch.tensor([times]), 2)
+        given = {"timestep": torch.tensor([times]), "hidden_states": torch.zeros(1, 4, 8)}
+        assert check.holds(given, gated=True)
     assert [bool(flag) for flag in flags] == [False, True, True]
-    assert finite.reading(flags[-1])() is True
+    assert check.holds(given, gated=False)
+    assert len(flags) == 3

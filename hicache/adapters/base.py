@@ -90,6 +90,8 @@ class ModuleAdapter:
     guidance: tuple[int, int] = (1, 1)
     #: Frames a latent frame and pixels a latent pixel, of the family's usual autoencoder.
     compression: tuple[int, int] = (1, 8)
+    #: Tensors among the model's arguments whose numbers :meth:`drawn` reads.
+    drawn_arguments: tuple[str, ...] = ()
     #: Whether :meth:`drawn` leaves out the tokens of given pictures.
     edits: bool = False
 
@@ -143,8 +145,8 @@ class ModuleAdapter:
         """Which of a call's image tokens reach the picture: the first, the last, or all.
 
         Those of pictures given to an editing model do not: its pipeline cuts them off what the model returns.
-        They are neither recorded nor forecast. Asked once a run; what it reads of the device must be among
-        the arguments by which calls are told apart (``img_ids``).
+        They are neither recorded nor forecast. Asked once a run and context. It may go by shapes, by what is
+        in lists, by the model's configuration, and by the numbers of :attr:`drawn_arguments`.
 
         Args:
             model_kwargs: the model's arguments.

@@ -18,6 +18,7 @@ class Flux(ModulatedAdapter):
     """Doubles: ``gate_msa · attn``, ``gate_mlp · ff``; singles: ``gate · proj_out``; IP-Adapters ungated."""
 
     edits = True
+    drawn_arguments = ("img_ids",)
 
     gate_arguments = ("guidance", "pooled_projections")
 

@@ -21,6 +21,7 @@ class Flux2(ModuleAdapter):
     """
 
     edits = True
+    drawn_arguments = ("img_ids",)
 
     def __init__(self, module: nn.Module, collapse: bool = True) -> None:
         super().__init__(module)

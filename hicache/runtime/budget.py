@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from hicache.adapters.base import ModuleAdapter
-from hicache.runtime.context import CallForm, Context, Contexts
+from hicache.runtime.context import Context, Contexts
 from hicache.runtime.recorders import ModuleRecorder, Recorder, StackRecorder
-from hicache.runtime.token_layout import token_layout
+from hicache.runtime.token_layout import layout_check, token_layout
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,23 @@ class RecorderChoice:
             self.modules.start_run()
         self.recorder = self.modules or self.stack
 
-    def knows(self, form: CallForm | None, model_kwargs: Mapping[str, Any]) -> bool:
-        """Whether the tokens of a call are as in the run its form is from; may read the device."""
+    @property
+    def by_module(self) -> bool:
+        """Whether modules are recorded at the moment."""
+        return self.recorder is self.modules
+
+    def look_again(self, context: Context, model_kwargs: Mapping[str, Any]) -> None:
+        """A context's first call in a run: its tokens may not be laid out as in an earlier run.
+
+        May read the device.
+        """
+        form = context.form
         if form is None:
-            return False
-        return token_layout(self.adapter, model_kwargs, form.entered) == form.layout
+            return
+        if token_layout(self.adapter, model_kwargs, form.entered) == form.layout:
+            context.check = layout_check(self.adapter, form.layout, model_kwargs, form.entered)
+        else:
+            context.unlearn()
 
     def decide(self, context: Context) -> None:
         """At every full step: whether this run's contexts can be cached by module.

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hicache import compat
 
-# how the names of arguments begin that say what is drawn, and which tokens those of the picture drawn are
-_NAMES: Final = ("encoder_hidden_states", "pooled", "class_labels", "cap_feats", "img_ids")
+# how the names of arguments begin that say what is drawn
+_NAMES: Final = ("encoder_hidden_states", "pooled", "class_labels", "cap_feats")
 
 
 class Conditions:

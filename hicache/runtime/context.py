@@ -15,7 +15,7 @@ from hicache.runtime.finite import FiniteCheck
 from hicache.runtime.gate_prefetch import GatePrefetch
 from hicache.runtime.session import Session, StepCounter
 from hicache.runtime.signature import signature
-from hicache.runtime.token_layout import GroupCheck, TokenLayout
+from hicache.runtime.token_layout import LayoutCheck, TokenLayout
 from hicache.token_view import TokenView
 
 MAX_CONTEXTS: Final = 16  # of one denoiser in a run; more means that steps or calls are not what they seem
@@ -64,7 +64,7 @@ class Context:
         self.engine = engine
         self.prefetch = GatePrefetch()
         self.finite = FiniteCheck()
-        self.groups = GroupCheck()
+        self.check: LayoutCheck | None = None
         self.form: CallForm | None = None  # learned from its first call
         self.rotary: list[Any] = []  # embeddings of the last full step
 
@@ -79,7 +79,7 @@ class Context:
         self.skipped_steps = 0
         self.prefetch.restart()
         self.finite = FiniteCheck()
-        self.groups = GroupCheck()
+        self.check = None
 
     def is_full(self, step: int) -> bool:
         """Whether the transformer runs at this step of the run."""
@@ -99,14 +99,14 @@ class Context:
     def unlearn(self) -> None:
         """What was learned of its form does not hold; what is recorded may."""
         self.form = None
-        self.groups = GroupCheck()
+        self.check = None
 
     def release(self) -> None:
         """Free its memory, and forget what was learned."""
         self.engine.release()
         self.prefetch.forget()
         self.rotary.clear()
-        self.form = None
+        self.unlearn()
 
     @property
     def planned_nbytes(self) -> int:

@@ -12,7 +12,7 @@ from hicache.runtime.budget import RecorderChoice
 from hicache.runtime.context import BegunCall, CallForm
 from hicache.runtime.finite import not_finite
 from hicache.runtime.recorders import NotFinite, Unfit
-from hicache.runtime.token_layout import token_layout
+from hicache.runtime.token_layout import layout_check, token_layout
 from hicache.stats import Stopwatch
 from hicache.step_plan import FullStep
 
@@ -45,6 +45,7 @@ class FirstCall:
                 form.num_features = adapter.num_features(block_kwargs)
                 form.refusal = form.layout.refusal or adapter.refusal(block_kwargs, model_kwargs)
             context.form = form
+            context.check = layout_check(choice.adapter, form.layout, model_kwargs, hidden.shape)
             choice.decide(context)
             plan = choice.recorder.plan_full(context.engine, form)
             choice.recorder.learn(hidden, block_kwargs, model_kwargs)

@@ -39,19 +39,23 @@ class CallPlanner:
 
     def is_full(self, begun: BegunCall) -> bool:
         """Whether the blocks run in this call."""
-        failed = begun.context.finite.failed_step()
+        context, choice = begun.context, self._choice
+        failed = context.finite.failed_step()
         if failed is not None:
-            self._choice.warn(not_finite(begun.context.label, failed))
-            begun.context.distrust()
-        return begun.context.is_full(begun.step) or not self._choice.recorder.can_skip(begun)
+            choice.warn(not_finite(context.label, failed))
+            context.distrust()
+        if context.check is not None and not context.check.holds(begun.model_kwargs, choice.by_module):
+            context.unlearn()
+            return True
+        return context.is_full(begun.step) or not choice.recorder.can_skip(begun)
 
     def begin_full(self, begun: BegunCall) -> None:
         """Plan a full step; the first of its form is learned from."""
         call, choice, context = self._hooked.call, self._choice, begun.context
         self._hooked.refresh()
         call.checked, call.rotary = begun.checked, context.rotary
-        if context.full_steps == 0 and not choice.knows(context.form, begun.model_kwargs):
-            context.unlearn()
+        if context.full_steps == 0:
+            choice.look_again(context, begun.model_kwargs)
         if choice.modules is not None and choice.modules.late is not None:
             call.on_entry = lambda: choice.recorder.foresee(begun, self._session.clock)
         if context.form is None:
@@ -151,7 +155,7 @@ class CallPlanner:
                 f"recorded; {UNCACHED}"
             )
         if lesson is not None and lesson.unfit is not None:
-            context.form = None
+            context.unlearn()
             context.distrust()
             return
         assert context.form is not None

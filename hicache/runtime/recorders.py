@@ -158,20 +158,7 @@ class ModuleRecorder(Recorder):
         return begun.context.prefetch.gates(self.adapter, begun.step, begun.model_kwargs)
 
     def can_skip(self, begun: BegunCall) -> bool:
-        if not self._groups_hold(begun):
-            begun.context.unlearn()  # and learn anew, from this step
-            return False
         return self.late is None or not self.late.needed or self._prefetched(begun) is not None
-
-    def _groups_hold(self, begun: BegunCall) -> bool:
-        """Whether tokens that shared gates at the step they were learned from still do."""
-        form = begun.context.form
-        if form is None or form.layout.group is None:
-            return True
-        timesteps = self.adapter.token_timesteps(begun.model_kwargs)
-        assert timesteps is not None
-        drawn = form.layout.drawn
-        return begun.context.groups.holds(timesteps[:, drawn.start : drawn.stop], form.layout.group)
 
     def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
         """The gates of this step, ``[num_features, batch, channels]``; of a sample, or a group of tokens."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hicache import compat
 from hicache.adapters.base import ModuleAdapter
 from hicache.runtime.finite import reading
 
@@ -66,33 +67,82 @@ def _run_length(timesteps: Tensor) -> int:
     return math.gcd(timesteps.shape[1], *changes.tolist())
 
 
-class GroupCheck:
-    """Whether the tokens of a group still have one timestep, in one context. Never waits for a CUDA device.
+class LayoutCheck:
+    """Whether the tokens of a context are still laid out as they were learned. Never waits for a CUDA device.
 
-    Asked at every skipped step; a CUDA device may answer at a later one.
+    Asked at every call; a CUDA device may answer at a later one.
+
+    Args:
+        adapter: the family's.
+        layout: as learned.
+        model_kwargs: the model's arguments that it was learned from.
     """
 
-    def __init__(self) -> None:
-        self._off: Tensor | None = None  # whether there was another timestep in a group, left on the device
+    def __init__(self, adapter: ModuleAdapter, layout: TokenLayout, model_kwargs: Mapping[str, Any]) -> None:
+        self._adapter = adapter
+        self._layout = layout
+        # held, so that no others take their addresses; copied, as they may be made anew, or written to
+        given = {name: model_kwargs.get(name) for name in adapter.drawn_arguments}
+        self._kept = {
+            name: (value, compat.write_count(value), value.detach().clone())
+            for name, value in given.items()
+            if isinstance(value, Tensor)
+        }
+        self._off: Tensor | None = None  # whether something was laid out otherwise, left on the device
         self._answer: Callable[[], bool | None] | None = None
 
-    def holds(self, timesteps: Tensor, group: int) -> bool:
-        """Whether nothing else is known of this step and those before it.
+    def holds(self, model_kwargs: Mapping[str, Any], gated: bool) -> bool:
+        """Whether nothing else is known of this call and those before it.
 
         Args:
-            timesteps: of the drawn tokens, ``[batch, tokens]``.
-            group: how many neighbours share gates.
+            model_kwargs: the model's arguments.
+            gated: whether tokens that share gates have to have one timestep.
         """
         if self._answer is not None and self._answer():
             warnings.warn(
-                "hicache: the transformer was called with other timesteps for tokens that had the same: the "
-                "last skipped steps gave some of them the gates of others; the next step runs in full",
+                "hicache: the transformer was called with positions or timesteps of tokens that are not "
+                "those of the last full step, and some tokens were forecast as others; this step runs in "
+                "full",
                 RuntimeWarning,
                 stacklevel=2,
             )
             return False
-        groups = timesteps.unflatten(1, (-1, group))
-        off = (groups != groups[..., :1]).any()
-        self._off = off if self._off is None else self._off.logical_or(off)
+        found = [*self._other_pictures(model_kwargs), *(self._other_groups(model_kwargs) if gated else ())]
+        if not found:
+            return True
+        for off in found:
+            self._off = off if self._off is None else self._off.logical_or(off.to(self._off.device))
+        assert self._off is not None
         self._answer = reading(self._off)
         return not self._answer()
+
+    def _other_pictures(self, model_kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+        """Whether an argument has other numbers, where it is another tensor or was written to."""
+        for name, (kept, writes, numbers) in self._kept.items():
+            value = model_kwargs[name]
+            if value is not kept or writes is None or compat.write_count(value) != writes:
+                yield (value != numbers).any()
+
+    def _other_groups(self, model_kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+        """Whether the tokens of a group have several timesteps."""
+        drawn, group = self._layout.drawn, self._layout.group
+        timesteps = None if group is None else self._adapter.token_timesteps(model_kwargs)
+        if group is not None and timesteps is not None:
+            groups = timesteps[:, drawn.start : drawn.stop].unflatten(1, (-1, group))
+            yield (groups != groups[..., :1]).any()
+
+
+def layout_check(
+    adapter: ModuleAdapter | None, layout: TokenLayout, model_kwargs: Mapping[str, Any], shape: torch.Size
+) -> LayoutCheck | None:
+    """What looks out for another layout; None where any other would be served as well.
+
+    Args:
+        adapter: the family's.
+        layout: as learned.
+        model_kwargs: the model's arguments that it was learned from.
+        shape: of the hidden state.
+    """
+    if adapter is None or (layout.group is None and len(layout.drawn) == shape[1]):
+        return None
+    return LayoutCheck(adapter, layout, model_kwargs)
