@@ -11,7 +11,7 @@ from tests.support.scripts import run_script
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flux", "wan", "qwen"])
+@pytest.mark.parametrize("name", ["flux", "wan", "qwen", "flux_kontext", "qwen_edit"])
 def test_two_processes_draw_what_one_does(name: str):
     with socket.socket() as free:
         free.bind(("localhost", 0))

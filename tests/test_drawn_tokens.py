@@ -222,6 +222,25 @@ def test_a_picture_alone_of_a_model_that_edits():
     assert relative_rms(by_fast(model, run, CONFIG), by_reference(model, run, CONFIG)) <= 1e-10
 
 
+@pytest.mark.parametrize(
+    ("shapes", "tokens", "refused"),
+    [
+        ([(1, 4, 4), (1, 4, 4)], 32, False),
+        ([(1, 4, 4), (1, 4, 4)], 16, True),  # of two processes, which have a picture each
+        ([(1, 4, 4), (1, 2, 4), (1, 2, 4)], 32, False),
+        ([(1, 4, 4)], 16, False),
+        ([(1, 4, 4)], 8, True),
+    ],
+)
+def test_zero_cond_t_has_one_gate_where_the_first_picture_is_drawn(
+    shapes: list[Any], tokens: int, refused: bool
+):
+    adapter = registry.find(pipelines.build("qwen_edit_plus")[0].transformer)
+    block_kwargs = {"modulate_index": torch.zeros(1, tokens), "hidden_states": torch.zeros(1, tokens, 48)}
+    refusal = adapter.refusal(block_kwargs, {"img_shapes": [shapes]})
+    assert (refusal is not None) == refused
+
+
 # Which tokens are drawn.
 
 

@@ -72,9 +72,10 @@ class QwenImage(ModulatedAdapter):
         if block_kwargs.get("modulate_index") is None:
             return None
         # the first picture has the gates of now
-        first, tokens = model_kwargs["img_shapes"][0][0], block_kwargs["hidden_states"].shape[1]
-        if len(self.drawn(model_kwargs, tokens)) != math.prod(first):
-            return "its gates differ between pictures, and the first is not the one drawn (zero_cond_t)"
+        sizes = [math.prod(shape) for shape in model_kwargs["img_shapes"][0]]
+        tokens = block_kwargs["hidden_states"].shape[1]
+        if tokens != sum(sizes) or len(self.drawn(model_kwargs, tokens)) != sizes[0]:
+            return "its gates differ between pictures, and the first is not all that is drawn (zero_cond_t)"
         return None
 
     def between(self, model_kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
