@@ -211,6 +211,17 @@ def test_given_pictures_and_weights_that_come_and_go():
         assert relative_rms(trace(pipe, arguments), expected) <= 1e-6
 
 
+@pytest.mark.parametrize("name", ["flux_kontext", "qwen_edit_plus"])
+def test_two_pictures_at_once(name: str):
+    """Their drawn tokens do not lie side by side."""
+    pipe, arguments = pipelines.build_randomized(name)
+    arguments["num_images_per_prompt"] = 2
+    with hicache.reference.apply(pipe, CONFIG):
+        expected = trace(pipe, arguments)
+    with hicache.fast.apply(pipe, CONFIG, granularity="module"):
+        assert relative_rms(trace(pipe, arguments), expected) <= 2e-5
+
+
 def test_a_picture_alone_of_a_model_that_edits():
     """zero_cond_t with nothing given: all tokens have the gates of now."""
     model, run = recorded_in("qwen_edit_plus", torch.float64)
