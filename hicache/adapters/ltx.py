@@ -22,5 +22,7 @@ class LTX(TableAdapter):
         return temb.reshape(len(base), 6, -1)
 
     def token_timesteps(self, model_kwargs: Mapping[str, Any]) -> Tensor | None:
-        batch, timestep = len(model_kwargs["hidden_states"]), model_kwargs["timestep"]
-        return None if timestep.numel() == batch else timestep.reshape(batch, -1)
+        hidden, timestep = model_kwargs.get("hidden_states"), model_kwargs.get("timestep")
+        if not isinstance(hidden, Tensor) or not isinstance(timestep, Tensor) or timestep.ndim == 0:
+            return None
+        return None if timestep.numel() == len(hidden) else timestep.reshape(len(hidden), -1)

@@ -24,5 +24,5 @@ class Wan(TableAdapter):
         return temb.float() if temb.dtype != base.dtype or base.element_size() < 4 else temb
 
     def token_timesteps(self, model_kwargs: Mapping[str, Any]) -> Tensor | None:
-        timestep = model_kwargs["timestep"]
-        return timestep if timestep.ndim == 2 else None
+        timestep = model_kwargs.get("timestep")
+        return timestep if isinstance(timestep, Tensor) and timestep.ndim == 2 else None
