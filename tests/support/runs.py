@@ -30,7 +30,7 @@ def drawn(model: nn.Module, arguments: Arguments, output: Any) -> Tensor:
     """What pipelines read of what a denoiser returns: not the tokens of given pictures."""
     hidden = first(output)
     shapes, ids = arguments.get("img_shapes"), arguments.get("img_ids")
-    if shapes is not None:
+    if shapes is not None and isinstance(shapes[0], list):
         # in layers, all are drawn but the last
         last = -1 if model.config.use_layer3d_rope else 1
         return hidden[:, : sum(map(math.prod, shapes[0][:last]))]
