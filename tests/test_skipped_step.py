@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hicache.fast
 from hicache import HiCacheConfig
-from hicache.runtime import token_layout
+from hicache.runtime import finite
 from tests.support import pipelines
 
 # what waits for a device: its answer is needed on the host
@@ -87,7 +87,7 @@ def test_given_pictures_cost_a_cut_and_a_join(granularity):
 )
 def test_no_sync_and_one_kernel_a_call(name, monkeypatch):
     # what is asked of tokens' positions and timesteps is not waited for, where the device is not the host
-    monkeypatch.setattr(token_layout, "reading", lambda flag: lambda: None)
+    monkeypatch.setattr(finite, "reading", lambda flag: lambda: None)
     pipe, arguments = pipelines.build(name)
     calls = operations(pipe, arguments, "module")
     contexts = len(calls) // 12

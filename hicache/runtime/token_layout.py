@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hicache import compat
 from hicache.adapters.base import ModuleAdapter
-from hicache.runtime.finite import reading
+from hicache.runtime import finite
 
 _TOKEN_BY_TOKEN = "its gates differ from token to token (a timestep for every token)"
 
@@ -88,7 +88,7 @@ class LayoutCheck:
             for name, value in given.items()
             if isinstance(value, Tensor)
         }
-        self._off: Tensor | None = None  # whether something was laid out otherwise, left on the device
+        self._same: Tensor | None = None  # whether all was laid out as learned, left on the device
         self._answer: Callable[[], bool | None] | None = None
 
     def holds(self, model_kwargs: Mapping[str, Any], gated: bool) -> bool:
@@ -98,7 +98,7 @@ class LayoutCheck:
             model_kwargs: the model's arguments.
             gated: whether tokens that share gates have to have one timestep.
         """
-        if self._answer is not None and self._answer():
+        if self._answer is not None and self._answer() is False:
             warnings.warn(
                 "hicache: the transformer was called with positions or timesteps of tokens that are not "
                 "those of the last full step, and some tokens were forecast as others; this step runs in "
@@ -107,29 +107,29 @@ class LayoutCheck:
                 stacklevel=2,
             )
             return False
-        found = [*self._other_pictures(model_kwargs), *(self._other_groups(model_kwargs) if gated else ())]
+        found = [*self._same_pictures(model_kwargs), *(self._same_groups(model_kwargs) if gated else ())]
         if not found:
             return True
-        for off in found:
-            self._off = off if self._off is None else self._off.logical_or(off.to(self._off.device))
-        assert self._off is not None
-        self._answer = reading(self._off)
-        return not self._answer()
+        for same in found:
+            self._same = same if self._same is None else self._same.logical_and(same.to(self._same.device))
+        assert self._same is not None
+        self._answer = finite.reading(self._same)
+        return self._answer() is not False
 
-    def _other_pictures(self, model_kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-        """Whether an argument has other numbers, where it is another tensor or was written to."""
+    def _same_pictures(self, model_kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+        """Whether an argument has the same numbers, where it is another tensor or was written to."""
         for name, (kept, writes, numbers) in self._kept.items():
             value = model_kwargs[name]
             if value is not kept or writes is None or compat.write_count(value) != writes:
-                yield (value != numbers).any()
+                yield (value == numbers).all()
 
-    def _other_groups(self, model_kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-        """Whether the tokens of a group have several timesteps."""
+    def _same_groups(self, model_kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+        """Whether the tokens of a group have one timestep."""
         drawn, group = self._layout.drawn, self._layout.group
         timesteps = None if group is None else self._adapter.token_timesteps(model_kwargs)
         if group is not None and timesteps is not None:
             groups = timesteps[:, drawn.start : drawn.stop].unflatten(1, (-1, group))
-            yield (groups != groups[..., :1]).any()
+            yield (groups == groups[..., :1]).all()
 
 
 def layout_check(
