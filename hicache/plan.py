@@ -30,7 +30,7 @@ class DenoiserPlan:
 
     granularity: str  # "module" or "stack", as apply() would choose
     contexts: int  # calls a step, each with a history of its own
-    hidden: tuple[int, int, int]  # the hidden state of a call: batch, image tokens, channels
+    hidden: tuple[int, int, int]  # what is recorded of a call's hidden state: batch, tokens, channels
     num_features: int  # of a history by module; a history of the stack has one
     module_bytes: int  # of all contexts
     stack_bytes: int
@@ -101,7 +101,9 @@ def plan(
         guided: with classifier-free guidance, as the family's pipeline does it: two calls a step, or one of
             twice the batch. Nothing for models with distilled guidance.
         calls: of the transformer in a step, where it is not as many: 2 for FLUX.1 with true guidance.
-        more_tokens: image tokens besides the picture's own: those of pictures given to an editing model.
+        more_tokens: image tokens besides the picture's own: those of pictures given to a model. They take no
+            history where only the drawn tokens are recorded (FLUX.1 Kontext, FLUX.2, Qwen-Image's editing
+            models).
         granularity: as for :func:`hicache.fast.apply`.
         memory_budget: as for :func:`hicache.fast.apply`.
         dtype: of the features; the transformer's own when None.
@@ -133,7 +135,8 @@ def plan(
             )
         contexts, samples = adapter.guidance if guided else (1, 1)
         contexts = calls or contexts
-        tokens = adapter.tokens(_latent_shape(pipe, adapter, (num_frames, height, width))) + more_tokens
+        tokens = adapter.tokens(_latent_shape(pipe, adapter, (num_frames, height, width)))
+        tokens += 0 if adapter.edits else more_tokens
         hidden = (batch * samples, tokens, adapter.channels)
         engine = Engine(config)
         kept = dtype or next(module.parameters()).dtype

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hicache import compat
 from hicache.engine import Sum
+from hicache.token_view import TokenView
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,16 @@ class FullStep:
         slots: the inboxes that are written to, a feature each, ``[batch, tokens, channels]``.
         base: by stack, memory for the hidden state that enters the first block; may be the slot itself. The
             slot then receives the residual. By module None: the modules' outputs are recorded.
+        view: of the hidden state that the features have; None: all of it.
     """
 
     slots: tuple[Tensor, ...]
     base: Tensor | None = None
+    view: TokenView | None = None
+
+    def drawn(self, hidden: Tensor) -> Tensor:
+        """What of a hidden state is recorded."""
+        return hidden if self.view is None else self.view.drawn(hidden)
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class SkippedStep:
         gated: whether they are computed where they were not; without, gates are one.
         between: what the model itself adds to the hidden state between its blocks.
         ones: features after those of the blocks, whose gates are one.
+        view: of the hidden state that the features have; None: all of it, with a gate a sample.
     """
 
     sum: Sum
@@ -48,11 +56,13 @@ class SkippedStep:
     gated: bool = False
     between: tuple[Tensor, ...] = ()
     ones: int = 0
+    view: TokenView | None = None
 
     def of_any_size(self) -> SkippedStep:
         """The same plan for torch.compile, which makes one graph of it whatever the picture's size."""
         total = replace(self.sum, orders=compat.of_any_size(self.sum.orders))
-        return replace(self, sum=total, between=compat.of_any_size(self.between))
+        view = None if self.view is None else self.view.of_any_size()
+        return replace(self, sum=total, between=compat.of_any_size(self.between), view=view)
 
     @property
     def inputs(self) -> list[Tensor]:

@@ -35,7 +35,7 @@ LAYERS = [
     {"hicache.schedule", "hicache.numbers"},
     {"hicache.engine"},
     {"hicache"},
-    {"hicache.step_plan", "hicache.stats", "hicache.adapters", "hicache.pipeline"},
+    {"hicache.token_view", "hicache.step_plan", "hicache.stats", "hicache.adapters", "hicache.pipeline"},
     {"hicache.hooks", "hicache.handle"},
     {"hicache.cuda_graphs"},
     {"hicache.runtime"},

@@ -104,7 +104,6 @@ def test_clean_families(surveys: dict[str, Survey], title: str):
 def test_models_are_cached_by_module_where_they_can_be(surveys: dict[str, Survey]):
     by_stack = {title for title, found in surveys.items() if found.finest == "stack"}
     assert by_stack == {
-        "Qwen-Image-Edit, `zero_cond_t`",
         "HunyuanVideo 1.5",
         "Wan VACE",
         "CogView4",

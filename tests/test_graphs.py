@@ -24,7 +24,8 @@ from hicache.cuda_graphs.call_graph import CallArguments
 from hicache.engine import Sum
 from hicache.hooks.transformer import HookedTransformer
 from hicache.stats import GraphStats
-from hicache.step_plan import RunningCall, SkippedStep
+from hicache.step_plan import FullStep, RunningCall, SkippedStep
+from hicache.token_view import TokenView
 from tests.support import models, pipelines
 from tests.support.comparisons import close
 from tests.support.graphs import CONFIG, PIPELINES, STEPS, FakeBackend, connect, other_prompt
@@ -213,6 +214,22 @@ def test_graphs_of_blocks_over_the_limit_leave_their_pool():
         blocks.begin()
         blocks.run(block, (torch.zeros(width, 2),), {})
     assert fake.drops == before + 1
+
+
+def test_blocks_that_record_other_tokens_are_captured_anew():
+    """Into the same memory, of the same block, given the same form of arguments."""
+    fake, call, stats = FakeBackend(), RunningCall(), GraphStats()
+    fake.call = call
+    blocks = BlockGraphs(call, fake, stats, limit=4)
+    block, hidden, slot = torch.nn.Linear(2, 2), torch.zeros(1, 4, 2), torch.zeros(1, 2, 2)
+    captures = []
+    for drawn in (range(2), range(2, 4)):
+        call.plan = FullStep((slot,), view=TokenView.of(hidden, drawn, None))
+        for _ in range(2):
+            blocks.begin()
+            blocks.run(block, (hidden,), {})
+        captures.append(stats.captures)
+    assert captures == [1, 2]
 
 
 def recaptured(pipe: Any, arguments: dict[str, Any], change: Callable[[Any], Any]) -> tuple[int, Tensor]:

@@ -31,7 +31,6 @@ from tests.support.runs import (
     by_fast,
     by_reference,
     count_calls,
-    record,
     recorded,
     recorded_in,
     replay,
@@ -68,7 +67,7 @@ FAMILIES = (
 )
 # Wan's blocks cast to float32 within, also those of a float64 model. The fast path does not run them on a
 # skipped step, so it is the more precise of the two.
-SINGLE_PRECISION = ("wan", "wan22", "wan_many")
+SINGLE_PRECISION = ("wan", "wan22", "wan_many", "wan_ti2v", "wan_ti2v_picture")
 
 every_pipeline = pytest.mark.parametrize("name", pipelines.BY_MODULE)
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -624,27 +623,32 @@ def test_asking_for_modules_nobody_knows_keeps_the_cache_there_is():
         assert handle.active
 
 
-def _zero_cond_t() -> tuple[nn.Module, Run]:
-    pipe, arguments = pipelines.build("qwen_edit_plus")
-    pipelines.randomize(pipe.transformer)
-    return pipe.transformer, record(pipe, arguments)
+def _layered_zero_cond_t() -> tuple[nn.Module, Run]:
+    """The second layer drawn has the gates of a picture given."""
+    original, run = recorded("qwen_layered")
+    model = models.reconfigured(original, zero_cond_t=True, use_additional_t_cond=False)
+    for calls in (run := copy.deepcopy(run)):
+        for _, kwargs in calls:
+            del kwargs["additional_t_cond"]
+    return pipelines.randomize(model), run
 
 
 def _token_replace() -> tuple[nn.Module, Run]:
+    """Nothing but the frame given."""
     original, call = models.build("hunyuan_video")
     model = models.reconfigured(original, image_condition_type="token_replace")
-    return pipelines.randomize(model), [[((), call(t))] for t in torch.linspace(1, 0.1, 12)]
+    frame = models.noise(1, 4, 1, 4, 4)
+    times = torch.linspace(1, 0.1, 12)
+    return pipelines.randomize(model), [[((), {**call(t), "hidden_states": frame})] for t in times]
 
 
 def _per_token(name: str, tokens: int) -> tuple[nn.Module, Run]:
-    """The tokens of the first frame are given: their timestep is 0."""
+    """No two neighbours have one timestep."""
     model, run = recorded(name)
     run = copy.deepcopy(run)
     for calls in run:
         for _, kwargs in calls:
-            timestep = kwargs["timestep"]
-            kwargs["timestep"] = timestep[:, None].expand(-1, tokens).clone()
-            kwargs["timestep"][:, : tokens // 3] = 0
+            kwargs["timestep"] = kwargs["timestep"][:, None] * torch.linspace(1, 0.5, tokens)
     return copy.deepcopy(model), run
 
 
@@ -658,7 +662,7 @@ def _ltx_per_token() -> tuple[nn.Module, Run]:
 
 
 REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, Run]], str]] = {
-    "qwen_zero_cond_t": (_zero_cond_t, "zero_cond_t"),
+    "qwen_layered_zero_cond_t": (_layered_zero_cond_t, "zero_cond_t"),
     "hunyuan_token_replace": (_token_replace, "token_replace"),
     "wan_per_token": (_wan_per_token, "a timestep for every token"),
     "ltx_per_token": (_ltx_per_token, "a timestep for every token"),

@@ -17,9 +17,14 @@ SCRIPTS = {"context_parallel.py": 1e-5, "sharded.py": 0.0}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("name", ["flux", "wan", "qwen"])
-def test_two_processes_draw_what_one_does(name: str, script: str):
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [
+        *(("context_parallel.py", name) for name in ("flux", "wan", "qwen", "flux_kontext", "qwen_edit")),
+        *(("sharded.py", name) for name in ("flux", "wan", "qwen")),
+    ],
+)
+def test_two_processes_draw_what_one_does(script: str, name: str):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])

@@ -9,6 +9,7 @@ import pytest
 
 import hicache.fast
 from hicache import HiCacheConfig
+from hicache.runtime import finite
 from tests.support import pipelines
 from tests.support.operations import Operations
 
@@ -54,8 +55,27 @@ def test_flux_at_its_true_depth(granularity):
         assert not [name for name in seen if name.split(".")[1] in SYNCS]
 
 
-@pytest.mark.parametrize("name", ["qwen", "sd3", "hunyuan", "dit", "wan", "ltx", "pixart"])
-def test_no_sync_and_one_kernel_a_call(name):
+@pytest.mark.parametrize("granularity", ["module", "stack"])
+def test_given_pictures_cost_a_cut_and_a_join(granularity):
+    """Of the hidden state, beside what a step without them does."""
+    plain = skipped(operations(*pipelines.build("flux"), granularity))
+    for seen, other in zip(
+        skipped(operations(*pipelines.build("flux_kontext"), granularity)), plain, strict=True
+    ):
+        assert seen - other == Counter({"aten.slice.Tensor": 2, "aten.cat.default": 1})
+        assert not other - seen
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("qwen", "sd3", "hunyuan", "dit", "wan", "ltx", "pixart"),
+        *("flux2_edit", "hunyuan_picture", "wan_ti2v_picture", "ltx_pictures"),
+    ],
+)
+def test_no_sync_and_one_kernel_a_call(name, monkeypatch):
+    # what is asked of tokens' positions and timesteps is not waited for, where the device is not the host
+    monkeypatch.setattr(finite, "reading", lambda flag: lambda: None)
     pipe, arguments = pipelines.build(name)
     calls = operations(pipe, arguments, "module")
     contexts = len(calls) // 12

@@ -90,6 +90,10 @@ class ModuleAdapter:
     guidance: tuple[int, int] = (1, 1)
     #: Frames a latent frame and pixels a latent pixel, of the family's usual autoencoder.
     compression: tuple[int, int] = (1, 8)
+    #: Tensors among the model's arguments whose numbers :meth:`drawn` reads.
+    drawn_arguments: tuple[str, ...] = ()
+    #: Whether :meth:`drawn` leaves out the tokens of given pictures.
+    edits: bool = False
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -105,6 +109,9 @@ class ModuleAdapter:
 
     def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
         """The gates of this step: ``[num_features, batch, channels]``, contiguous, like ``base``.
+
+        ``base`` is what is recorded of the hidden state, ``[batch, tokens, channels]``; with
+        :meth:`token_timesteps`, ``[batch · groups, tokens of a group, channels]``.
 
         Made by :class:`~hicache.adapters.gates.Gates`, kept as an attribute, where they need weights of
         blocks: those may be offloaded.
@@ -134,7 +141,29 @@ class ModuleAdapter:
         """Modules whose weights gates are made of; for adapters with :attr:`gate_arguments`."""
         return ()
 
-    def refusal(self, block_kwargs: Mapping[str, Any]) -> str | None:
+    def drawn(self, model_kwargs: Mapping[str, Any], tokens: int) -> range:
+        """Which of a call's image tokens reach the picture: the first, the last, or all.
+
+        Those of pictures given to an editing model do not: its pipeline cuts them off what the model returns.
+        They are neither recorded nor forecast. Asked once a run and context. It may go by shapes, by what is
+        in lists, by the model's configuration, and by the numbers of :attr:`drawn_arguments`.
+
+        Args:
+            model_kwargs: the model's arguments.
+            tokens: of the hidden state that enters the first block: all of them are drawn where that is
+                another number than the arguments promise, as where tokens are spread over processes.
+        """
+        return range(tokens)
+
+    def token_timesteps(self, model_kwargs: Mapping[str, Any]) -> Tensor | None:
+        """The timesteps of all image tokens, ``[batch, tokens]``; None where a sample has one.
+
+        Tokens alike in it have the same gates. Where they are so in groups of neighbours, a frame each,
+        :meth:`gates` is asked for gates of groups.
+        """
+        return None
+
+    def refusal(self, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> str | None:
         """Why a call like this cannot be cached module by module; None when it can."""
         return None
 

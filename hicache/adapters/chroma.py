@@ -43,7 +43,7 @@ class Chroma(ModuleAdapter):
             self._index = self._index.to(self._vectors.device)
         return self._vectors.transpose(0, 1)[self._index].to(base.dtype)
 
-    def refusal(self, block_kwargs: Mapping[str, Any]) -> str | None:
+    def refusal(self, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> str | None:
         if "ip_hidden_states" in (block_kwargs.get("joint_attention_kwargs") or {}):
             return "IP-Adapter outputs of Chroma are not recorded"
         return None

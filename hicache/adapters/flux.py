@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hicache.adapters import given_pictures
 from hicache.adapters.base import ModuleOutput, doubles_and_singles, packed, repeated
 from hicache.adapters.controlnet import flux_controlnet
 from hicache.adapters.gates import GateRows, Gates
@@ -15,6 +16,9 @@ from hicache.adapters.modulated import ModulatedAdapter
 
 class Flux(ModulatedAdapter):
     """Doubles: ``gate_msa · attn``, ``gate_mlp · ff``; singles: ``gate · proj_out``; IP-Adapters ungated."""
+
+    edits = True
+    drawn_arguments = ("img_ids",)
 
     gate_arguments = ("guidance", "pooled_projections")
 
@@ -49,6 +53,10 @@ class Flux(ModulatedAdapter):
         inputs += [] if guidance is None else [guidance.to(like.dtype) * 1000]
         temb: Tensor = self.module.time_text_embed(*inputs, pooled)
         return temb
+
+    def drawn(self, model_kwargs: Mapping[str, Any], tokens: int) -> range:
+        # Kontext's given picture is at time one
+        return given_pictures.by_ids(model_kwargs.get("img_ids"), tokens, lambda times: times == 1)
 
     def between(self, model_kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
         return flux_controlnet(self.module, model_kwargs)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hicache.adapters import given_pictures
 from hicache.adapters.base import ModuleAdapter, ModuleOutput, packed
 
 
@@ -18,6 +19,9 @@ class Flux2(ModuleAdapter):
         module: the transformer.
         collapse: False makes every output a feature of its own: the same sum, for comparison.
     """
+
+    edits = True
+    drawn_arguments = ("img_ids",)
 
     def __init__(self, module: nn.Module, collapse: bool = True) -> None:
         super().__init__(module)
@@ -57,7 +61,11 @@ class Flux2(ModuleAdapter):
             gates = torch.cat([attention_and_mlp, gates[2:].repeat(len(self._singles), 1, 1)])
         return gates[: self.num_features(block_kwargs)].contiguous()
 
-    def refusal(self, block_kwargs: Mapping[str, Any]) -> str | None:
+    def drawn(self, model_kwargs: Mapping[str, Any], tokens: int) -> range:
+        # given pictures are at times 10, 20, …; with kv_cache_mode they come first, and once
+        return given_pictures.by_ids(model_kwargs.get("img_ids"), tokens, lambda times: times >= 10)
+
+    def refusal(self, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> str | None:
         if block_kwargs["temb_mod_img"].numel() // (6 * self.module.inner_dim) not in (
             1,
             len(block_kwargs["hidden_states"]),

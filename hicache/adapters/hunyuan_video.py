@@ -36,7 +36,20 @@ class HunyuanVideo(ModulatedAdapter):
         temb: Tensor = self.module.time_text_embed(timesteps, pooled, guidance)[0]
         return temb
 
-    def refusal(self, block_kwargs: Mapping[str, Any]) -> str | None:
-        if self.module.config.image_condition_type == "token_replace":
+    def drawn(self, model_kwargs: Mapping[str, Any], tokens: int) -> range:
+        config, latents = self.module.config, model_kwargs["hidden_states"]
+        # the frame given is the first latent frame, and all of the first tokens' frame
+        if config.image_condition_type == "token_replace" and config.patch_size_t == 1:
+            *_, frames, height, width = latents.shape
+            frame = (height // config.patch_size) * (width // config.patch_size)
+            if frames > 1 and frames * frame == tokens:
+                return range(frame, tokens)
+        return range(tokens)
+
+    def refusal(self, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> str | None:
+        tokens = block_kwargs["hidden_states"].shape[1]
+        if self.module.config.image_condition_type == "token_replace" and (
+            len(self.drawn(model_kwargs, tokens)) == tokens
+        ):
             return "the gates of its first frame are not those of the others (token_replace)"
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hicache.adapters.shared_gates import TableAdapter
+from hicache.adapters.shared_gates import TableAdapter, of_groups
 
 
 class LTX(TableAdapter):
@@ -17,10 +17,12 @@ class LTX(TableAdapter):
     compression = (8, 32)
 
     def shared(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
-        temb: Tensor = block_kwargs["temb"]  # [batch, 1, 6 · channels]
+        temb: Tensor = block_kwargs["temb"]  # [batch, 1 or tokens, 6 · channels]
+        temb = temb if temb.shape[1] == 1 else of_groups(temb, base)
         return temb.reshape(len(base), 6, -1)
 
-    def refusal(self, block_kwargs: Mapping[str, Any]) -> str | None:
-        if block_kwargs["temb"].shape[1] != 1:
-            return "its gates differ from token to token (a timestep for every token)"
-        return None
+    def token_timesteps(self, model_kwargs: Mapping[str, Any]) -> Tensor | None:
+        hidden, timestep = model_kwargs.get("hidden_states"), model_kwargs.get("timestep")
+        if not isinstance(hidden, Tensor) or not isinstance(timestep, Tensor) or timestep.ndim == 0:
+            return None
+        return None if timestep.numel() == len(hidden) else timestep.reshape(len(hidden), -1)

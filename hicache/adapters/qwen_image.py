@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from hicache.adapters import given_pictures
 from hicache.adapters.base import ModuleOutput, repeated
 from hicache.adapters.controlnet import spread
 from hicache.adapters.gates import GateRows, Gates
@@ -17,6 +19,7 @@ class QwenImage(ModulatedAdapter):
     """The image stream of 60 double blocks."""
 
     guidance = (2, 1)
+    edits = True
 
     gate_arguments = ("guidance", "additional_t_cond")
 
@@ -44,9 +47,35 @@ class QwenImage(ModulatedAdapter):
         temb: Tensor = self.module.time_text_embed(*inputs, like, more)
         return temb
 
-    def refusal(self, block_kwargs: Mapping[str, Any]) -> str | None:
+    def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
         if block_kwargs.get("modulate_index") is not None:
-            return "its gates differ between the picture drawn and the pictures given (zero_cond_t)"
+            # zero_cond_t: the second half is of timestep zero, for the tokens of given pictures
+            block_kwargs = {**block_kwargs, "temb": block_kwargs["temb"].chunk(2)[0]}
+        return super().gates(block_kwargs, base)
+
+    def gate_inputs(
+        self,
+        block_kwargs: Mapping[str, Any],
+        model_kwargs: Mapping[str, Any],
+        timesteps: Tensor,
+        steps: int,
+        like: Tensor,
+    ) -> Mapping[str, Any]:
+        inputs = super().gate_inputs(block_kwargs, model_kwargs, timesteps, steps, like)
+        return {**inputs, "modulate_index": None}
+
+    def drawn(self, model_kwargs: Mapping[str, Any], tokens: int) -> range:
+        layered = self.module.config.use_layer3d_rope
+        return given_pictures.by_shapes(model_kwargs.get("img_shapes"), tokens, layered)
+
+    def refusal(self, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> str | None:
+        if block_kwargs.get("modulate_index") is None:
+            return None
+        # the first picture has the gates of now
+        sizes = [math.prod(shape) for shape in model_kwargs["img_shapes"][0]]
+        tokens = block_kwargs["hidden_states"].shape[1]
+        if tokens != sum(sizes) or len(self.drawn(model_kwargs, tokens)) != sizes[0]:
+            return "its gates differ between pictures, and the first is not all that is drawn (zero_cond_t)"
         return None
 
     def between(self, model_kwargs: Mapping[str, Any]) -> Iterable[Tensor]:

@@ -68,6 +68,21 @@ class TableAdapter(ModuleAdapter):
         return torch.stack(gates).to(base.dtype)
 
 
+def of_groups(embedded: Tensor, base: Tensor) -> Tensor:
+    """What tokens of a group have in common.
+
+    Args:
+        embedded: of every token, ``[batch, tokens, ...]``.
+        base: ``[batch · groups, tokens of a group, channels]``.
+
+    Returns:
+        ``[batch · groups, ...]``.
+    """
+    groups = len(base) // len(embedded)
+    grouped: Tensor = embedded.unflatten(1, (groups, -1))
+    return grouped[:, :, 0].flatten(0, 1)
+
+
 def _row(block: Any, part: int) -> Tensor:
     """What a block's table adds to one of the shared vectors."""
     row: Tensor = block.scale_shift_table.detach().view(6, -1)[part]

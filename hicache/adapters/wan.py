@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hicache.adapters.shared_gates import TableAdapter
+from hicache.adapters.shared_gates import TableAdapter, of_groups
 
 
 class Wan(TableAdapter):
@@ -19,10 +19,10 @@ class Wan(TableAdapter):
     BLOCKS, MLP = "blocks", "ffn"
 
     def shared(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
-        temb: Tensor = block_kwargs["temb"]
+        temb: Tensor = block_kwargs["temb"]  # [batch, 6, channels], or [batch, tokens, 6, channels]
+        temb = temb if temb.ndim == 3 else of_groups(temb, base)
         return temb.float() if temb.dtype != base.dtype or base.element_size() < 4 else temb
 
-    def refusal(self, block_kwargs: Mapping[str, Any]) -> str | None:
-        if block_kwargs["temb"].ndim != 3:
-            return "its gates differ from token to token (a timestep for every token)"
-        return None
+    def token_timesteps(self, model_kwargs: Mapping[str, Any]) -> Tensor | None:
+        timestep = model_kwargs.get("timestep")
+        return timestep if isinstance(timestep, Tensor) and timestep.ndim == 2 else None

@@ -72,9 +72,10 @@ class BlockGraphs:
         form = describe(leaves)
         if form is None:
             raise TypeError(f"{type(block).__name__} takes what cannot be told apart from call to call")
-        place = (self._position, id(block), layout, form, *modes())
-        self._position += 1
         plan, sums = self._call.plan, self._call.result.partial_sums
+        view = None if plan is None or plan.view is None else plan.view.form
+        place = (self._position, id(block), layout, form, view, *modes())
+        self._position += 1
         slots = plan.slots if isinstance(plan, FullStep) else ()
         targets = tuple(slot.data_ptr() for slot in slots)
         if (place, targets) not in self._warmed:

@@ -46,6 +46,7 @@ class CallArguments:
             # what a skipped step does: compute gates or read them, update so many differences or none
             isinstance(plan, SkippedStep)
             and (plan.gates is None, plan.ones, plan.sum.inv_gap is None, plan.sum.filled),
+            None if plan is None or plan.view is None else plan.view.form,
             *modes(),
         )
 

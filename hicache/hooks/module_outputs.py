@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hicache import compat
 from hicache.adapters.base import ModuleOutput
 from hicache.step_plan import FullStep, RunningCall
+from hicache.token_view import TokenView
 
 
 class _Part:
@@ -37,6 +38,7 @@ class _OutputHook:
         self.call = call
         self.parts: list[_Part] = []
         self.shape: torch.Size | None = None  # of the hidden state
+        self.view: TokenView | None = None  # of it that is recorded; None: all
         self.problem: str | None = None  # why what the module gave in the call learned from is no feature
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -61,10 +63,11 @@ class _OutputHook:
             self.problem = str(error)
 
     def _write(self, part: _Part, slot: Tensor, output: Any) -> bool:
-        value = part.output.read(output, slot.shape)
+        view = self.view
+        value = part.output.read(output, slot.shape if view is None else view.whole.shape)
         if value is None:
             return False
-        value = value.detach()
+        value = value.detach() if view is None else view.drawn(value.detach())
         if part.sole:
             slot.copy_(value)
             return True
@@ -111,12 +114,13 @@ class ModuleOutputs:
         for module in self._hooks:
             compat.remove_output_hook(module)
 
-    def bind(self, slots: Sequence[Tensor]) -> None:
-        """Record the features of the call that begins in these slots."""
+    def bind(self, slots: Sequence[Tensor], view: TokenView | None) -> None:
+        """Record the features of the call that begins in these slots: what the view has of each."""
         for part in self._parts:
             part.slot = slots[part.feature] if part.feature < len(slots) else None
         for hook in self._hooks.values():
-            hook.shape = slots[0].shape
+            hook.shape = slots[0].shape if view is None else view.whole.shape
+            hook.view = view
         self._bound = True
 
     def missing(self, num_features: int) -> tuple[int, ...]:
@@ -150,4 +154,4 @@ class ModuleOutputs:
         for part in self._parts:
             part.slot = None
         for hook in self._hooks.values():
-            hook.shape = hook.problem = None
+            hook.shape = hook.view = hook.problem = None

@@ -115,7 +115,7 @@ class HookedTransformer:
                 call.lesson = lesson
         plan = call.plan
         if isinstance(plan, FullStep) and plan.base is not None:
-            plan.base.copy_(hidden.detach())
+            plan.base.copy_(plan.drawn(hidden).detach())
         if call.on_entry is not None:
             call.on_entry()
 
@@ -141,7 +141,7 @@ class HookedTransformer:
                 plan = call.plan = call.lesson.head(plan, hidden)
             if plan is not None and plan.base is not None:
                 slot = plan.slots[0]
-                torch.sub(hidden.detach().to(slot.device), plan.base, out=slot)
+                torch.sub(plan.drawn(hidden).detach().to(slot.device), plan.base, out=slot)
         elif self._expected is not None:
             # Once a model: nothing but the blocks may stand between the stand-in and the head either. What
             # else is added there is in the cached residual, and would be added again.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from hicache.adapters.base import ModuleAdapter
 from hicache.runtime.context import Context, Contexts
 from hicache.runtime.recorders import ModuleRecorder, Recorder, StackRecorder
+from hicache.runtime.token_layout import layout_check, token_layout
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class RecorderChoice:
         modules: records by module; None where nobody knows the modules.
         contexts: whose histories the budget is for.
         warn: tells the user, once.
+        adapter: says which tokens are drawn, whatever is cached of them; None where nobody knows the model.
     """
 
     def __init__(
@@ -37,8 +41,10 @@ class RecorderChoice:
         modules: ModuleRecorder | None,
         contexts: Contexts,
         warn: Callable[[str], None],
+        adapter: ModuleAdapter | None = None,
     ) -> None:
         self._model = model
+        self.adapter = adapter
         self._policy = policy
         self._contexts = contexts
         self.warn = warn
@@ -54,6 +60,24 @@ class RecorderChoice:
         if self.modules is not None:
             self.modules.start_run()
         self.recorder = self.modules or self.stack
+
+    @property
+    def by_module(self) -> bool:
+        """Whether modules are recorded at the moment."""
+        return self.recorder is self.modules
+
+    def look_again(self, context: Context, model_kwargs: Mapping[str, Any]) -> None:
+        """A context's first call in a run: its tokens may not be laid out as in an earlier run.
+
+        May read the device.
+        """
+        form = context.form
+        if form is None:
+            return
+        if token_layout(self.adapter, model_kwargs, form.entered) == form.layout:
+            context.check = layout_check(self.adapter, form.layout, model_kwargs, form.entered)
+        else:
+            context.unlearn()
 
     def decide(self, context: Context) -> None:
         """At every full step: whether this run's contexts can be cached by module.

@@ -15,6 +15,8 @@ from hicache.runtime.finite import FiniteCheck
 from hicache.runtime.gate_prefetch import GatePrefetch
 from hicache.runtime.session import Session, StepCounter
 from hicache.runtime.signature import signature
+from hicache.runtime.token_layout import LayoutCheck, TokenLayout
+from hicache.token_view import TokenView
 
 MAX_CONTEXTS: Final = 16  # of one denoiser in a run; more means that steps or calls are not what they seem
 
@@ -23,14 +25,24 @@ MAX_CONTEXTS: Final = 16  # of one denoiser in a run; more means that steps or c
 class CallForm:
     """What the calls of one context have in common, learned from the first."""
 
-    shape: torch.Size  # of the hidden state that enters the first block, [batch, tokens, channels]
+    entered: torch.Size  # shape of the hidden state that enters the first block, [batch, tokens, channels]
+    shape: torch.Size  # of a feature: the drawn tokens of it
     dtype: torch.dtype
     device: torch.device
+    layout: TokenLayout
+    view: TokenView | None  # None: all tokens are drawn, and share the gates of their sample
     num_features: int = 0  # by module; 0 where nobody knows the modules
     refusal: str | None = None  # why they cannot be cached by module
     block_kwargs: dict[str, Any] = field(default_factory=dict)  # of the first block, no hidden states
     missing: tuple[int, ...] = ()  # features without an output
     ones: int = 0  # features after the family's, with gates of one: what a ControlNet adds
+
+    @classmethod
+    def of(cls, hidden: Tensor, layout: TokenLayout) -> CallForm:
+        """The form of a call whose tokens are laid out like this."""
+        view = None if hidden.ndim != 3 else TokenView.of(hidden, layout.drawn, layout.group)
+        shape = hidden.shape if view is None else view.drawn(hidden).shape
+        return cls(hidden.shape, shape, hidden.dtype, hidden.device, layout, view)
 
     def like(self) -> Tensor:
         """Something ``[batch, 1, channels]`` of the hidden state's dtype and device, without memory."""
@@ -53,6 +65,7 @@ class Context:
         self.engine = engine
         self.prefetch = GatePrefetch()
         self.finite = FiniteCheck()
+        self.check: LayoutCheck | None = None
         self.form: CallForm | None = None  # learned from its first call
         self.rotary: list[Any] = []  # embeddings of the call learned from
 
@@ -67,6 +80,7 @@ class Context:
         self.skipped_steps = 0
         self.prefetch.restart()
         self.finite = FiniteCheck()
+        self.check = None
         self.scale: tuple[float, ...] | None = None  # of the residuals it is given, see scale_of()
 
     def follow(self, scale: tuple[float, ...] | None, step: int, num_steps: int | None) -> None:
@@ -100,12 +114,17 @@ class Context:
         self.engine.reset(num_steps=self.engine.num_steps)
         self.prefetch.forget()
 
+    def unlearn(self) -> None:
+        """What was learned of its form does not hold; what is recorded may."""
+        self.form = None
+        self.check = None
+
     def release(self) -> None:
         """Free its memory, and forget what was learned."""
         self.engine.release()
         self.prefetch.forget()
         self.rotary.clear()
-        self.form = None
+        self.unlearn()
 
     @property
     def planned_nbytes(self) -> int:

@@ -64,6 +64,7 @@ class Denoiser(NotCopied):
         self.hooked = hooked
         self.sessions = sessions
         self.graphs = graphs
+        self._adapter = adapter
         by_module = adapter is not None and policy.granularity != "stack"
         self._modules = ModuleRecorder(adapter, hooked.call) if adapter is not None and by_module else None
         self._policy = policy
@@ -117,7 +118,7 @@ class Denoiser(NotCopied):
         """What it has of a session."""
         if session not in self.tracks:
             self.tracks[session] = Track(
-                self.name, self.hooked, self._policy, self._modules, session, self._warn
+                self.name, self.hooked, self._policy, self._modules, session, self._warn, self._adapter
             )
         return self.tracks[session]
 

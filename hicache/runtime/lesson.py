@@ -12,6 +12,7 @@ from hicache.runtime.budget import RecorderChoice
 from hicache.runtime.context import BegunCall, CallForm
 from hicache.runtime.finite import not_finite
 from hicache.runtime.recorders import NotFinite, Unfit
+from hicache.runtime.token_layout import layout_check, token_layout
 from hicache.stats import Stopwatch
 from hicache.step_plan import FullStep
 
@@ -35,18 +36,20 @@ class FirstCall:
         """The form of the call is known: decide what to record, and where."""
         context, choice = self._begun.context, self._choice
         with self._watch.measure(hidden.device), torch.no_grad():
-            form = CallForm(hidden.shape, hidden.dtype, hidden.device)
+            model_kwargs = self._begun.model_kwargs
+            form = CallForm.of(hidden, token_layout(choice.adapter, model_kwargs, hidden.shape))
             # nothing that holds on to the hidden states themselves
             form.block_kwargs = {n: v for n, v in block_kwargs.items() if not n.endswith("hidden_states")}
             if choice.modules is not None:
                 adapter = choice.modules.adapter
                 form.ones = int(bool(context.scale))
                 form.num_features = adapter.num_features(block_kwargs) + form.ones
-                form.refusal = adapter.refusal(block_kwargs)
+                form.refusal = form.layout.refusal or adapter.refusal(block_kwargs, model_kwargs)
             context.form = form
+            context.check = layout_check(choice.adapter, form.layout, model_kwargs, hidden.shape)
             choice.decide(context)
             plan = choice.recorder.plan_full(context.engine, form)
-            choice.recorder.learn(hidden, block_kwargs, self._begun.model_kwargs)
+            choice.recorder.learn(hidden, block_kwargs, model_kwargs)
         return plan
 
     def head(self, plan: FullStep, hidden: Tensor) -> FullStep | None:
@@ -71,10 +74,10 @@ class FirstCall:
                     return None
                 assert plan.base is not None
                 plan.base.copy_(base)
-        if plan.base is not None and hidden.shape != plan.base.shape:
+        if plan.base is not None and hidden.shape != form.entered:
             self.unfit = (
                 f"gives its head a hidden state {tuple(hidden.shape)} that is not of the shape of its first "
-                f"block's, {tuple(plan.base.shape)}"
+                f"block's, {tuple(form.entered)}"
             )
             self._choice.warn(f"{self.unfit}: this call runs uncached")
             return None

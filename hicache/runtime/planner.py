@@ -39,17 +39,23 @@ class CallPlanner:
 
     def is_full(self, begun: BegunCall) -> bool:
         """Whether the blocks run in this call."""
-        failed = begun.context.finite.failed_step()
+        context, choice = begun.context, self._choice
+        failed = context.finite.failed_step()
         if failed is not None:
-            self._choice.warn(not_finite(begun.context.label, failed))
-            begun.context.distrust()
-        return begun.context.is_full(begun.step) or not self._choice.recorder.can_skip(begun)
+            choice.warn(not_finite(context.label, failed))
+            context.distrust()
+        if context.check is not None and not context.check.holds(begun.model_kwargs, choice.by_module):
+            context.unlearn()
+            return True
+        return context.is_full(begun.step) or not choice.recorder.can_skip(begun)
 
     def begin_full(self, begun: BegunCall) -> None:
         """Plan a full step; the first of its form is learned from."""
         call, choice, context = self._hooked.call, self._choice, begun.context
         self._hooked.refresh()
         call.checked, call.rotary = begun.checked, context.rotary
+        if context.full_steps == 0:
+            choice.look_again(context, begun.model_kwargs)
         if choice.modules is not None and choice.modules.late is not None:
             call.on_entry = lambda: choice.recorder.foresee(begun, self._session.clock)
         if context.form is None:
@@ -151,7 +157,7 @@ class CallPlanner:
                 f"recorded; {UNCACHED}"
             )
         if lesson is not None and lesson.unfit is not None:
-            context.form = None
+            context.unlearn()
             context.distrust()
             return
         assert context.form is not None
@@ -179,10 +185,13 @@ def forecast(
         block_kwargs: the first block's arguments by name.
     """
     with torch.no_grad():
-        gates = plan.gates
+        gates, view = plan.gates, plan.view
+        hidden = base if view is None else view.drawn(base)
         if gates is None and plan.gated:
             assert modules is not None
-            gates = modules.gates(block_kwargs, base, plan.ones)
+            gates = modules.gates(block_kwargs, hidden if view is None else view.grouped(hidden), plan.ones)
         for residual in plan.between:
-            base = base + residual
-        return plan.sum(base, gates)
+            hidden = hidden + (residual if view is None else view.drawn(residual))
+        if view is None:
+            return plan.sum(hidden, gates)
+        return view.filled(base, plan.sum(view.grouped(hidden), gates))

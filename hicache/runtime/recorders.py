@@ -24,6 +24,7 @@ from hicache.runtime.late_gates import LateGates
 from hicache.runtime.residuals import write_total
 from hicache.runtime.session import StepClock
 from hicache.step_plan import FullStep, RunningCall, SkippedStep
+from hicache.token_view import TokenView
 from hicache.weights import only_in_their_blocks
 
 
@@ -47,7 +48,7 @@ class Recorder:
 
     def plan_skipped(self, begun: BegunCall, total: Sum) -> SkippedStep:
         """A skipped step begins: the sum to make."""
-        return SkippedStep(total)
+        raise NotImplementedError
 
     def learn(self, hidden: Tensor, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> None:
         """A call that is learned from has come to its first block: keep what :meth:`verify` needs."""
@@ -91,7 +92,11 @@ class StackRecorder(Recorder):
         # A copy of what enters: blocks may work in place. The inbox has room for it unless it would round.
         exact = torch.promote_types(slot.dtype, form.dtype) == slot.dtype
         base = slot if exact else torch.empty(form.shape, dtype=form.dtype, device=form.device)
-        return FullStep((slot,), base)
+        return FullStep((slot,), base, _ungrouped(form))
+
+    def plan_skipped(self, begun: BegunCall, total: Sum) -> SkippedStep:
+        assert begun.context.form is not None
+        return SkippedStep(total, view=_ungrouped(begun.context.form))
 
 
 class ModuleRecorder(Recorder):
@@ -110,12 +115,13 @@ class ModuleRecorder(Recorder):
         self._outputs: ModuleOutputs | None = None
         self._slots: tuple[Tensor, ...] = ()  # of the family's features
         self._added: Tensor | None = None  # slot of what a ControlNet adds between the blocks
+        self._view: TokenView | None = None  # that the slots have of the hidden state
         # Of a call learned from: what to check the sum against.
         self.base: Tensor | None = None
         self._block_kwargs: Mapping[str, Any] = {}
         self._between: Sequence[Tensor] = ()
         self._model_kwargs: Mapping[str, Any] = {}
-        self._verified: set[int] = set()
+        self._verified: set[Any] = set()  # how many features, and which tokens of the hidden state
         self._can_prefetch = True  # whether gates of coming steps come out as those of the step itself
         # gates of this step, and the same as those of coming steps are computed; None: not computed yet
         self._gates: tuple[Tensor, Tensor | None] | None = None
@@ -132,8 +138,9 @@ class ModuleRecorder(Recorder):
         slots = tuple(engine.open([form.shape] * form.num_features, form.dtype, form.device))
         self._slots = slots[: len(slots) - form.ones]
         self._added = slots[-1] if form.ones else None
-        outputs.bind(self._slots)
-        return FullStep(slots)
+        self._view = form.view
+        outputs.bind(self._slots, form.view)
+        return FullStep(slots, view=form.view)
 
     def _watch(self) -> ModuleOutputs:
         """Record the outputs of the family's modules; LoRA may have put others in their places since."""
@@ -148,9 +155,10 @@ class ModuleRecorder(Recorder):
         return self._outputs
 
     def plan_skipped(self, begun: BegunCall, total: Sum) -> SkippedStep:
-        ones = 0 if begun.context.form is None else begun.context.form.ones
-        between = () if ones else tuple(self.adapter.between(begun.model_kwargs))
-        return SkippedStep(total, self._prefetched(begun), True, between, ones)
+        form = begun.context.form
+        assert form is not None
+        between = () if form.ones else tuple(self.adapter.between(begun.model_kwargs))
+        return SkippedStep(total, self._prefetched(begun), True, between, form.ones, form.view)
 
     def _prefetched(self, begun: BegunCall) -> Tensor | None:
         # without them there is no skipping where weights are away: worth a look at the device
@@ -161,18 +169,33 @@ class ModuleRecorder(Recorder):
         return self.late is None or not self.late.needed or self._prefetched(begun) is not None
 
     def gates(self, block_kwargs: Mapping[str, Any], base: Tensor, ones: int = 0) -> Tensor:
-        """The gates of this step, ``[num_features, batch, channels]``, the last ``ones`` of them one."""
+        """The gates of this step, ``[num_features, batch, channels]``, the last ``ones`` of them one.
+
+        Of a sample, or of a group of tokens.
+        """
         return with_ones(_as_blocks_do(self.adapter.gates(block_kwargs, base), base), ones)
 
     def learn(self, hidden: Tensor, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> None:
         between = list(self.adapter.between(model_kwargs))
-        if len(self._slots) not in self._verified:
+        if self._kind not in self._verified:
+            view = self._view
+            if view is not None:
+                hidden, between = view.drawn(hidden), [view.drawn(residual) for residual in between]
             self.base, self._block_kwargs, self._between = hidden.clone(), dict(block_kwargs), between
             self._model_kwargs = model_kwargs
             if self.late is not None:
                 with deferred(self.adapter) as later:
-                    self._gates = self._both_gates(hidden)
+                    self._gates = self._both_gates(self._grouped(hidden))
                 self.late.add(later)
+
+    @property
+    def _kind(self) -> tuple[Any, ...]:
+        """What calls have in common of which one has to be verified."""
+        view = self._view
+        return (len(self._slots), *(() if view is None else (view.part is None, view.groups is None)))
+
+    def _grouped(self, drawn: Tensor) -> Tensor:
+        return drawn if self._view is None else self._view.grouped(drawn)
 
     def _both_gates(self, base: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gates of a call that is learned from, and the same computed as those of coming steps are."""
@@ -198,7 +221,8 @@ class ModuleRecorder(Recorder):
             raise Unfit(f"cannot be cached module by module: {error}") from error
         if self.base is None:
             return
-        base = self.base
+        base = self._grouped(self.base)
+        hidden = self._grouped(hidden if self._view is None else self._view.drawn(hidden))
         self._outputs.finish(self._slots, form.missing)
         self._call.result.partial_sums.clear()
         accumulated = torch.promote_types(base.dtype, torch.float32)
@@ -206,9 +230,9 @@ class ModuleRecorder(Recorder):
         gates = _as_blocks_do(own, base)
         total = base.to(accumulated)
         for slot, gate in zip(self._slots, gates[:, :, None], strict=True):  # [batch, 1, channels] each
-            total = total + slot.to(accumulated) * gate
+            total = total + self._grouped(slot).to(accumulated) * gate
         for residual in self._between:
-            total = total + residual
+            total = total + self._grouped(residual)
         # a model of low precision rounds after every block, this sum once; a history of low precision rounds
         # features
         lowest = min((base.dtype, self._slots[0].dtype), key=lambda dtype: dtype.itemsize)
@@ -222,7 +246,7 @@ class ModuleRecorder(Recorder):
                 f"does not add gate · feature of its modules alone (off by {off:.3g} of {moved:.3g}): is one "
                 "of its blocks or attention processors not its own?"
             )
-        self._verified.add(len(self._slots))
+        self._verified.add(self._kind)
         allowed = max(1e-3, 4 * torch.finfo(base.dtype).eps)
         self._can_prefetch = again is not None and bool((again - gates).norm() <= allowed * gates.norm())
 
@@ -230,7 +254,7 @@ class ModuleRecorder(Recorder):
         assert self._outputs is not None
         self._outputs.finish(self._slots, form.missing)
         if self._added is not None:
-            write_total(self.adapter.between(model_kwargs), self._added)
+            write_total(self.adapter.between(model_kwargs), self._added, form.view)
 
     def foresee(self, begun: BegunCall, clock: StepClock) -> None:
         if self.late is not None:
@@ -273,7 +297,7 @@ class ModuleRecorder(Recorder):
         if self._outputs is not None:
             self._outputs.unbind()
         self._slots, self._between, self._block_kwargs, self.base = (), (), {}, None
-        self._added = None
+        self._added = self._view = None
         self._model_kwargs, self._gates = {}, None
         if self.late is not None:
             self.late.drop()
@@ -284,6 +308,10 @@ class ModuleRecorder(Recorder):
         if self._outputs is not None:
             self._outputs.remove()
         self._outputs = None
+
+
+def _ungrouped(form: CallForm) -> TokenView | None:
+    return None if form.view is None else form.view.ungrouped
 
 
 def _as_blocks_do(gates: Tensor, base: Tensor) -> Tensor:

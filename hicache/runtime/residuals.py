@@ -17,6 +17,7 @@ from torch import Tensor
 from hicache.compat import pytree
 from hicache.hooks.deferred import real
 from hicache.runtime.context import BegunCall
+from hicache.token_view import TokenView
 
 # what transformers call the residuals of a ControlNet
 _RESIDUALS: Final = (
@@ -72,12 +73,13 @@ def given_to_blocks(begun: BegunCall, names: Sequence[str], full: bool) -> Begun
     return replace(begun, model_kwargs=values) if full else begun
 
 
-def write_total(between: Iterable[Tensor], out: Tensor) -> None:
+def write_total(between: Iterable[Tensor], out: Tensor, view: TokenView | None = None) -> None:
     """Write the sum of what is added between blocks, each of few residuals perhaps after many of them.
 
     Args:
         between: of the hidden state's shape, or one that broadcasts to it.
-        out: ``[batch, tokens, channels]``; summed in fp32 (float64 for float64) and rounded once.
+        out: ``[batch, drawn tokens, channels]``; summed in fp32 (float64 for float64) and rounded once.
+        view: of the hidden state that ``out`` has; None: all of it.
     """
     counts: dict[int, tuple[Tensor, int]] = {}
     for residual in between:
@@ -86,5 +88,6 @@ def write_total(between: Iterable[Tensor], out: Tensor) -> None:
     dtype = max((torch.float32, *dtypes), key=lambda dtype: dtype.itemsize)
     summed = torch.zeros(out.shape, dtype=dtype, device=out.device)
     for residual, count in counts.values():
-        summed.add_(residual.to(out.device), alpha=count)
+        drawn = residual if view is None else view.drawn(residual)
+        summed.add_(drawn.to(out.device), alpha=count)
     out.copy_(summed)

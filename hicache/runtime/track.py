@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hicache.adapters.base import ModuleAdapter
 from hicache.hooks.transformer import HookedTransformer
 from hicache.runtime.budget import Policy, RecorderChoice
 from hicache.runtime.context import Context, Contexts
@@ -22,6 +23,7 @@ class Track:
         modules: records by module, in all sessions; None where nobody knows the modules.
         session: what all denoisers of the pipeline share in these runs.
         warn: tells the user, once.
+        adapter: knows the model; None where nobody does.
     """
 
     def __init__(
@@ -32,11 +34,12 @@ class Track:
         modules: ModuleRecorder | None,
         session: Session,
         warn: Callable[[str], None],
+        adapter: ModuleAdapter | None,
     ) -> None:
         self.session = session
         self.counter = StepCounter(session)
         self.contexts = Contexts(name)
-        self.choice = RecorderChoice(hooked.name, policy, modules, self.contexts, warn)
+        self.choice = RecorderChoice(hooked.name, policy, modules, self.contexts, warn, adapter)
         self.planner = CallPlanner(hooked, self.choice, session)
         self.learned_from = 0  # which of the model's versions
 

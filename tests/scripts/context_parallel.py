@@ -22,13 +22,15 @@ from tests.support import models, pipelines
 from tests.support.runs import blocks_of
 
 CONFIG = HiCacheConfig(interval=3)
+QWEN: dict[str, Any] = {
+    "prompt_embeds": models.noise(1, 6, 16),
+    "prompt_embeds_mask": torch.ones(1, 6, dtype=torch.long),
+}
 # what makes tokens and heads divide by the number of processes
 EVEN: dict[str, dict[str, Any]] = {
     "wan": {"height": 32},
-    "qwen": {
-        "prompt_embeds": models.noise(1, 6, 16),
-        "prompt_embeds_mask": torch.ones(1, 6, dtype=torch.long),
-    },
+    "qwen": QWEN,
+    "qwen_edit": QWEN,
 }
 
 

@@ -22,7 +22,19 @@ from tests.support.models import Arguments
 
 CONFIG = HiCacheConfig(interval=3, order=2, warmup=3)
 STEPS = 14
-PIPELINES = ("flux", "flux_cfg", "qwen", "sd3", "wan", "hunyuan", "ltx", "dit", "pixart")
+PIPELINES = (
+    "flux",
+    "flux_cfg",
+    "flux_kontext",
+    "qwen",
+    "sd3",
+    "wan",
+    "wan_ti2v_picture",
+    "hunyuan",
+    "ltx",
+    "dit",
+    "pixart",
+)
 
 
 class FakeBackend:

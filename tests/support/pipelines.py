@@ -21,7 +21,11 @@ from diffusers.models.embeddings import (
     MultiIPAdapterImageProjection,
 )
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from diffusers.pipelines.qwenimage import (
+    pipeline_qwenimage_edit,
+    pipeline_qwenimage_edit_plus,
+    pipeline_qwenimage_layered,
+)
 from PIL import Image
 from torch import Tensor, nn
 
@@ -222,15 +226,16 @@ def flux_ip_adapter() -> Built:
     return pipe, {**arguments, **pictures}
 
 
-def flux2(klein: bool = False) -> Built:
-    """Klein has no guidance embedding: two calls a step."""
+def flux2(klein: bool = False, edit: bool = False) -> Built:
+    """Klein has no guidance embedding: two calls a step. To edit, two pictures are given."""
     model = transformer("flux2", guidance_embeds=not klein)
     vae = diffusers.AutoencoderKLFlux2(
         block_out_channels=(4,) * 4, layers_per_block=1, latent_channels=1, norm_num_groups=1
     )
     pipe = _pipeline("Flux2KleinPipeline" if klein else "Flux2Pipeline", model, vae=vae.eval())
     prompts = _prompts(1, 6, 8, negative=4)
-    return pipe, {**(prompts if klein else _unguided(prompts)), **_latent(64, 4.0)}
+    more = {"image": [_picture("teal", 64), _picture("red", 64)]} if edit else {}
+    return pipe, {**(prompts if klein else _unguided(prompts)), **_latent(64, 4.0), **more}
 
 
 def chroma() -> Built:
@@ -289,6 +294,19 @@ def qwen_edit_2509() -> Built:
     pipe, arguments = qwen_edit(plus=True)
     pipe.register_modules(transformer=_qwen_transformer())
     return pipe, {**arguments, "image": [_picture(color, 32) for color in ("teal", "red")]}
+
+
+def qwen_layered() -> Built:
+    """Three pictures are drawn, the layers and the whole; the last is given."""
+    pipeline_qwenimage_layered.calculate_dimensions = lambda area, ratio: (32, 32)
+    vae = _qwen_autoencoder()
+    model = _qwen_transformer(use_layer3d_rope=True, use_additional_t_cond=True)
+    # of the text encoder its dtype is asked
+    pipe = _pipeline("QwenImageLayeredPipeline", model, vae=vae, text_encoder=vae)
+    arguments = {name: value for name, value in _qwen_prompts(32).items() if name not in ("height", "width")}
+    # without a prompt it captions the picture, embeddings or not; latents it does not give
+    more = {"prompt": "layers", "image": _picture("teal", 32), "layers": 2, "output_type": "pt"}
+    return pipe, {**arguments, **more}
 
 
 def qwen_many() -> Built:
@@ -392,11 +410,15 @@ def sd3_ip_adapter() -> Built:
 # Video.
 
 
-def wan(two: bool = False) -> Built:
-    """Two calls a step. Of Wan 2.2, with two: one transformer for high noise, one for low."""
-    vae = diffusers.AutoencoderKLWan(
+def _wan_autoencoder() -> diffusers.AutoencoderKLWan:
+    return diffusers.AutoencoderKLWan(
         base_dim=3, z_dim=16, dim_mult=[1] * 4, num_res_blocks=1, temperal_downsample=[False, True, True]
     ).eval()
+
+
+def wan(two: bool = False) -> Built:
+    """Two calls a step. Of Wan 2.2, with two: one transformer for high noise, one for low."""
+    vae = _wan_autoencoder()
     wan_transformer = functools.partial(
         transformer,
         "wan",
@@ -416,22 +438,46 @@ def wan(two: bool = False) -> Built:
     return pipe, {**_prompts(1, 6, 32), **_latent(16, 5.0, frames=9)}
 
 
-def hunyuan() -> Built:
-    """HunyuanVideo, whose guidance is embedded."""
+def wan_ti2v(picture: bool = False) -> Built:
+    """Wan 2.2 5B: a timestep for every token; that of a picture given, the first frame, is zero."""
+    pipe, arguments = wan()
+    parts = {"scheduler": flow_matching(shift=5.0), "vae": pipe.vae, "expand_timesteps": True}
+    kind = "WanImageToVideoPipeline" if picture else "WanPipeline"
+    more = {"image": _picture("teal", 32)} if picture else {}
+    return _pipeline(kind, pipe.transformer, **parts), {**arguments, **_latent(32), **more}
+
+
+def hunyuan(token_replace: bool = False) -> Built:
+    """HunyuanVideo, whose guidance is embedded. A picture given stands for the tokens of the first frame."""
+    changes: Arguments = {}
+    if token_replace:
+        changes = {"image_condition_type": "token_replace", "in_channels": 16, "out_channels": 16}
     model = transformer(
         "hunyuan_video",
         attention_head_dim=10,
         patch_size=1,
         text_embed_dim=16,
         rope_axes_dim=(2, 4, 4),
+        **changes,
     )
-    pipe = _pipeline("HunyuanVideoPipeline", model, scheduler=flow_matching(shift=7.0))
+    kind, parts, more = "HunyuanVideoPipeline", {}, {}
+    if token_replace:
+        vae = diffusers.AutoencoderKLHunyuanVideo(
+            latent_channels=16, block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=1
+        )
+        kind, more = "HunyuanVideoImageToVideoPipeline", {"image": _picture(size=16)}
+        parts = {"vae": vae.eval()}
+    pipe = _pipeline(kind, model, scheduler=flow_matching(shift=7.0), **parts)
     mask = {"prompt_attention_mask": torch.ones(1, 6, dtype=torch.long)}
-    return pipe, {**_unguided(_prompts(1, 6, 16, pooled=8)), **mask, **_latent(16, frames=9)}
+    return pipe, {**_unguided(_prompts(1, 6, 16, pooled=8)), **mask, **_latent(16, frames=9), **more}
 
 
-def ltx() -> Built:
-    """The two branches of the guidance in one batch."""
+def ltx(given: int = 0) -> Built:
+    """The two branches of the guidance in one batch.
+
+    With a picture given, the tokens of the first frame have another timestep; a second one has tokens of its
+    own, before the video's, and a third timestep.
+    """
     model = transformer(
         "ltx",
         in_channels=8,
@@ -441,7 +487,26 @@ def ltx() -> Built:
         caption_channels=32,
     )
     masks = _masks(torch.ones(1, 6, dtype=torch.long))
-    return _pipeline("LTXPipeline", model), {**_prompts(1, 6, 32), **masks, **_latent(64, 3.0, frames=9)}
+    kind, parts, more = "LTXPipeline", {}, {}
+    if given:
+        vae = diffusers.AutoencoderKLLTXVideo(
+            latent_channels=8,
+            block_out_channels=(8,) * 4,
+            decoder_block_out_channels=(8,) * 4,
+            layers_per_block=(1,) * 5,
+            decoder_layers_per_block=(1,) * 5,
+        )
+        kind, parts, more = "LTXImageToVideoPipeline", {"vae": vae.eval()}, {"image": _picture()}
+    if given > 1:
+        kind = "LTXConditionPipeline"
+        more = {
+            "image": [_picture(), _picture("red")],
+            "video": [None, None],
+            "frame_index": [0, 8],
+            "strength": [1.0, 0.7],
+        }
+    pipe = _pipeline(kind, model, **parts)
+    return pipe, {**_prompts(1, 6, 32), **masks, **_latent(64, 3.0, frames=9), **more}
 
 
 def cogvideox() -> Built:
@@ -519,6 +584,7 @@ _CORE: dict[str, Callable[..., Built]] = {
 PIPELINES: dict[str, Callable[..., Built]] = {
     **_CORE,
     "qwen_edit_2509": qwen_edit_2509,
+    "qwen_layered": qwen_layered,
     "qwen_many": qwen_many,
     "qwen_controlnet": qwen_controlnet,
     "flux_kontext": flux_kontext,
@@ -529,11 +595,17 @@ PIPELINES: dict[str, Callable[..., Built]] = {
     "flux2": flux2,
     "flux2_klein": functools.partial(flux2, klein=True),
     "flux2_many": _many(flux2),
+    "flux2_edit": functools.partial(flux2, edit=True),
     "chroma": chroma,
     "sd3_many": functools.partial(sd3, batch=2),
     "sd3_controlnet": sd3_controlnet,
     "sd3_ip_adapter": sd3_ip_adapter,
     "wan_many": _many(wan, "num_videos_per_prompt"),
+    "wan_ti2v": wan_ti2v,
+    "wan_ti2v_picture": functools.partial(wan_ti2v, picture=True),
+    "hunyuan_picture": functools.partial(hunyuan, token_replace=True),
+    "ltx_picture": functools.partial(ltx, given=1),
+    "ltx_pictures": functools.partial(ltx, given=2),
     "cogvideox": cogvideox,
     "pixart_many": _many(pixart),
     "sana": sana,
@@ -550,7 +622,7 @@ CONTROLNETS: dict[str, Callable[..., Built]] = {
 }
 CORE = tuple(_CORE)
 # whose transformer's modules an adapter knows, and can gate
-BY_MODULE = tuple(name for name in PIPELINES if name != "qwen_edit_plus")
+BY_MODULE = tuple(PIPELINES)
 
 
 def build(name: str, **changes: Any) -> Built:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -25,11 +26,29 @@ Call = tuple[tuple[Any, ...], Arguments]
 Run = list[list[Call]]
 
 
+def drawn(model: nn.Module, arguments: Arguments, output: Any) -> Tensor:
+    """What pipelines read of what a denoiser returns: not the tokens of given pictures."""
+    hidden = first(output)
+    shapes, ids = arguments.get("img_shapes"), arguments.get("img_ids")
+    if shapes is not None and isinstance(shapes[0], list):
+        # in layers, all are drawn but the last
+        last = -1 if model.config.use_layer3d_rope else 1
+        return hidden[:, : sum(map(math.prod, shapes[0][:last]))]
+    if ids is not None:
+        return hidden[:, : int((ids.reshape(-1, ids.shape[-1])[: hidden.shape[1], 0] == 0).sum())]
+    replaced = getattr(model.config, "image_condition_type", None) == "token_replace"
+    return hidden[:, :, 1:] if replaced and hidden.shape[2] > 1 else hidden
+
+
 def trace(pipe: Any, arguments: Arguments, steps: int = 9) -> Tensor:
-    """All that the denoisers return in a pipeline's run, and what comes of it, in one row of float64."""
+    """All that a pipeline reads of its denoisers in a run, and what comes of it, in one row of float64."""
     returned: list[Tensor] = []
+
+    def keep(model: nn.Module, args: Any, kwargs: Arguments, output: Any) -> None:
+        returned.append(drawn(model, kwargs, output))
+
     hooks = [
-        denoiser.register_forward_hook(lambda module, args, output: returned.append(first(output)))
+        denoiser.register_forward_hook(keep, with_kwargs=True)
         for denoiser in pipelines.denoisers(pipe).values()
     ]
     torch.manual_seed(0)  # some pipelines encode their input picture at random
@@ -86,7 +105,7 @@ def replay(model: nn.Module, run: Run, scheduler: CountingScheduler | None = Non
         for args, kwargs in calls:
             with torch.no_grad():
                 output = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-            returned.append(first(output).double().flatten())
+            returned.append(drawn(model, kwargs, output).double().flatten())
         scheduler.step()
     return torch.cat(returned)
 
