@@ -22,13 +22,16 @@ class FullStep:
     """The blocks run, and their features are recorded.
 
     Args:
-        slots: the inboxes that are written to, a feature each, ``[batch, tokens, channels]``.
+        slots: the inboxes that are written to, a feature each, ``[batch, tokens, channels]``; with gates of
+            low rank, what is added up before it goes there, too.
         base: by stack, memory for the hidden state that enters the first block; may be the slot itself. The
             slot then receives the residual. By module None: the modules' outputs are recorded.
+        weights: with gates of low rank, what outputs are weighed with before they are added up.
     """
 
     slots: tuple[Tensor, ...]
     base: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ class BlockGraphs:
         place = (self._position, id(block), layout, form, *modes())
         self._position += 1
         plan, sums = self._call.plan, self._call.result.partial_sums
-        slots = plan.slots if isinstance(plan, FullStep) else ()
-        targets = tuple(slot.data_ptr() for slot in slots)
+        fixed = (*plan.slots, plan.weights) if isinstance(plan, FullStep) else ()
+        targets = tuple(tensor.data_ptr() for tensor in fixed if tensor is not None)
         if (place, targets) not in self._warmed:
             if len(self._graphs) + len(self._warmed) > 2 * self._limit:
                 self.drop()

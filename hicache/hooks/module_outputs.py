@@ -27,6 +27,8 @@ class _Part:
         # Bound before the call, not looked up in the plan by index: with an index each block is another block
         # to torch.compile. None: the call has no such feature.
         self.slot: Tensor | None = None
+        # by how much the output counts in each of several slots, which are then one tensor
+        self.weights: Tensor | None = None
         self.seen = False  # whether the call that is learned from had it
 
 
@@ -61,10 +63,13 @@ class _OutputHook:
             self.problem = str(error)
 
     def _write(self, part: _Part, slot: Tensor, output: Any) -> bool:
-        value = part.output.read(output, slot.shape)
+        value = part.output.read(output, slot.shape[-3:])
         if value is None:
             return False
         value = value.detach()
+        if part.weights is not None:
+            slot.addcmul_(value.to(slot.device), part.weights)
+            return True
         if part.sole:
             slot.copy_(value)
             return True
@@ -114,9 +119,23 @@ class ModuleOutputs:
     def bind(self, slots: Sequence[Tensor]) -> None:
         """Record the features of the call that begins in these slots."""
         for part in self._parts:
-            part.slot = slots[part.feature] if part.feature < len(slots) else None
+            part.slot, part.weights = slots[part.feature] if part.feature < len(slots) else None, None
         for hook in self._hooks.values():
             hook.shape = slots[0].shape
+        self._bound = True
+
+    def bind_sums(self, sums: Tensor, weights: Tensor) -> None:
+        """Add the features of the call that begins up in these sums, with weights in place of factors.
+
+        Args:
+            sums: ``[sums, batch, tokens, channels]``, in fp32 or float64, zeros.
+            weights: ``[num_features, sums, batch, 1, channels]``.
+        """
+        for part in self._parts:
+            has = part.feature < len(weights)
+            part.slot, part.weights = (sums, weights[part.feature]) if has else (None, None)
+        for hook in self._hooks.values():
+            hook.shape = sums.shape[1:]
         self._bound = True
 
     def missing(self, num_features: int) -> tuple[int, ...]:
@@ -148,6 +167,6 @@ class ModuleOutputs:
             return
         self._bound = False
         for part in self._parts:
-            part.slot = None
+            part.slot = part.weights = None
         for hook in self._hooks.values():
             hook.shape = hook.problem = None

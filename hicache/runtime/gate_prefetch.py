@@ -96,7 +96,7 @@ class GatePrefetch:
             like: anything ``[batch, ..., channels]`` of the hidden state's dtype and device.
         """
         self.forget()
-        if not adapter.gate_arguments or not self._timesteps_were_right():
+        if not adapter.gate_arguments or not self.timesteps_were_right():
             return
         timestep, step = model_kwargs.get("timestep"), steps.start - 1
         if not self._searched:
@@ -141,6 +141,11 @@ class GatePrefetch:
         """Whether there are gates of coming steps."""
         return self._fetched is not None
 
+    @property
+    def rows(self) -> Tensor | None:
+        """The gates of all coming steps there are, ``[steps, num_features, batch, channels]``."""
+        return None if self._fetched is None else self._fetched.gates
+
     def gates(self, adapter: ModuleAdapter, step: int, model_kwargs: Mapping[str, Any]) -> Tensor | None:
         """The gates of a skipped step, ``[num_features, batch, channels]``; None: they were not fetched."""
         fetched = self._fetched
@@ -158,7 +163,7 @@ class GatePrefetch:
         self._wrong = off if self._wrong is None else self._wrong.logical_or_(off)
         return fetched.gates[index]
 
-    def _timesteps_were_right(self) -> bool:
+    def timesteps_were_right(self) -> bool:
         """Whether all timesteps so far were as expected; reads the device."""
         if self._wrong is None:
             return True
@@ -166,7 +171,7 @@ class GatePrefetch:
         if wrong:
             warnings.warn(
                 "hicache: the transformer was called with timesteps that are not the scheduler's: the gates "
-                "of the last skipped steps were computed for others; from here on each step computes its own",
+                "of the last skipped steps were computed for others; from here on none are computed ahead",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -12,6 +12,7 @@ from hicache.runtime.budget import RecorderChoice
 from hicache.runtime.context import BegunCall, CallForm
 from hicache.runtime.finite import not_finite
 from hicache.runtime.recorders import NotFinite, Unfit
+from hicache.runtime.session import StepClock
 from hicache.stats import Stopwatch
 from hicache.step_plan import FullStep
 
@@ -22,12 +23,14 @@ class FirstCall:
     Args:
         begun: the call; its context learns its form.
         choice: of the recorder.
+        clock: counts the steps.
         watch: counts the time.
     """
 
-    def __init__(self, begun: BegunCall, choice: RecorderChoice, watch: Stopwatch) -> None:
+    def __init__(self, begun: BegunCall, choice: RecorderChoice, clock: StepClock, watch: Stopwatch) -> None:
         self._begun = begun
         self._choice = choice
+        self._clock = clock
         self._watch = watch
         self.unfit: str | None = None
 
@@ -43,8 +46,8 @@ class FirstCall:
                 form.num_features = adapter.num_features(block_kwargs)
                 form.refusal = adapter.refusal(block_kwargs)
             context.form = form
-            choice.decide(context)
-            plan = choice.recorder.plan_full(context.engine, form)
+            choice.decide(self._begun, self._clock, learning=True)
+            plan = choice.recorder.plan_full(self._begun)
             choice.recorder.learn(hidden, block_kwargs, self._begun.model_kwargs)
         return plan
 
@@ -64,7 +67,7 @@ class FirstCall:
             except Unfit as error:
                 self._choice.warn(f"{error}; its stack is cached instead")
                 self._choice.give_up_modules(str(error))
-                plan = self._choice.recorder.plan_full(self._begun.context.engine, form)
+                plan = self._choice.recorder.plan_full(self._begun)
                 if base is None:
                     self.unfit = str(error)
                     return None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hicache import compat
 from hicache.adapters.base import ModuleAdapter
 from hicache.adapters.gates import deferred
-from hicache.engine import Engine, Sum
+from hicache.engine import Sum
 from hicache.hooks.module_outputs import ModuleOutputs
 from hicache.runtime.context import BegunCall, CallForm
 from hicache.runtime.gate_prefetch import foretold, lora_scale
@@ -39,8 +39,8 @@ class Recorder:
     #: What the user calls it.
     name: str
 
-    def plan_full(self, engine: Engine, form: CallForm) -> FullStep:
-        """A full step begins: where to record."""
+    def plan_full(self, begun: BegunCall) -> FullStep:
+        """A full step begins, of a call whose form is known: where to record."""
         raise NotImplementedError
 
     def plan_skipped(self, begun: BegunCall, total: Sum) -> SkippedStep:
@@ -84,8 +84,10 @@ class StackRecorder(Recorder):
 
     name = "stack"
 
-    def plan_full(self, engine: Engine, form: CallForm) -> FullStep:
-        [slot] = engine.open([form.shape], form.dtype, form.device)
+    def plan_full(self, begun: BegunCall) -> FullStep:
+        form = begun.context.form
+        assert form is not None
+        [slot] = begun.context.engine.open([form.shape], form.dtype, form.device)
         # A copy of what enters: blocks may work in place. The inbox has room for it unless it would round.
         exact = torch.promote_types(slot.dtype, form.dtype) == slot.dtype
         base = slot if exact else torch.empty(form.shape, dtype=form.dtype, device=form.device)
@@ -124,13 +126,16 @@ class ModuleRecorder(Recorder):
         if offloaded != (self.late is not None):
             self.late = LateGates() if offloaded else None
 
-    def plan_full(self, engine: Engine, form: CallForm) -> FullStep:
-        outputs = self._watch()
-        self._slots = tuple(engine.open([form.shape] * form.num_features, form.dtype, form.device))
+    def plan_full(self, begun: BegunCall) -> FullStep:
+        form = begun.context.form
+        assert form is not None
+        outputs = self.watch()
+        shapes = [form.shape] * form.num_features
+        self._slots = tuple(begun.context.engine.open(shapes, form.dtype, form.device))
         outputs.bind(self._slots)
         return FullStep(self._slots)
 
-    def _watch(self) -> ModuleOutputs:
+    def watch(self) -> ModuleOutputs:
         """Record the outputs of the family's modules; LoRA may have put others in their places since."""
         wanted = list(self.adapter.outputs())
         modules: list[nn.Module] = [output.module for output in wanted]
@@ -155,7 +160,7 @@ class ModuleRecorder(Recorder):
 
     def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
         """The gates of this step, ``[num_features, batch, channels]``."""
-        return _as_blocks_do(self.adapter.gates(block_kwargs, base), base)
+        return as_blocks_do(self.adapter.gates(block_kwargs, base), base)
 
     def learn(self, hidden: Tensor, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> None:
         between = list(self.adapter.between(model_kwargs))
@@ -184,27 +189,44 @@ class ModuleRecorder(Recorder):
             Unfit: it is not.
             NotFinite: what the blocks made is NaN or infinite: it may still be.
         """
-        assert self._outputs is not None
-        try:
-            form.missing = self._outputs.missing(len(self._slots))
-        except ValueError as error:
-            raise Unfit(f"cannot be cached module by module: {error}") from error
+        self.take_missing(form)
         if self.base is None:
             return
         base = self.base
-        self._outputs.finish(self._slots, form.missing)
+        self.finish(form)
         self._call.result.partial_sums.clear()
-        accumulated = torch.promote_types(base.dtype, torch.float32)
         own, again = self._gates or self._both_gates(base)
-        gates = _as_blocks_do(own, base)
+        gates = as_blocks_do(own, base)
+        self.check_sum(hidden, self._slots, gates)
+        self._verified.add(len(self._slots))
+        allowed = max(1e-3, 4 * torch.finfo(base.dtype).eps)
+        self._can_prefetch = again is not None and bool((again - gates).norm() <= allowed * gates.norm())
+
+    def take_missing(self, form: CallForm) -> None:
+        """Take in which features of a call that was learned from have no output.
+
+        Raises:
+            Unfit: a module gave something that is no feature.
+        """
+        assert self._outputs is not None
+        try:
+            form.missing = self._outputs.missing(form.num_features)
+        except ValueError as error:
+            raise Unfit(f"cannot be cached module by module: {error}") from error
+
+    def check_sum(self, hidden: Tensor, slots: Sequence[Tensor], gates: Tensor) -> None:
+        """Checks that features with these gates make what the blocks made, as :meth:`verify` does."""
+        base = self.base
+        assert base is not None
+        accumulated = torch.promote_types(base.dtype, torch.float32)
         total = base.to(accumulated)
-        for slot, gate in zip(self._slots, gates[:, :, None], strict=True):  # [batch, 1, channels] each
+        for slot, gate in zip(slots, gates[:, :, None], strict=True):  # [batch, 1, channels] each
             total = total + slot.to(accumulated) * gate
         for residual in self._between:
             total = total + residual
         # a model of low precision rounds after every block, this sum once; a history of low precision rounds
         # features
-        lowest = min((base.dtype, self._slots[0].dtype), key=lambda dtype: dtype.itemsize)
+        lowest = min((base.dtype, slots[0].dtype), key=lambda dtype: dtype.itemsize)
         allowed = 0.1 if lowest.itemsize < 4 else 1e-3
         off, moved = (total - hidden).norm().item(), (hidden.to(accumulated) - base).norm().item()
         rounding = 8 * torch.finfo(lowest).eps * total.norm().item()
@@ -215,9 +237,6 @@ class ModuleRecorder(Recorder):
                 f"does not add gate · feature of its modules alone (off by {off:.3g} of {moved:.3g}): is one "
                 "of its blocks or attention processors not its own?"
             )
-        self._verified.add(len(self._slots))
-        allowed = max(1e-3, 4 * torch.finfo(base.dtype).eps)
-        self._can_prefetch = again is not None and bool((again - gates).norm() <= allowed * gates.norm())
 
     def finish(self, form: CallForm) -> None:
         assert self._outputs is not None
@@ -276,7 +295,7 @@ class ModuleRecorder(Recorder):
         self._outputs = None
 
 
-def _as_blocks_do(gates: Tensor, base: Tensor) -> Tensor:
+def as_blocks_do(gates: Tensor, base: Tensor) -> Tensor:
     """Gates broadcast and cast to a hidden state, contiguous; mostly this changes nothing.
 
     One timestep may serve several pictures, and autocast may leave embeddings of higher precision.
