@@ -96,7 +96,7 @@ class GatePrefetch:
             like: anything ``[batch, ..., channels]`` of the hidden state's dtype and device.
         """
         self.forget()
-        if not adapter.gate_arguments or not self.timesteps_were_right():
+        if not adapter.foretell or not self.timesteps_were_right():
             return
         timestep, step = model_kwargs.get("timestep"), steps.start - 1
         if not self._searched:
@@ -126,10 +126,15 @@ class GatePrefetch:
 
     def settle(self, adapter: ModuleAdapter) -> None:
         """What :meth:`fetch` computed has been written, with the weights the model has now."""
+        if self._fetched is not None and self._fetched.weights is None:
+            self.own()
+            self._fetched = replace(self._fetched, weights=GateWeights(adapter))
+
+    def own(self) -> None:
+        """Copy what :meth:`fetch` computed: the adapter uses its memory again."""
         if self._fetched is not None:
-            # a copy in any case: the adapter uses its memory again
             gates = self._fetched.gates.clone(memory_format=torch.contiguous_format)
-            self._fetched = replace(self._fetched, gates=gates, weights=GateWeights(adapter))
+            self._fetched = replace(self._fetched, gates=gates)
 
     @property
     def knows_timesteps(self) -> bool:
@@ -146,13 +151,27 @@ class GatePrefetch:
         """The gates of all coming steps there are, ``[steps, num_features, batch, channels]``."""
         return None if self._fetched is None else self._fetched.gates
 
-    def gates(self, adapter: ModuleAdapter, step: int, model_kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The gates of a skipped step, ``[num_features, batch, channels]``; None: they were not fetched."""
+    def gates(
+        self, adapter: ModuleAdapter, step: int, model_kwargs: Mapping[str, Any], compare: bool = False
+    ) -> Tensor | None:
+        """The gates of a skipped step, ``[num_features, batch, channels]``; None: they were not fetched.
+
+        Args:
+            adapter: the family's.
+            step: of the run.
+            model_kwargs: the transformer's arguments.
+            compare: where the other arguments are made anew, read whether their numbers are the same.
+        """
         fetched = self._fetched
         timestep = model_kwargs.get("timestep")
         if fetched is None or fetched.weights is None or not 0 <= step - fetched.first < len(fetched.gates):
             return None
-        if fetched.constants != _constants(adapter, model_kwargs) or not fetched.weights.unchanged():
+        constants = _constants(adapter, model_kwargs)
+        same = fetched.constants == constants
+        if not same and compare and all(map(_equal, fetched.constants, constants)):
+            same, fetched = True, replace(fetched, constants=constants)
+            self._fetched = fetched
+        if not same or fetched.weights is None or not fetched.weights.unchanged():
             self.forget()
             return None
         if not isinstance(timestep, Tensor) or timestep.ndim > 1:
@@ -197,7 +216,7 @@ def foretold(
         like: ``[batch, ..., channels]`` of the hidden state's dtype and device.
     """
     timestep, batch = model_kwargs.get("timestep"), len(like)
-    if not adapter.gate_arguments or not isinstance(timestep, Tensor) or timestep.ndim > 1:
+    if not adapter.foretell or not isinstance(timestep, Tensor) or timestep.ndim > 1:
         return None
     if not _one_a_sample(adapter, model_kwargs, batch) or timestep.numel() not in (1, batch):
         return None
@@ -254,8 +273,19 @@ class _Same:
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
         self._writes = compat.write_count(tensor)
+        self._numbers = tensor.detach().clone()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and other._tensor is self._tensor and other._writes == self._writes
 
     __hash__ = None  # type: ignore[assignment]
+
+    def equal(self, later: _Same) -> bool:
+        """Whether a later one has the numbers that this one began with; reads the device."""
+        return torch.equal(self._numbers, later._tensor)
+
+
+def _equal(one: Any, later: Any) -> bool:
+    if isinstance(one, _Same) and isinstance(later, _Same):
+        return one == later or one.equal(later)
+    return bool(one == later)

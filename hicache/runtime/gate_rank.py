@@ -38,7 +38,7 @@ def why_not(adapter: ModuleAdapter, num_features: int) -> str | None:
     name = type(adapter.module).__name__
     if num_features < 3 or any(factor for output in adapter.outputs() for _, factor in output.features):
         return f"the gates of {name} take {num_features} features as they are"
-    if not adapter.gate_arguments:
+    if not adapter.foretell:
         return f"the gates of {name} cannot be computed ahead"
     return None
 
@@ -105,17 +105,19 @@ class GateBasis:
         _, misses = torch.linalg.qr(misses, mode="r")
         missed = misses.to(series.device) @ series  # [B, steps, D]
         energies, mixes = torch.linalg.eigh(missed @ missed.mT)
-        energies, mixes = energies.flip(-1).clamp_min(0), mixes.flip(-1)
+        energies, mixes = energies.flip(-1), mixes.flip(-1)
+        noise = _NOISE**2 * energies[:, :1].maximum(_NOISE**2 * series.square().sum((1, 2))[:, None])
+        energies = energies.where(energies > noise, 0)
         total = series[:, list(skipped)].square().sum((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
         left = torch.cat([energies, energies.new_zeros(batch, 1)], 1).flip(1).cumsum(1).flip(1)
         errors = tuple((left / total[:, None]).amax(0).sqrt().tolist())
-        most = int((energies > _NOISE**2 * energies[:, :1]).sum(1).amax())
+        most = int((energies > 0).sum(1).amax())
         rank = next((r for r in range(min(1, most), most) if errors[r] <= tolerance), most)
         # orthonormal to rounding, which the squares alone are not
         directions, _ = torch.linalg.qr((mixes[:, :, :rank].mT @ missed).mT)  # [B, D, rank]
         scale = math.sqrt(features * channels)  # a mean square of one: levels are of the gates' size
         levels = series @ directions / scale
-        if bool(misses.sum(1).abs().amax() < 1e-9):
+        if bool((misses.sum(1).abs() < 1e-9).all()):
             # what is constant is forecast exactly: smaller levels are rounded less
             levels = levels - levels.mean(1, keepdim=True)
         levels = levels.to(rows.dtype).permute(1, 2, 0)  # [steps, rank, B]

@@ -57,7 +57,7 @@ class LowRankRecorder(Recorder):
         context = begun.context
         state, prefetch = context.low_rank, context.prefetch
         if state.basis is not None:
-            state.row = prefetch.gates(self.modules.adapter, begun.step, begun.model_kwargs)
+            state.row = self._row(begun)
             if state.row is not None and prefetch.timesteps_were_right():
                 return None
             state.restart()
@@ -97,10 +97,15 @@ class LowRankRecorder(Recorder):
             return "its gates are not those its family makes of the timestep"
         steps = range(begun.step + 1, clock.num_steps)
         prefetch.fetch(adapter, steps, clock.timesteps, form.block_kwargs, begun.model_kwargs, like)
-        prefetch.settle(adapter)
+        prefetch.own()
         if steps and prefetch.rows is None:
             return "gates of low rank need a scheduler whose timesteps the model is called with"
         return told[None] if prefetch.rows is None else torch.cat([told[None], prefetch.rows])
+
+    def _row(self, begun: BegunCall) -> Tensor | None:
+        """The gates of a step, where those told at the first step hold."""
+        prefetch = begun.context.prefetch
+        return prefetch.gates(self.modules.adapter, begun.step, begun.model_kwargs, compare=True)
 
     def planned_nbytes(self, contexts: Iterable[Context]) -> int:
         """Bytes these contexts want, what features are added up in included."""
@@ -136,11 +141,13 @@ class LowRankRecorder(Recorder):
         outputs.bind_sums(memory.sums, memory.weights)
         return FullStep((*self._slots, *memory.sums), weights=memory.weights)
 
+    def prefetch(self, begun: BegunCall, clock: StepClock) -> str | None:
+        # after the forward, when diffusers has taken the call's scale from its LoRA layers again
+        begun.context.prefetch.settle(self.modules.adapter)
+        return None
+
     def can_skip(self, begun: BegunCall) -> bool:
-        context = begun.context
-        return context.low_rank.basis is not None and (
-            context.prefetch.gates(self.modules.adapter, begun.step, begun.model_kwargs) is not None
-        )
+        return begun.context.low_rank.basis is not None and self._row(begun) is not None
 
     def plan_skipped(self, begun: BegunCall, total: Sum) -> SkippedStep:
         basis = begun.context.low_rank.basis
