@@ -67,6 +67,7 @@ class Handle(BaseHandle[Denoiser]):
             history_bytes=sum(denoiser.nbytes for denoiser in denoisers),
             cache_ms=session.watch.read(),
             choices={name: track.choice.describe() for name, track in tracks.items()},
+            low_rank={name: found for name, track in tracks.items() if (found := track.choice.gates())},
             graphs={
                 denoiser.name: dataclasses.replace(denoiser.graphs.stats)
                 for denoiser in denoisers

@@ -122,10 +122,11 @@ def test_with_all_directions_it_is_modules(name: str):
 def test_auto_takes_it_between_modules_and_the_stack(name: str):
     """Nearer to modules than the stack is, as its gates are said to be."""
     pipe, arguments = build_randomized(name)
+    tolerance = {"gate_tolerance": FAMILIES[name]}
     drawn: dict[str, Tensor] = {}
     held: dict[str, int] = {}
     for granularity in ("module", "stack", "low-rank"):
-        with apply(pipe, granularity=granularity, gate_tolerance=FAMILIES[name]) as handle:
+        with apply(pipe, granularity=granularity, **tolerance) as handle:
             drawn[granularity] = trace(pipe, arguments, 12)
             held[granularity] = handle.stats.history_bytes
     assert held["stack"] < held["low-rank"] < held["module"]

@@ -12,6 +12,7 @@ from hicache.runtime.gate_rank import GATE_TOLERANCE
 from hicache.runtime.low_rank import LowRankRecorder
 from hicache.runtime.recorders import ModuleRecorder, Recorder, StackRecorder
 from hicache.runtime.session import StepClock
+from hicache.stats import LowRankStats
 
 
 @dataclass(frozen=True)
@@ -159,19 +160,22 @@ class RecorderChoice:
         planned, what = self._contexts.planned_nbytes, "module: "
         if self.recorder is self.low_rank:
             planned = self.low_rank.planned_nbytes(self._contexts.current)
-            what = f"low-rank: {self._ranks()}"
+            gates = self.gates()
+            what = "low-rank: "
+            if gates is not None:
+                what += f"rank {gates.rank}, gates off by {gates.error:.2g}, by stack {gates.errors[0]:.2g}; "
         if self._policy.granularity != "auto":
             return f"{what}asked for; {planned:,} bytes"
         return f"{what}{planned:,} bytes fit memory_budget={self._policy.memory_budget:,}"
 
-    def _ranks(self) -> str:
-        """What the bases of this run's contexts are."""
-        bases = [basis for c in self._contexts.current if (basis := c.low_rank.basis) is not None]
-        if not bases:
-            return ""
-        ranks = " and ".join(sorted({str(basis.rank) for basis in bases}))
-        error, stack = max(b.error for b in bases), max(b.errors[0] for b in bases)
-        return f"rank {ranks}, gates off by {error:.2g}, by stack {stack:.2g}; "
+    def gates(self) -> LowRankStats | None:
+        """What the gates of this run are, if they are of low rank."""
+        found = [context.low_rank.basis for context in self._contexts.current]
+        bases = [basis for basis in found if basis is not None]
+        if not bases or self.recorder is not self.low_rank:
+            return None
+        errors = [max(errors) for errors in zip(*(basis.errors for basis in bases), strict=False)]
+        return LowRankStats(max(basis.rank for basis in bases), errors)
 
     def _over_budget(self, what: str, planned: int, wanted: int, device: torch.device) -> str | None:
         """Why the histories of this run's contexts must not be held; None when they may."""
