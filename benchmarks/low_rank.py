@@ -8,6 +8,7 @@ numbers do not depend on the machine beyond rounding.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -81,16 +82,17 @@ class Bench:
         )
 
 
-def rows(bench: Bench, interval: int) -> list[Row]:
+def rows(bench: Bench, interval: int) -> Iterator[Row]:
     """All granularities and ranks at an interval."""
     config = HiCacheConfig(interval=interval)
     halved = HiCacheConfig(interval=interval, history_dtype=torch.bfloat16)
     errors = bench.gate_errors(config)
-    found = [bench.row(config, "stack"), bench.row(config, "module")]
+    yield bench.row(config, "stack")
+    yield bench.row(config, "module")
     for rank in range(1, RANKS + 1):
-        found.append(bench.row(config, "low-rank", gate_tolerance=errors[rank] * (1 + 1e-6)))
-    # the rank that is taken by default
-    return [*found, *(bench.row(halved, granularity) for granularity in ("stack", "module", "low-rank"))]
+        yield bench.row(config, "low-rank", gate_tolerance=errors[rank] * (1 + 1e-6))
+    for granularity in ("stack", "module", "low-rank"):  # of the rank that is taken by default
+        yield bench.row(halved, granularity)
 
 
 def main() -> None:
@@ -98,12 +100,12 @@ def main() -> None:
     parser.add_argument("--intervals", type=int, nargs="+", default=list(INTERVALS))
     options = parser.parse_args()
     bench = Bench()
-    found = [row for interval in options.intervals for row in rows(bench, interval)]
-    cells = [
-        (*row[:6], None if row[6] is None else f"{row[6]:.4f}", f"{row[7]:.2f}", f"{row[8]:.2f}", versions())
-        for row in found
-    ]
-    print(tables.markdown(HEADER, [cell[:-1] for cell in cells]))
+    cells = []
+    for interval in options.intervals:
+        for row in rows(bench, interval):
+            error = None if row[6] is None else f"{row[6]:.4f}"
+            cells.append((*row[:6], error, f"{row[7]:.2f}", f"{row[8]:.2f}", versions()))
+            print(*cells[-1][:-1], flush=True)
     tables.save_csv(options.csv, [*HEADER, "versions"], cells)
 
 
