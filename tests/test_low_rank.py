@@ -115,6 +115,24 @@ def test_with_all_directions_it_is_modules(name: str):
         assert "gates off by 0, " in choice(handle)
 
 
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_at_low_precision_it_is_as_near_to_float64_as_modules(dtype: torch.dtype, name: str):
+    """Sums are in fp32, and levels rounded to few digits are made good by what is left at full steps."""
+
+    def run(dtype: torch.dtype, granularity: str) -> Tensor:
+        model, calls = recorded_in(name, dtype)
+        scheduler = RecordedScheduler(torch.stack([c[0][1]["timestep"].reshape(-1)[0] for c in calls]))
+        with apply(model, scheduler=scheduler, granularity=granularity, gate_tolerance=0.0):
+            return replay(model, calls, scheduler)
+
+    exact = run(torch.float64, "module")
+    off = {
+        granularity: relative_rms(run(dtype, granularity), exact) for granularity in ("module", "low-rank")
+    }
+    assert off["low-rank"] <= 1.2 * off["module"]
+
+
 # Chosen.
 
 
