@@ -133,6 +133,12 @@ def test_gates_of_low_rank_lose_no_half_decibel_to_modules():
         assert float(taken["gate error"]) <= GATE_TOLERANCE
         assert float(taken["mean PSNR dB"]) >= float(module["mean PSNR dB"]) - 0.5
         assert int(taken["history bytes"]) < int(module["history bytes"])
+        for granularity, rank in (("stack", ""), ("low-rank", taken_rank(interval)), ("module", "")):
+            whole, half = (
+                float(results[granularity, rank, interval, history]["mean PSNR dB"])
+                for history in ("float32", "bfloat16")
+            )
+            assert half > whole - 0.1
 
 
 def broken(document: Path, text: str) -> list[str]:
