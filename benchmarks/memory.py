@@ -27,19 +27,24 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-HEADER = ("model", "calls", "features", "module bytes", "stack bytes", "auto")
+HEADER = ("model", "calls", "features", "module bytes", "rank 1 bytes", "stack bytes", "auto")
 
 
-def rows(order: int) -> list[tuple[str, int, int, int, int, str]]:
-    """Return a row of :data:`HEADER` for every model: ``"auto"`` is the granularity that it takes."""
+def rows(order: int) -> list[tuple[str, int, int, int, int | None, int, str]]:
+    """Return a row of :data:`HEADER` for every model: ``"auto"`` is the granularity that it takes.
+
+    With gates of low rank, that is the highest rank that fits: a run takes the one that its gates need.
+    """
     found = []
     for name, (model, changes, drawn) in MODELS.items():
         with torch.device("meta"):
             transformer = getattr(diffusers, model)(**changes)
         plan = hicache.fast.plan(transformer, HiCacheConfig(order=order), dtype=torch.bfloat16, **drawn)
         [one] = plan.denoisers.values()
+        at_rank_1 = one.low_rank_bytes[0] if one.low_rank_bytes else None
+        taken = f"{one.granularity}, rank {one.rank}" if one.rank else one.granularity
         found.append(
-            (name, one.contexts, one.num_features, one.module_bytes, one.stack_bytes, one.granularity)
+            (name, one.contexts, one.num_features, one.module_bytes, at_rank_1, one.stack_bytes, taken)
         )
     return found
 
@@ -49,10 +54,18 @@ def main() -> None:
     parser.add_argument("--order", type=int, default=2, choices=range(5))
     options = parser.parse_args()
     found = rows(options.order)
-    header = ["model, bf16", "calls a step", "features", "module", "stack", "`auto` takes"]
+    header = ["model, bf16", "calls a step", "features", "module", "rank 1", "stack", "`auto` takes"]
     cells = [
-        (name, calls, features, f"{module / 1e9:.2f} GB", f"{stack / 1e6:.0f} MB", granularity)
-        for name, calls, features, module, stack, granularity in found
+        (
+            name,
+            calls,
+            features,
+            f"{module / 1e9:.2f} GB",
+            "" if at_rank_1 is None else f"{at_rank_1 / 1e9:.2f} GB",
+            f"{stack / 1e6:.0f} MB",
+            taken,
+        )
+        for name, calls, features, module, at_rank_1, stack, taken in found
     ]
     print(tables.markdown(header, cells))
     tables.save_csv(options.csv, HEADER, found)

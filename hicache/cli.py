@@ -65,7 +65,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each kind; medians count")
     parser.add_argument(
-        "--granularity", default="stack", help="what is cached: stack, module or auto (%(default)s)"
+        "--granularity", default="stack", help="what is cached: stack, low-rank, module or auto (%(default)s)"
     )
     parser.add_argument("--backend", default="auto", help="of hicache_kernels (%(default)s)")
 

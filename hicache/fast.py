@@ -30,6 +30,7 @@ from hicache.pipeline import (
     check_config,
     check_one_cache,
     check_speedup,
+    check_tolerance,
     find_controlnets,
     find_denoisers,
     find_scheduler,
@@ -38,6 +39,7 @@ from hicache.plan import DenoiserPlan, Plan, plan
 from hicache.runtime.budget import Policy
 from hicache.runtime.controlnet import ControlNet
 from hicache.runtime.denoiser import Denoiser
+from hicache.runtime.gate_rank import GATE_TOLERANCE
 from hicache.runtime.session import Session, Sessions
 from hicache.stats import ContextStats, Stats
 from hicache_kernels import BACKENDS
@@ -73,6 +75,7 @@ class Handle(BaseHandle[Denoiser]):
             history_bytes=sum(denoiser.nbytes for denoiser in denoisers),
             cache_ms=session.watch.read(),
             choices={name: track.choice.describe() for name, track in tracks.items()},
+            low_rank={name: found for name, track in tracks.items() if (found := track.choice.gates())},
             graphs={
                 denoiser.name: dataclasses.replace(denoiser.graphs.stats)
                 for denoiser in denoisers
@@ -93,6 +96,7 @@ def apply(
     scheduler: Any = None,
     granularity: str = "auto",
     memory_budget: int = MEMORY_BUDGET,
+    gate_tolerance: float = GATE_TOLERANCE,
     cuda_graphs: bool | str = "auto",
     backend: str = "auto",
 ) -> Handle:
@@ -112,9 +116,13 @@ def apply(
         scheduler: what counts the steps, where it is not ``pipe.scheduler``. A bare transformer without one
             counts by its ``timestep`` argument.
         granularity: what is cached: ``"module"``, every attention and MLP before its gate, as in the paper;
-            ``"stack"``, the residual of all blocks together; ``"auto"``, modules where they are known and
-            their history fits ``memory_budget``, else the stack. ``Handle.stats.choices`` says which.
-        memory_budget: bytes a denoiser's histories may take for ``"auto"`` to choose modules.
+            ``"stack"``, the residual of all blocks together; ``"low-rank"``, a few weighed sums of modules
+            that take the present's gates where the stack's forecast would miss them (docs/algorithm.md,
+            "Gates of low rank"); ``"auto"``, the first of module, low-rank and stack that is known for the
+            model and fits ``memory_budget``. ``Handle.stats.choices`` says which.
+        memory_budget: bytes a denoiser's histories may take for ``"auto"`` to choose modules or low rank.
+        gate_tolerance: what gates of low rank may be off by, relative to all gates of a run's skipped steps:
+            the least rank that keeps to it is taken.
         cuda_graphs: capture steps and replay them: ``"auto"`` where it can be done (never off a GPU, under
             offload, with gradients or inside torch.compile; ``Handle.stats.graphs`` says why not), ``True``
             the same but with a warning where it cannot, ``False`` never. Full steps are captured where their
@@ -134,6 +142,7 @@ def apply(
     check_choice("granularity", granularity, GRANULARITIES)
     check_choice("backend", backend, ("auto", *BACKENDS))
     check_budget(memory_budget)
+    check_tolerance(gate_tolerance)
     if not isinstance(cuda_graphs, bool):
         check_choice("cuda_graphs", cuda_graphs, CHOICES)
     modules, controlnets = find_denoisers(pipe), find_controlnets(pipe)
@@ -145,10 +154,10 @@ def apply(
     hooked = {name: HookedTransformer(module) for name, module in modules.items()}
     adapters = {name: registry.find(module) for name, module in modules.items()}
     for name, adapter in adapters.items():
-        if adapter is None and granularity == "module":
+        if adapter is None and granularity in ("module", "low-rank"):
             raise ValueError(
-                f"hicache: granularity='module': the modules of {type(modules[name]).__name__} are not "
-                f"known; known are {', '.join(registry.known())}; use granularity='stack' or 'auto'"
+                f"hicache: granularity={granularity!r}: the modules of {type(modules[name]).__name__} are "
+                f"not known; known are {', '.join(registry.known())}; use granularity='stack' or 'auto'"
             )
 
     # everything that can fail has been checked: from here on the pipeline is changed
@@ -159,7 +168,7 @@ def apply(
         make=lambda clock: Session(clock, config, speedup, backend),
         on_run=PartsCheck(pipe, {**modules, **controlnets}).warn,
     )
-    policy = Policy(granularity, memory_budget)
+    policy = Policy(granularity, memory_budget, float(gate_tolerance))
     denoisers = []
     for name, transformer in hooked.items():
         graphs = None

@@ -19,7 +19,7 @@ from hicache import compat
 from hicache.config import HiCacheConfig, is_number, is_whole
 from hicache_kernels import backend_status
 
-GRANULARITIES: Final = ("auto", "module", "stack")
+GRANULARITIES: Final = ("auto", "module", "low-rank", "stack")
 # Of one denoiser's histories. Holds FLUX.1's modules at 1024² and order 2 (5.7 GB), not a video model's.
 # Fixed, and not a share of the card's memory: the same call draws the same picture on every card.
 MEMORY_BUDGET: Final = 8_000_000_000
@@ -258,6 +258,19 @@ def check_budget(memory_budget: int) -> None:
         raise TypeError(f"hicache: expected memory_budget to be a number of bytes, got {memory_budget!r}")
     if memory_budget < 0:
         raise ValueError(f"hicache: expected memory_budget >= 0 bytes, got {memory_budget}")
+
+
+def check_tolerance(gate_tolerance: float) -> None:
+    """Check a relative error.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not in [0, 1).
+    """
+    if not is_number(gate_tolerance):
+        raise TypeError(f"hicache: expected gate_tolerance to be a number, got {gate_tolerance!r}")
+    if not 0 <= gate_tolerance < 1:
+        raise ValueError(f"hicache: expected 0 <= gate_tolerance < 1, got {gate_tolerance!r}")
 
 
 def check_backend(backend: str, module: nn.Module) -> None:

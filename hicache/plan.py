@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -22,22 +22,33 @@ from hicache.pipeline import (
     find_controlnets,
     find_denoisers,
 )
+from hicache.runtime.gate_rank import SumMemory, why_not
+
+#: Ranks whose bytes are planned: gates hardly ever need more.
+RANKS: Final = 8
 
 
 @dataclass(frozen=True)
 class DenoiserPlan:
     """What caching one transformer takes."""
 
-    granularity: str  # "module" or "stack", as apply() would choose
+    granularity: str  # "module", "low-rank" or "stack", as apply() would choose
     contexts: int  # calls a step, each with a history of its own
     hidden: tuple[int, int, int]  # what is recorded of a call's hidden state: batch, tokens, channels
     num_features: int  # of a history by module; a history of the stack has one
     module_bytes: int  # of all contexts
     stack_bytes: int
+    # at rank 1, 2, …, with what features are added up in; none where gates cannot be taken in low rank
+    low_rank_bytes: tuple[int, ...] = ()
+    # with gates of low rank, the highest that fits. A run's gates say which one they need; where it does not
+    # fit, "auto" takes the stack.
+    rank: int = 0
 
     @property
     def history_bytes(self) -> int:
-        """Bytes of history a run holds."""
+        """Bytes of history a run holds, or with gates of low rank holds at most."""
+        if self.granularity == "low-rank":
+            return self.low_rank_bytes[self.rank - 1]
         return self.module_bytes if self.granularity == "module" else self.stack_bytes
 
     @property
@@ -63,13 +74,20 @@ class Plan:
         return sum(plan.history_bytes for plan in self.denoisers.values())
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"{name}: {plan.granularity}, {plan.history_bytes:,} bytes of history (module "
-            f"{plan.module_bytes:,} in {plan.num_features} features, stack {plan.stack_bytes:,}), "
-            f"{plan.contexts} x {list(plan.hidden)}, {plan.launches} cache "
-            f"kernel{'s' if plan.launches > 1 else ''} a skipped step"
-            for name, plan in self.denoisers.items()
-        )
+        return "\n".join(f"{name}: {_described(plan)}" for name, plan in self.denoisers.items())
+
+
+def _described(plan: DenoiserPlan) -> str:
+    chosen, low_rank = plan.granularity, ""
+    if plan.rank:
+        chosen = f"{chosen} of at most rank {plan.rank}"
+    if plan.low_rank_bytes:
+        low_rank = f"low-rank {plan.low_rank_bytes[0]:,} at rank 1, "
+    return (
+        f"{chosen}, {plan.history_bytes:,} bytes of history (module {plan.module_bytes:,} in "
+        f"{plan.num_features} features, {low_rank}stack {plan.stack_bytes:,}), {plan.contexts} x "
+        f"{list(plan.hidden)}, {plan.launches} cache kernel{'s' if plan.launches > 1 else ''} a skipped step"
+    )
 
 
 def plan(
@@ -109,7 +127,7 @@ def plan(
         dtype: of the features; the transformer's own when None.
 
     Returns:
-        Plan: by transformer, the granularity that would be chosen and the bytes of both; ``print()`` it.
+        Plan: by transformer, the granularity that would be chosen and the bytes of each; ``print()`` it.
 
     Raises:
         TypeError, ValueError: bad arguments, or a model whose modules are not known.
@@ -143,9 +161,21 @@ def plan(
         num_features = adapter.num_features({}) + bool(find_controlnets(pipe))
         by_module = contexts * engine.planned_nbytes([hidden] * num_features, kept)
         by_stack = contexts * engine.planned_nbytes([hidden], kept)
-        fits = granularity == "module" or (granularity == "auto" and by_module <= memory_budget)
-        chosen = "module" if fits else "stack"
-        plans[name] = DenoiserPlan(chosen, contexts, hidden, num_features, by_module, by_stack)
+        by_rank: tuple[int, ...] = ()
+        if why_not(adapter, num_features) is None:
+            by_rank = tuple(
+                contexts * engine.planned_nbytes([hidden] * (rank + 1), kept)
+                + SumMemory.planned_nbytes(rank + 1, num_features, hidden, kept)
+                for rank in range(1, min(RANKS, num_features - 2) + 1)
+            )
+        if granularity == "low-rank" and not by_rank:
+            raise ValueError(f"hicache: granularity='low-rank': {why_not(adapter, num_features)}")
+        rank = sum(nbytes <= memory_budget for nbytes in by_rank)
+        chosen = granularity
+        if granularity == "auto":
+            chosen = "module" if by_module <= memory_budget else "low-rank" if rank else "stack"
+        rank = max(1, rank) if chosen == "low-rank" else 0
+        plans[name] = DenoiserPlan(chosen, contexts, hidden, num_features, by_module, by_stack, by_rank, rank)
     return Plan(plans)
 
 

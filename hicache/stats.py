@@ -43,11 +43,24 @@ class ControlNetStats:
 
 
 @dataclass
+class LowRankStats:
+    """Gates of low rank, of the worst of a denoiser's contexts."""
+
+    rank: int
+    errors: list[float]  # what gates of rank 0 (the stack), 1, … are off by, relative
+
+    @property
+    def error(self) -> float:
+        """What they are off by, relative."""
+        return self.errors[self.rank]
+
+
+@dataclass
 class Stats:
     """What the cache did in the current run, or in the last one if none is going on."""
 
     config: HiCacheConfig  # as used: with speedup=, the interval it chose
-    granularity: str  # "module", "stack", or both where denoisers differ
+    granularity: str  # "module", "low-rank", "stack", or several where denoisers differ
     backend: str
     contexts: dict[str, ContextStats] = field(default_factory=dict)
     history_bytes: int = 0  # held, all contexts together, those the run no longer uses included
@@ -55,6 +68,7 @@ class Stats:
     choices: dict[str, str] = field(default_factory=dict)  # denoiser → what is cached of it, and why
     graphs: dict[str, GraphStats] = field(default_factory=dict)  # denoiser → captures, replays, or why none
     controlnets: dict[str, ControlNetStats] = field(default_factory=dict)  # by the pipeline's names for them
+    low_rank: dict[str, LowRankStats] = field(default_factory=dict)  # denoiser → its gates, where so cached
 
     @property
     def full_steps(self) -> int:

@@ -23,15 +23,18 @@ class FullStep:
     """The blocks run, and their features are recorded.
 
     Args:
-        slots: the inboxes that are written to, a feature each, ``[batch, tokens, channels]``.
+        slots: the inboxes that are written to, a feature each, ``[batch, tokens, channels]``; with gates of
+            low rank, what is added up before it goes there, too.
         base: by stack, memory for the hidden state that enters the first block; may be the slot itself. The
             slot then receives the residual. By module None: the modules' outputs are recorded.
         view: of the hidden state that the features have; None: all of it.
+        weights: with gates of low rank, what outputs are weighed with before they are added up.
     """
 
     slots: tuple[Tensor, ...]
     base: Tensor | None = None
     view: TokenView | None = None
+    weights: Tensor | None = None
 
     def drawn(self, hidden: Tensor) -> Tensor:
         """What of a hidden state is recorded."""

@@ -71,7 +71,10 @@ def test_generate_at_interval_one_is_the_full_run(tmp_path, capsys):
         (["--out", "/proc/x.png"], "--out: cannot write /proc/x.png: "),
         (["--guidance", "inf"], "--guidance: expected a finite number, got inf"),
         (["--seed", str(2**64)], "--seed: expected a number of 64 bits, got 18446744073709551616"),
-        (["--granularity", "layer"], "unknown granularity 'layer'; expected one of auto, module, stack"),
+        (
+            ["--granularity", "layer"],
+            "unknown granularity 'layer'; expected one of auto, module, low-rank, stack",
+        ),
         (["--speedup", "nan"], "expected a finite speedup >= 1, got nan"),
         (["--speedup", "0.5"], "expected a finite speedup >= 1, got 0.5"),
     ],

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import hicache
+from hicache.runtime.gate_rank import GATE_TOLERANCE
 
 ROOT = Path(hicache.__file__).parent.parent
 FOLDERS = ("hicache", "hicache_kernels", "csrc", "benchmarks", "docs", "tests")
@@ -72,6 +73,72 @@ def test_tables_of_installing_are_what_was_run(name):
     begin = lines.index(rows[0])
     assert lines[begin + 2 : begin + len(rows) + 1] == rows[1:]
     assert not lines[begin + len(rows) + 1]  # nothing below them
+
+
+def low_rank_results() -> dict[tuple[str, str, int, str], dict[str, str]]:
+    """benchmarks/results/low-rank.csv by granularity, rank, interval and dtype of the history."""
+    with (ROOT / "benchmarks" / "results" / "low-rank.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {(row["granularity"], row["rank"], int(row["interval"]), row["history"]): row for row in rows}
+
+
+def low_rank_tables() -> list[str]:
+    """The tables of docs/algorithm.md, "Gates of low rank": PSNR by rank, and of histories in bf16."""
+    results = low_rank_results()
+
+    def psnr(granularity: str, interval: int, rank: str = "", history: str = "float32") -> str:
+        return f"{float(results[granularity, rank, interval, history]['mean PSNR dB']):.1f}"
+
+    lines = ["| N | stack | " + " | ".join(f"R = {rank}" for rank in range(1, 9)) + " | module |"]
+    lines.append("|" + "---|" * 11)
+    for interval in (3, 5, 7):
+        ranks = [
+            f"{psnr('low-rank', interval, str(rank))} ({float(row['gate error']):.3f})"
+            for rank in range(1, 9)
+            for row in [results["low-rank", str(rank), interval, "float32"]]
+        ]
+        cells = [str(interval), psnr("stack", interval), *ranks, psnr("module", interval)]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| N | stack | the same in bf16 | low-rank | in bf16 | module | in bf16 |",
+        "|" + "---|" * 7,
+    ]
+    for interval in (3, 5, 7):
+        cells = [str(interval)]
+        for granularity in ("stack", "low-rank", "module"):
+            rank = taken_rank(interval) if granularity == "low-rank" else ""
+            cells += [psnr(granularity, interval, rank, history) for history in ("float32", "bfloat16")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def taken_rank(interval: int) -> str:
+    """The rank that is taken by default."""
+    [rank] = [
+        r for g, r, n, history in low_rank_results() if (g, n, history) == ("low-rank", interval, "bfloat16")
+    ]
+    return rank
+
+
+def test_tables_of_low_rank_are_what_was_measured():
+    assert "\n".join(low_rank_tables()) in (ROOT / "docs" / "algorithm.md").read_text()
+
+
+def test_gates_of_low_rank_lose_no_half_decibel_to_modules():
+    results = low_rank_results()
+    for interval in (3, 5, 7):
+        module = results["module", "", interval, "float32"]
+        taken = results["low-rank", taken_rank(interval), interval, "float32"]
+        assert float(taken["gate error"]) <= GATE_TOLERANCE
+        assert float(taken["mean PSNR dB"]) >= float(module["mean PSNR dB"]) - 0.5
+        assert int(taken["history bytes"]) < int(module["history bytes"])
+        for granularity, rank in (("stack", ""), ("low-rank", taken_rank(interval)), ("module", "")):
+            whole, half = (
+                float(results[granularity, rank, interval, history]["mean PSNR dB"])
+                for history in ("float32", "bfloat16")
+            )
+            assert half > whole - 0.1
 
 
 def broken(document: Path, text: str) -> list[str]:

@@ -83,7 +83,7 @@ class ModuleAdapter:
         module: the transformer. It is only looked at.
     """
 
-    #: Arguments of the model, besides the timestep, that gates depend on; empty: gates are not prefetched.
+    #: Arguments of the model, besides the timestep, that gates depend on.
     gate_arguments: tuple[str, ...] = ()
     #: Calls a step and samples a picture in a call when guided: (2, 1) for separate calls, (1, 2) for one
     #: batch, (1, 1) for guidance distilled into the model.
@@ -126,7 +126,7 @@ class ModuleAdapter:
         steps: int,
         like: Tensor,
     ) -> Mapping[str, Any]:
-        """What :meth:`gates` reads, for several steps at once; for adapters with :attr:`gate_arguments`.
+        """What :meth:`gates` reads, for several steps at once; for adapters that :attr:`foretell`.
 
         Args:
             block_kwargs: the first block's arguments now.
@@ -138,8 +138,13 @@ class ModuleAdapter:
         raise NotImplementedError
 
     def gate_modules(self) -> Sequence[nn.Module]:
-        """Modules whose weights gates are made of; for adapters with :attr:`gate_arguments`."""
+        """Modules whose weights gates are made of; for adapters that :attr:`foretell`."""
         return ()
+
+    @property
+    def foretell(self) -> bool:
+        """Whether gates of other timesteps than a call's own can be computed."""
+        return bool(self.gate_arguments)
 
     def drawn(self, model_kwargs: Mapping[str, Any], tokens: int) -> range:
         """Which of a call's image tokens reach the picture: the first, the last, or all.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from hicache.adapters.base import ModuleAdapter, ModuleOutput, doubles_and_singles, packed
 from hicache.adapters.controlnet import flux_controlnet
 
+_OTHER_STEPS: Final = "modulation vectors of other steps"
+
 
 class Chroma(ModuleAdapter):
     """Its network gives ``[batch, vectors, channels]``: 3 a single, 6 a double (image), 6 a double (text)."""
 
     guidance = (2, 1)
+    foretell = True  # of the timestep alone
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -38,10 +41,27 @@ class Chroma(ModuleAdapter):
         return [self.module.distilled_guidance_layer.register_forward_hook(keep).remove, forget]
 
     def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
-        assert self._vectors is not None
-        if self._index.device != self._vectors.device:
-            self._index = self._index.to(self._vectors.device)
-        return self._vectors.transpose(0, 1)[self._index].to(base.dtype)
+        vectors = block_kwargs.get(_OTHER_STEPS, self._vectors)
+        assert vectors is not None
+        if self._index.device != vectors.device:
+            self._index = self._index.to(vectors.device)
+        gates: Tensor = vectors.transpose(0, 1)[self._index].to(base.dtype)
+        return gates
+
+    def gate_inputs(
+        self,
+        block_kwargs: Mapping[str, Any],
+        model_kwargs: Mapping[str, Any],
+        timesteps: Tensor,
+        steps: int,
+        like: Tensor,
+    ) -> Mapping[str, Any]:
+        embedded = self.module.time_text_embed(timesteps.to(like.dtype) * 1000)
+        # not by way of the hook: what that keeps is the running call's
+        return {_OTHER_STEPS: self.module.distilled_guidance_layer.forward(embedded)}
+
+    def gate_modules(self) -> Sequence[nn.Module]:
+        return [self.module.time_text_embed, self.module.distilled_guidance_layer]
 
     def refusal(self, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> str | None:
         if "ip_hidden_states" in (block_kwargs.get("joint_attention_kwargs") or {}):

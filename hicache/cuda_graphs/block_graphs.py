@@ -76,8 +76,8 @@ class BlockGraphs:
         view = None if plan is None or plan.view is None else plan.view.form
         place = (self._position, id(block), layout, form, view, *modes())
         self._position += 1
-        slots = plan.slots if isinstance(plan, FullStep) else ()
-        targets = tuple(slot.data_ptr() for slot in slots)
+        fixed = (*plan.slots, plan.weights) if isinstance(plan, FullStep) else ()
+        targets = tuple(tensor.data_ptr() for tensor in fixed if tensor is not None)
         if (place, targets) not in self._warmed:
             if len(self._graphs) + len(self._warmed) > 2 * self._limit:
                 self.drop()

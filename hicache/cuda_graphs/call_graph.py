@@ -36,7 +36,7 @@ class CallArguments:
         if isinstance(plan, SkippedStep):
             fixed += [plan.sum.orders, *tensors(pytree.tree_leaves(call.rotary))]
         elif isinstance(plan, FullStep):
-            fixed += [plan.base, *plan.slots]
+            fixed += [plan.base, plan.weights, *plan.slots]
         return (
             type(plan),
             self.layout,

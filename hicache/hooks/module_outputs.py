@@ -28,6 +28,8 @@ class _Part:
         # Bound before the call, not looked up in the plan by index: with an index each block is another block
         # to torch.compile. None: the call has no such feature.
         self.slot: Tensor | None = None
+        # by how much the output counts in each of several slots, which are then one tensor
+        self.weights: Tensor | None = None
         self.seen = False  # whether the call that is learned from had it
 
 
@@ -64,10 +66,13 @@ class _OutputHook:
 
     def _write(self, part: _Part, slot: Tensor, output: Any) -> bool:
         view = self.view
-        value = part.output.read(output, slot.shape if view is None else view.whole.shape)
+        value = part.output.read(output, slot.shape[-3:] if view is None else view.whole.shape)
         if value is None:
             return False
         value = value.detach() if view is None else view.drawn(value.detach())
+        if part.weights is not None:
+            slot.addcmul_(value.to(slot.device), part.weights)
+            return True
         if part.sole:
             slot.copy_(value)
             return True
@@ -117,9 +122,25 @@ class ModuleOutputs:
     def bind(self, slots: Sequence[Tensor], view: TokenView | None) -> None:
         """Record the features of the call that begins in these slots: what the view has of each."""
         for part in self._parts:
-            part.slot = slots[part.feature] if part.feature < len(slots) else None
+            part.slot, part.weights = slots[part.feature] if part.feature < len(slots) else None, None
         for hook in self._hooks.values():
             hook.shape = slots[0].shape if view is None else view.whole.shape
+            hook.view = view
+        self._bound = True
+
+    def bind_sums(self, sums: Tensor, weights: Tensor, view: TokenView | None) -> None:
+        """Add the features of the call that begins up in these sums, with weights in place of factors.
+
+        Args:
+            sums: ``[sums, batch, drawn tokens, channels]``, in fp32 or float64, zeros.
+            weights: ``[num_features, sums, batch, 1, channels]``.
+            view: of the hidden state that the sums have; None: all of it.
+        """
+        for part in self._parts:
+            has = part.feature < len(weights)
+            part.slot, part.weights = (sums, weights[part.feature]) if has else (None, None)
+        for hook in self._hooks.values():
+            hook.shape = sums.shape[1:] if view is None else view.whole.shape
             hook.view = view
         self._bound = True
 
@@ -152,6 +173,6 @@ class ModuleOutputs:
             return
         self._bound = False
         for part in self._parts:
-            part.slot = None
+            part.slot = part.weights = None
         for hook in self._hooks.values():
             hook.shape = hook.view = hook.problem = None

@@ -1,4 +1,4 @@
-"""Which recorder a denoiser's calls get: modules where they are known, fit the memory and prove right."""
+"""Which recorder a denoiser's calls get: the finest that is known, fits the memory and proves right."""
 
 from __future__ import annotations
 
@@ -9,17 +9,26 @@ from typing import Any
 import torch
 
 from hicache.adapters.base import ModuleAdapter
-from hicache.runtime.context import Context, Contexts
-from hicache.runtime.recorders import ModuleRecorder, Recorder, StackRecorder
+from hicache.runtime.context import BegunCall, Context, Contexts
+from hicache.runtime.gate_rank import GATE_TOLERANCE
+from hicache.runtime.low_rank import LowRankRecorder
+from hicache.runtime.module_recorder import ModuleRecorder
+from hicache.runtime.recorders import Recorder, StackRecorder
+from hicache.runtime.session import StepClock
 from hicache.runtime.token_layout import layout_check, token_layout
+from hicache.stats import LowRankStats
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What a user wants cached: ``"module"``, ``"stack"``, or ``"auto"``: module if it fits the budget."""
+    """What a user wants cached.
+
+    ``"module"``, ``"low-rank"``, ``"stack"``, or ``"auto"``: the first of them that fits the budget.
+    """
 
     granularity: str
     memory_budget: int  # bytes
+    gate_tolerance: float = GATE_TOLERANCE  # what gates of low rank may be off by, relative
 
 
 class RecorderChoice:
@@ -50,21 +59,30 @@ class RecorderChoice:
         self.warn = warn
         self.stack = StackRecorder()
         self.modules = None if policy.granularity == "stack" else modules
+        self.low_rank: LowRankRecorder | None = None
+        if self.modules is not None and policy.granularity != "module":
+            self.low_rank = LowRankRecorder(self.modules, policy.gate_tolerance)
         self._why_stack = (
             "asked for" if policy.granularity == "stack" else f"no adapter knows the modules of {model}"
         )
-        self.recorder: Recorder = self.modules or self.stack
+        self._why_not_modules: str | None = None  # in this run, by "auto"
+        self.recorder: Recorder = self._finest()
+
+    def _finest(self) -> Recorder:
+        """What is tried first."""
+        wanted = self.low_rank if self._policy.granularity == "low-rank" else self.modules
+        return wanted or self.stack
 
     def start_run(self) -> None:
         """A run starts: modules are tried anew."""
         if self.modules is not None:
             self.modules.start_run()
-        self.recorder = self.modules or self.stack
+        self.recorder, self._why_not_modules = self._finest(), None
 
     @property
     def by_module(self) -> bool:
-        """Whether modules are recorded at the moment."""
-        return self.recorder is self.modules
+        """Whether modules are recorded at the moment, each or in weighed sums."""
+        return self.recorder is not self.stack
 
     def look_again(self, context: Context, model_kwargs: Mapping[str, Any]) -> None:
         """A context's first call in a run: its tokens may not be laid out as in an earlier run.
@@ -79,21 +97,52 @@ class RecorderChoice:
         else:
             context.unlearn()
 
-    def decide(self, context: Context) -> None:
-        """At every full step: whether this run's contexts can be cached by module.
+    def decide(self, begun: BegunCall, clock: StepClock, learning: bool = False) -> None:
+        """At every full step: whether this run's contexts can be cached by module, or in low rank.
+
+        Args:
+            begun: the call.
+            clock: counts the steps.
+            learning: the call is learned from, and has come to its first block.
 
         Raises:
-            RuntimeError: they cannot, and the user asked for modules.
+            RuntimeError: they cannot, and the user asked for it.
         """
-        form = context.form
+        context, form = begun.context, begun.context.form
         assert form is not None
         if self.recorder is self.stack:
             return
         refusal = None if form.refusal is None else f"{self._model}: {form.refusal}"
-        if refusal is None and self._policy.granularity == "auto":
-            refusal = self._over_budget(context, form.device)
+        if refusal is None and self.recorder is self.modules and self._policy.granularity == "auto":
+            wanted = context.planned_nbytes - context.engine.nbytes
+            planned = self._contexts.planned_nbytes
+            refusal = self._over_budget("its modules' history", planned, wanted, form.device)
+            if refusal is not None and self.low_rank is not None:
+                for other in self._contexts.current:
+                    other.engine.release()
+                self.recorder, self._why_not_modules = self.low_rank, refusal
+                refusal = None
+        if refusal is None and self.recorder is self.low_rank:
+            refusal = self._low_rank_refusal(begun, clock, learning)
         if refusal is not None:
             self.fall_back(refusal)
+
+    def _low_rank_refusal(self, begun: BegunCall, clock: StepClock, learning: bool) -> str | None:
+        """Why a full step cannot be recorded in low rank; None when its context has a basis that fits."""
+        assert self.low_rank is not None
+        assert begun.context.form is not None
+        refusal = self.low_rank.prepare(begun, clock, learning)
+        if refusal is not None:
+            refusal = f"{self._model}: {refusal}"
+        elif self._policy.granularity == "auto":
+            planned = self.low_rank.planned_nbytes(self._contexts.current)
+            basis = begun.context.low_rank.basis
+            assert basis is not None
+            what, held = f"its history at rank {basis.rank}", self._contexts.current_nbytes
+            refusal = self._over_budget(what, planned, planned - held, begun.context.form.device)
+        if refusal is not None and self._why_not_modules is not None:
+            refusal = f"{self._why_not_modules}; {refusal}"
+        return refusal
 
     def fall_back(self, reason: str) -> None:
         """Cache the stack for the rest of the run, in every context.
@@ -101,15 +150,22 @@ class RecorderChoice:
         Raises:
             RuntimeError: the user asked for modules.
         """
-        if self._policy.granularity == "module":
+        wanted = self._policy.granularity
+        if wanted != "auto":
             raise RuntimeError(
-                f"hicache: granularity='module' cannot be had: {reason}; use granularity='stack' or 'auto'"
+                f"hicache: granularity={wanted!r} cannot be had: {reason}; use granularity='stack' or 'auto'"
             )
         self.recorder, self._why_stack = self.stack, reason
-        if self.modules is not None:
-            self.modules.end()
+        self.end()
         for context in self._contexts.current:
             context.engine.release()
+            context.low_rank.release()
+
+    def end(self) -> None:
+        """A call has ended, or never came to its end: let go of its tensors."""
+        for recorder in (self.modules, self.low_rank):
+            if recorder is not None:
+                recorder.end()
 
     def give_up_modules(self, reason: str) -> None:
         """The sum over the modules is wrong: cache the stack from here on, in every run.
@@ -120,29 +176,43 @@ class RecorderChoice:
         self.fall_back(f"{self._model} {reason}")
         assert self.modules is not None
         self.modules.forget()
-        self.modules = None
+        self.modules = self.low_rank = None
 
     def describe(self) -> str:
         """What is cached of the current run's calls, and why."""
         if self.recorder is self.stack:
             return f"stack: {self._why_stack}"
-        planned = self._contexts.planned_nbytes
-        if self._policy.granularity == "module":
-            return f"module: asked for; {planned:,} bytes"
-        return f"module: {planned:,} bytes fit memory_budget={self._policy.memory_budget:,}"
+        planned, what = self._contexts.planned_nbytes, "module: "
+        if self.recorder is self.low_rank:
+            planned = self.low_rank.planned_nbytes(self._contexts.current)
+            gates = self.gates()
+            what = "low-rank: "
+            if gates is not None:
+                what += f"rank {gates.rank}, gates off by {gates.error:.2g}, by stack {gates.errors[0]:.2g}; "
+        if self._policy.granularity != "auto":
+            return f"{what}asked for; {planned:,} bytes"
+        return f"{what}{planned:,} bytes fit memory_budget={self._policy.memory_budget:,}"
 
-    def _over_budget(self, context: Context, device: torch.device) -> str | None:
+    def gates(self) -> LowRankStats | None:
+        """What the gates of this run are, if they are of low rank."""
+        found = [context.low_rank.basis for context in self._contexts.current]
+        bases = [basis for basis in found if basis is not None]
+        if not bases or self.recorder is not self.low_rank:
+            return None
+        errors = [max(errors) for errors in zip(*(basis.errors for basis in bases), strict=False)]
+        return LowRankStats(max(basis.rank for basis in bases), errors)
+
+    def _over_budget(self, what: str, planned: int, wanted: int, device: torch.device) -> str | None:
         """Why the histories of this run's contexts must not be held; None when they may."""
-        planned, budget = self._contexts.planned_nbytes, self._policy.memory_budget
+        budget = self._policy.memory_budget
         # Where the second context is too much, the first has been recorded in vain; in every such run anew,
         # as nothing of an earlier run may change the picture.
         if planned > budget:
-            return f"its modules' history, {planned:,} bytes or more, is over memory_budget={budget:,}"
-        wanted = context.planned_nbytes - context.engine.nbytes
+            return f"{what}, {planned:,} bytes or more, is over memory_budget={budget:,}"
         free = _free_bytes(device) if wanted > 0 else None
         if free is not None and wanted > free:
-            why = f"its modules' history wants {wanted:,} bytes and {free:,} are free on {device}"
-            self.warn(f"is cached as a stack: {why}")
+            why = f"{what} wants {wanted:,} bytes and {free:,} are free on {device}"
+            self.warn(f"is cached more coarsely: {why}")
             return why
         return None
 

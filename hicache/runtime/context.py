@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ from hicache.engine import Engine
 from hicache.runtime.conditions import Conditions
 from hicache.runtime.finite import FiniteCheck
 from hicache.runtime.gate_prefetch import GatePrefetch
+from hicache.runtime.gate_rank import RunGates
 from hicache.runtime.session import Session, StepCounter
 from hicache.runtime.signature import signature
 from hicache.runtime.token_layout import LayoutCheck, TokenLayout
@@ -44,6 +45,11 @@ class CallForm:
         shape = hidden.shape if view is None else view.drawn(hidden).shape
         return cls(hidden.shape, shape, hidden.dtype, hidden.device, layout, view)
 
+    @property
+    def num_outputs(self) -> int:
+        """Features of the family's modules: without what a ControlNet adds."""
+        return self.num_features - self.ones
+
     def like(self) -> Tensor:
         """Something ``[batch, 1, channels]`` of the hidden state's dtype and device, without memory."""
         nothing = torch.empty((), dtype=self.dtype, device=self.device)
@@ -64,6 +70,7 @@ class Context:
         self.arguments = arguments
         self.engine = engine
         self.prefetch = GatePrefetch()
+        self.low_rank = RunGates()
         self.finite = FiniteCheck()
         self.check: LayoutCheck | None = None
         self.form: CallForm | None = None  # learned from its first call
@@ -79,6 +86,7 @@ class Context:
         self.full_steps = 0
         self.skipped_steps = 0
         self.prefetch.restart()
+        self.low_rank.restart()
         self.finite = FiniteCheck()
         self.check = None
         self.scale: tuple[float, ...] | None = None  # of the residuals it is given, see scale_of()
@@ -123,6 +131,7 @@ class Context:
         """Free its memory, and forget what was learned."""
         self.engine.release()
         self.prefetch.forget()
+        self.low_rank.release()
         self.rotary.clear()
         self.unlearn()
 
@@ -240,10 +249,20 @@ class Contexts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of history held."""
-        return sum(context.engine.nbytes for context in (*self.current, *self._idle))
+        """Bytes of history held, and of what its features are added up in."""
+        return _held([*self.current, *self._idle])
+
+    @property
+    def current_nbytes(self) -> int:
+        """The same, of this run's contexts alone."""
+        return _held(self.current)
 
     @property
     def planned_nbytes(self) -> int:
         """Bytes of history the contexts of this run want, by module."""
         return sum(context.planned_nbytes for context in self.current)
+
+
+def _held(contexts: Sequence[Context]) -> int:
+    memories = {id(memory): memory for c in contexts if (memory := c.low_rank.memory) is not None}
+    return sum(c.engine.nbytes for c in contexts) + sum(memory.nbytes for memory in memories.values())

@@ -19,8 +19,8 @@ from hicache.hooks.transformer import HookedTransformer
 from hicache.pipeline import check_one_cache
 from hicache.runtime.budget import Policy
 from hicache.runtime.context import MAX_CONTEXTS, BegunCall
+from hicache.runtime.module_recorder import ModuleRecorder
 from hicache.runtime.planner import forecast
-from hicache.runtime.recorders import ModuleRecorder
 from hicache.runtime.residuals import given_to_blocks, scale_of
 from hicache.runtime.session import Session, Sessions
 from hicache.runtime.signature import requires_grad

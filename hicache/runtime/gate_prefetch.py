@@ -96,7 +96,7 @@ class GatePrefetch:
             like: anything ``[batch, ..., channels]`` of the hidden state's dtype and device.
         """
         self.forget()
-        if not adapter.gate_arguments or not self._timesteps_were_right():
+        if not adapter.foretell or not self.timesteps_were_right():
             return
         timestep, step = model_kwargs.get("timestep"), steps.start - 1
         if not self._searched:
@@ -131,11 +131,16 @@ class GatePrefetch:
             adapter: the family's.
             ones: further features, whose gates are one.
         """
+        if self._fetched is not None and self._fetched.weights is None:
+            self.own(ones)
+            self._fetched = replace(self._fetched, weights=GateWeights(adapter))
+
+    def own(self, ones: int = 0) -> None:
+        """Copy what :meth:`fetch` computed, and add gates of one: the adapter uses its memory again."""
         if self._fetched is not None:
-            # a copy in any case: the adapter uses its memory again
             gates = self._fetched.gates
             copy = with_ones(gates, ones) if ones else gates.clone(memory_format=torch.contiguous_format)
-            self._fetched = replace(self._fetched, gates=copy.contiguous(), weights=GateWeights(adapter))
+            self._fetched = replace(self._fetched, gates=copy.contiguous())
 
     @property
     def knows_timesteps(self) -> bool:
@@ -147,6 +152,11 @@ class GatePrefetch:
         """Whether there are gates of coming steps."""
         return self._fetched is not None
 
+    @property
+    def rows(self) -> Tensor | None:
+        """The gates of all coming steps there are, ``[steps, num_features, batch, channels]``."""
+        return None if self._fetched is None else self._fetched.gates
+
     def gates(
         self, adapter: ModuleAdapter, step: int, model_kwargs: Mapping[str, Any], read: bool = False
     ) -> Tensor | None:
@@ -156,16 +166,19 @@ class GatePrefetch:
             adapter: the family's.
             step: of the run.
             model_kwargs: the transformer's.
-            read: whether numbers may be read from the device: FLUX's ControlNet pipelines make a tensor of
-                their guidance anew in every step.
+            read: whether numbers may be read from the device, where arguments are made anew: FLUX's
+                ControlNet pipelines make a tensor of their guidance in every step.
         """
         fetched = self._fetched
         timestep = model_kwargs.get("timestep")
         if fetched is None or fetched.weights is None or not 0 <= step - fetched.first < len(fetched.gates):
             return None
-        constants = zip(fetched.constants, _constants(adapter, model_kwargs), strict=True)
-        same = all(one == other or (read and _equal(one, other)) for one, other in constants)
-        if not same or not fetched.weights.unchanged():
+        constants = _constants(adapter, model_kwargs)
+        same = fetched.constants == constants
+        if not same and read and all(map(_equal, fetched.constants, constants)):
+            same, fetched = True, replace(fetched, constants=constants)
+            self._fetched = fetched
+        if not same or fetched.weights is None or not fetched.weights.unchanged():
             self.forget()
             return None
         if not isinstance(timestep, Tensor) or timestep.ndim > 1:
@@ -176,7 +189,7 @@ class GatePrefetch:
         self._wrong = off if self._wrong is None else self._wrong.logical_or_(off)
         return fetched.gates[index]
 
-    def _timesteps_were_right(self) -> bool:
+    def timesteps_were_right(self) -> bool:
         """Whether all timesteps so far were as expected; reads the device."""
         if self._wrong is None:
             return True
@@ -184,7 +197,7 @@ class GatePrefetch:
         if wrong:
             warnings.warn(
                 "hicache: the transformer was called with timesteps that are not the scheduler's: the gates "
-                "of the last skipped steps were computed for others; from here on each step computes its own",
+                "of the last skipped steps were computed for others; from here on none are computed ahead",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -215,7 +228,7 @@ def foretold(
         like: ``[batch, ..., channels]`` of the hidden state's dtype and device.
     """
     timestep, batch = model_kwargs.get("timestep"), len(like)
-    if not adapter.gate_arguments or not isinstance(timestep, Tensor) or timestep.ndim > 1:
+    if not adapter.foretell or not isinstance(timestep, Tensor) or timestep.ndim > 1:
         return None
     if not _one_a_sample(adapter, model_kwargs, batch) or timestep.numel() not in (1, batch):
         return None
@@ -266,9 +279,11 @@ def _identity(value: Any) -> Any:
     return _Same(value) if isinstance(value, Tensor) else value
 
 
-def _equal(one: Any, other: Any) -> bool:
-    """Whether two tensors hold the same numbers, the first of them since it was taken."""
-    return isinstance(one, _Same) and isinstance(other, _Same) and one.equal(other)
+def _equal(one: Any, later: Any) -> bool:
+    """Whether two constants are the same, or tensors of the same numbers."""
+    if isinstance(one, _Same) and isinstance(later, _Same):
+        return one == later or one.equal(later)
+    return bool(one == later)
 
 
 class _Same:
@@ -277,13 +292,13 @@ class _Same:
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
         self._writes = compat.write_count(tensor)
+        self._numbers = tensor.detach().clone()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and other._tensor is self._tensor and other._writes == self._writes
 
     __hash__ = None  # type: ignore[assignment]
 
-    def equal(self, other: _Same) -> bool:
-        """Whether the other holds the numbers that this one was taken with."""
-        unwritten = self._writes == compat.write_count(self._tensor)
-        return unwritten and torch.equal(self._tensor, other._tensor)
+    def equal(self, later: _Same) -> bool:
+        """Whether a later one has the numbers that this one began with; reads the device."""
+        return torch.equal(self._numbers, later._tensor)

@@ -12,6 +12,7 @@ from hicache.runtime.budget import RecorderChoice
 from hicache.runtime.context import BegunCall, CallForm
 from hicache.runtime.finite import not_finite
 from hicache.runtime.recorders import NotFinite, Unfit
+from hicache.runtime.session import StepClock
 from hicache.runtime.token_layout import layout_check, token_layout
 from hicache.stats import Stopwatch
 from hicache.step_plan import FullStep
@@ -23,12 +24,14 @@ class FirstCall:
     Args:
         begun: the call; its context learns its form.
         choice: of the recorder.
+        clock: counts the steps.
         watch: counts the time.
     """
 
-    def __init__(self, begun: BegunCall, choice: RecorderChoice, watch: Stopwatch) -> None:
+    def __init__(self, begun: BegunCall, choice: RecorderChoice, clock: StepClock, watch: Stopwatch) -> None:
         self._begun = begun
         self._choice = choice
+        self._clock = clock
         self._watch = watch
         self.unfit: str | None = None
 
@@ -47,8 +50,8 @@ class FirstCall:
                 form.refusal = form.layout.refusal or adapter.refusal(block_kwargs, model_kwargs)
             context.form = form
             context.check = layout_check(choice.adapter, form.layout, model_kwargs, hidden.shape)
-            choice.decide(context)
-            plan = choice.recorder.plan_full(context.engine, form)
+            choice.decide(self._begun, self._clock, learning=True)
+            plan = choice.recorder.plan_full(self._begun)
             choice.recorder.learn(hidden, block_kwargs, model_kwargs)
         return plan
 
@@ -68,7 +71,7 @@ class FirstCall:
             except Unfit as error:
                 self._choice.warn(f"{error}; its stack is cached instead")
                 self._choice.give_up_modules(str(error))
-                plan = self._choice.recorder.plan_full(self._begun.context.engine, form)
+                plan = self._choice.recorder.plan_full(self._begun)
                 if base is None:
                     self.unfit = str(error)
                     return None

@@ -16,7 +16,7 @@ from hicache.runtime.budget import RecorderChoice
 from hicache.runtime.context import BegunCall
 from hicache.runtime.finite import not_finite
 from hicache.runtime.lesson import FirstCall
-from hicache.runtime.recorders import ModuleRecorder
+from hicache.runtime.module_recorder import ModuleRecorder
 from hicache.runtime.session import Session
 from hicache.step_plan import FullStep, SkippedStep
 
@@ -59,7 +59,7 @@ class CallPlanner:
         if choice.modules is not None and choice.modules.late is not None:
             call.on_entry = lambda: choice.recorder.foresee(begun, self._session.clock)
         if context.form is None:
-            call.lesson = FirstCall(begun, choice, self._session.watch)
+            call.lesson = FirstCall(begun, choice, self._session.clock, self._session.watch)
             self._pause.hold()
             if not begun.compiled:
                 return
@@ -72,8 +72,8 @@ class CallPlanner:
             if context.form is None:
                 return
         with self._session.watch.measure(context.form.device), torch.no_grad():
-            choice.decide(context)
-            call.plan = choice.recorder.plan_full(context.engine, context.form)
+            choice.decide(begun, self._session.clock)
+            call.plan = choice.recorder.plan_full(begun)
 
     def begin_skipped(self, begun: BegunCall, replayed: bool) -> None:
         """Plan a skipped step; the first of a model is checked.
@@ -166,8 +166,7 @@ class CallPlanner:
 
     def end(self) -> None:
         """A call has ended, or never came to its end: let go of its tensors."""
-        if self._choice.modules is not None:
-            self._choice.modules.end()
+        self._choice.end()
         self._hooked.end()
         self._pause.let_go()
         self._sizes.let_go()

@@ -8,8 +8,8 @@ from hicache.adapters.base import ModuleAdapter
 from hicache.hooks.transformer import HookedTransformer
 from hicache.runtime.budget import Policy, RecorderChoice
 from hicache.runtime.context import Context, Contexts
+from hicache.runtime.module_recorder import ModuleRecorder
 from hicache.runtime.planner import CallPlanner
-from hicache.runtime.recorders import ModuleRecorder
 from hicache.runtime.session import Session, StepCounter
 
 

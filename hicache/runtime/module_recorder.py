@@ -1,0 +1,272 @@
+"""Every module's output before its gate, a feature each: the paper's granularity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hicache import compat
+from hicache.adapters.base import ModuleAdapter
+from hicache.adapters.gates import deferred
+from hicache.engine import Sum
+from hicache.hooks.module_outputs import ModuleOutputs
+from hicache.runtime.context import BegunCall, CallForm
+from hicache.runtime.gate_prefetch import foretold, lora_scale, with_ones
+from hicache.runtime.late_gates import LateGates
+from hicache.runtime.recorders import NotFinite, Recorder, Unfit
+from hicache.runtime.residuals import write_total
+from hicache.runtime.session import StepClock
+from hicache.step_plan import FullStep, RunningCall, SkippedStep
+from hicache.token_view import TokenView
+from hicache.weights import only_in_their_blocks
+
+
+class ModuleRecorder(Recorder):
+    """The paper's: a family's features, each with the gate of the current timestep.
+
+    Args:
+        adapter: the family's.
+        call: the transformer's running call.
+    """
+
+    name = "module"
+
+    def __init__(self, adapter: ModuleAdapter, call: RunningCall) -> None:
+        self.adapter = adapter
+        self._call = call
+        self._outputs: ModuleOutputs | None = None
+        self._slots: tuple[Tensor, ...] = ()  # of the family's features
+        self._added: Tensor | None = None  # slot of what a ControlNet adds between the blocks
+        self._view: TokenView | None = None  # that the slots have of the hidden state
+        # Of a call learned from: what to check the sum against.
+        self.base: Tensor | None = None
+        self._block_kwargs: Mapping[str, Any] = {}
+        self.between: Sequence[Tensor] = ()
+        self._model_kwargs: Mapping[str, Any] = {}
+        self._verified: set[Any] = set()  # how many features, and which tokens of the hidden state
+        self._can_prefetch = True  # whether gates of coming steps come out as those of the step itself
+        # gates of this step, and the same as those of coming steps are computed; None: not computed yet
+        self._gates: tuple[Tensor, Tensor | None] | None = None
+        self.late: LateGates | None = None  # of a model whose weights are at hand in its blocks only
+
+    def start_run(self) -> None:
+        """A run starts: its weights may be offloaded or sharded now, or no longer."""
+        absent = only_in_their_blocks(self.adapter.module)
+        if absent != (self.late is not None):
+            self.late = LateGates() if absent else None
+
+    def plan_full(self, begun: BegunCall) -> FullStep:
+        form = begun.context.form
+        assert form is not None
+        outputs = self.watch(form.view)
+        shapes = [form.shape] * form.num_features
+        slots = tuple(begun.context.engine.open(shapes, form.dtype, form.device))
+        self._slots = slots[: form.num_outputs]
+        self._added = slots[-1] if form.ones else None
+        outputs.bind(self._slots, form.view)
+        return FullStep(slots, view=form.view)
+
+    def watch(self, view: TokenView | None) -> ModuleOutputs:
+        """Record the outputs of the family's modules; LoRA may have put others in their places since.
+
+        Args:
+            view: of the hidden state that features have; None: all of it.
+        """
+        self._view = view
+        wanted = list(self.adapter.outputs())
+        modules: list[nn.Module] = [output.module for output in wanted]
+        if self._outputs is not None:
+            held = self._outputs.modules
+            if len(held) == len(modules) and all(a is b for a, b in zip(held, modules, strict=True)):
+                return self._outputs
+            self._outputs.remove()
+        self._outputs = ModuleOutputs(self._call, wanted)
+        return self._outputs
+
+    def plan_skipped(self, begun: BegunCall, total: Sum) -> SkippedStep:
+        form = begun.context.form
+        assert form is not None
+        between = () if form.ones else tuple(self.adapter.between(begun.model_kwargs))
+        return SkippedStep(total, self._prefetched(begun), True, between, form.ones, form.view)
+
+    def _prefetched(self, begun: BegunCall) -> Tensor | None:
+        # without them there is no skipping where weights are away: worth a look at the device
+        read = self.late is not None
+        return begun.context.prefetch.gates(self.adapter, begun.step, begun.model_kwargs, read)
+
+    def can_skip(self, begun: BegunCall) -> bool:
+        return self.late is None or not self.late.needed or self._prefetched(begun) is not None
+
+    def gates(self, block_kwargs: Mapping[str, Any], base: Tensor, ones: int = 0) -> Tensor:
+        """The gates of this step, ``[num_features, batch, channels]``, the last ``ones`` of them one.
+
+        Of a sample, or of a group of tokens.
+        """
+        return with_ones(as_blocks_do(self.adapter.gates(block_kwargs, base), base), ones)
+
+    def learn(self, hidden: Tensor, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> None:
+        between = list(self.adapter.between(model_kwargs))
+        if self._kind not in self._verified:
+            view = self._view
+            if view is not None:
+                hidden, between = view.drawn(hidden), [view.drawn(residual) for residual in between]
+            self.base, self._block_kwargs, self.between = hidden.clone(), dict(block_kwargs), between
+            self._model_kwargs = model_kwargs
+            if self.late is not None:
+                with deferred(self.adapter) as later:
+                    self._gates = self._both_gates(self._grouped(hidden))
+                self.late.add(later)
+
+    @property
+    def _kind(self) -> tuple[Any, ...]:
+        """What calls have in common of which one has to be verified."""
+        view = self._view
+        return (len(self._slots), *(() if view is None else (view.part is None, view.groups is None)))
+
+    def _grouped(self, drawn: Tensor) -> Tensor:
+        return drawn if self._view is None else self._view.grouped(drawn)
+
+    def _both_gates(self, base: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gates of a call that is learned from, and the same computed as those of coming steps are."""
+        own = self.adapter.gates(self._block_kwargs, base)
+        if self.late is None:
+            own = own.clone()  # the adapter uses its memory again
+        like = base[:, :1]
+        return own, foretold(self.adapter, self._block_kwargs, self._model_kwargs, like)
+
+    def verify(self, hidden: Tensor, form: CallForm) -> None:
+        """Checks that base + Σ gate ⊙ feature is what the blocks made: once a form of call, with a host sync.
+
+        Also takes in which features have no output.
+
+        Raises:
+            Unfit: it is not.
+            NotFinite: what the blocks made is NaN or infinite: it may still be.
+        """
+        self.take_missing(form)
+        if self.base is None:
+            return
+        assert self._outputs is not None
+        base = self._grouped(self.base)
+        self._outputs.finish(self._slots, form.missing)
+        self._call.result.partial_sums.clear()
+        own, again = self._gates or self._both_gates(base)
+        gates = as_blocks_do(own, base)
+        self.check_sum(hidden, self._slots, gates, self.between)
+        self._verified.add(self._kind)
+        allowed = max(1e-3, 4 * torch.finfo(base.dtype).eps)
+        self._can_prefetch = again is not None and bool((again - gates).norm() <= allowed * gates.norm())
+
+    def take_missing(self, form: CallForm) -> None:
+        """Take in which features of a call that was learned from have no output.
+
+        Raises:
+            Unfit: a module gave something that is no feature.
+        """
+        assert self._outputs is not None
+        try:
+            form.missing = self._outputs.missing(form.num_outputs)
+        except ValueError as error:
+            raise Unfit(f"cannot be cached module by module: {error}") from error
+
+    def check_sum(
+        self, hidden: Tensor, slots: Sequence[Tensor], gates: Tensor, between: Sequence[Tensor]
+    ) -> None:
+        """Checks that features with these gates, and what is between the blocks, make what those made.
+
+        Raises:
+            Unfit, NotFinite: as :meth:`verify`.
+        """
+        assert self.base is not None
+        base = self._grouped(self.base)
+        hidden = self._grouped(hidden if self._view is None else self._view.drawn(hidden))
+        accumulated = torch.promote_types(base.dtype, torch.float32)
+        total = base.to(accumulated)
+        for slot, gate in zip(slots, gates[:, :, None], strict=True):  # [batch, 1, channels] each
+            total = total + self._grouped(slot).to(accumulated) * gate
+        for residual in between:
+            total = total + self._grouped(residual)
+        # a model of low precision rounds after every block, this sum once; a history of low precision rounds
+        # features
+        lowest = min((base.dtype, slots[0].dtype), key=lambda dtype: dtype.itemsize)
+        allowed = 0.1 if lowest.itemsize < 4 else 1e-3
+        off, moved = (total - hidden).norm().item(), (hidden.to(accumulated) - base).norm().item()
+        rounding = 8 * torch.finfo(lowest).eps * total.norm().item()
+        if not math.isfinite(moved):
+            raise NotFinite
+        if not off <= allowed * moved + rounding:
+            raise Unfit(
+                f"does not add gate · feature of its modules alone (off by {off:.3g} of {moved:.3g}): is one "
+                "of its blocks or attention processors not its own?"
+            )
+
+    def finish(self, form: CallForm, model_kwargs: Mapping[str, Any]) -> None:
+        assert self._outputs is not None
+        self._outputs.finish(self._slots, form.missing)
+        if self._added is not None:
+            write_total(self.adapter.between(model_kwargs), self._added, form.view)
+
+    def foresee(self, begun: BegunCall, clock: StepClock) -> None:
+        if self.late is not None:
+            with deferred(self.adapter) as later:
+                self._fetch(begun, clock)
+            self.late.add(later)
+
+    def prefetch(self, begun: BegunCall, clock: StepClock) -> str | None:
+        prefetch, late, form = begun.context.prefetch, self.late, begun.context.form
+        if late is None:
+            # after the forward, when diffusers has taken the call's scale from its LoRA layers again
+            with compat.lora_scaled(self.adapter.module, lora_scale(begun.kwargs)):
+                self._fetch(begun, clock)
+        assert form is not None
+        if late is not None and late.needed:
+            done = late.complete or bool(form.missing)  # blocks that are left out write no gates
+            coming = not begun.context.is_full(begun.step + 1) and begun.step + 1 != clock.num_steps
+            if not (
+                self._can_prefetch and prefetch.knows_timesteps and done and (prefetch.fetched or not coming)
+            ):
+                return (
+                    "its weights are there in their own blocks only, and gates of the steps to come cannot "
+                    "be prefetched: they need a scheduler whose timesteps the model is called with"
+                )
+        prefetch.settle(self.adapter, form.ones)
+        return None
+
+    def _fetch(self, begun: BegunCall, clock: StepClock) -> None:
+        context, form = begun.context, begun.context.form
+        if not self._can_prefetch or form is None:
+            return
+        first, num_steps = begun.step + 1, clock.num_steps
+        steps = range(first, first if num_steps is None else context.next_full(begun.step, num_steps))
+        like = form.like()
+        context.prefetch.fetch(
+            self.adapter, steps, clock.timesteps, form.block_kwargs, begun.model_kwargs, like
+        )
+
+    def end(self) -> None:
+        if self._outputs is not None:
+            self._outputs.unbind()
+        self._slots, self.between, self._block_kwargs, self.base = (), (), {}, None
+        self._added = self._view = None
+        self._model_kwargs, self._gates = {}, None
+        if self.late is not None:
+            self.late.drop()
+
+    def forget(self) -> None:
+        """Check its sum anew, and record after hooks that others put there."""
+        self._verified.clear()
+        if self._outputs is not None:
+            self._outputs.remove()
+        self._outputs = None
+
+
+def as_blocks_do(gates: Tensor, base: Tensor) -> Tensor:
+    """Gates broadcast and cast to a hidden state, contiguous; mostly this changes nothing.
+
+    One timestep may serve several pictures, and autocast may leave embeddings of higher precision.
+    """
+    return gates.expand(-1, len(base), -1).to(base.device, base.dtype).contiguous()
