@@ -113,7 +113,7 @@ class GatePrefetch:
         rule = self._rules[0]
         coming = rule.timesteps[rule.origin + steps.start : rule.origin + steps.stop]
         batch, channels = len(like), like.shape[-1]
-        if len(coming) != len(steps) or not _one_a_sample(adapter, model_kwargs, batch):
+        if len(coming) != len(steps) or not _foretellable(adapter, model_kwargs, batch):
             return
         inputs = adapter.gate_inputs(
             block_kwargs, model_kwargs, coming.repeat_interleave(batch), len(steps), like
@@ -141,13 +141,27 @@ class GatePrefetch:
         """Whether there are gates of coming steps."""
         return self._fetched is not None
 
-    def gates(self, adapter: ModuleAdapter, step: int, model_kwargs: Mapping[str, Any]) -> Tensor | None:
-        """The gates of a skipped step, ``[num_features, batch, channels]``; None: they were not fetched."""
+    def gates(
+        self, adapter: ModuleAdapter, step: int, model_kwargs: Mapping[str, Any], by_value: bool = False
+    ) -> Tensor | None:
+        """The gates of a skipped step, ``[num_features, batch, channels]``; None: they were not fetched.
+
+        Args:
+            adapter: the family's.
+            step: its ordinal.
+            model_kwargs: the transformer's arguments.
+            by_value: whether tensors that a pipeline makes anew at every step are compared by their numbers,
+                which reads the device: for a model whose gates cannot be computed at the step itself.
+        """
         fetched = self._fetched
         timestep = model_kwargs.get("timestep")
         if fetched is None or fetched.weights is None or not 0 <= step - fetched.first < len(fetched.gates):
             return None
-        if fetched.constants != _constants(adapter, model_kwargs) or not fetched.weights.unchanged():
+        constants = _constants(adapter, model_kwargs)
+        same = fetched.constants == constants
+        if not same and by_value:
+            same = all(map(_equal_now, fetched.constants, constants))
+        if not same or not fetched.weights.unchanged():
             self.forget()
             return None
         if not isinstance(timestep, Tensor) or timestep.ndim > 1:
@@ -191,12 +205,11 @@ def foretold(
         model_kwargs: the transformer's.
         like: ``[batch, ..., channels]`` of the hidden state's dtype and device.
     """
-    timestep, batch = model_kwargs.get("timestep"), len(like)
-    if not adapter.gate_arguments or not isinstance(timestep, Tensor) or timestep.ndim > 1:
+    batch = len(like)
+    if not _foretellable(adapter, model_kwargs, batch):
         return None
-    if not _one_a_sample(adapter, model_kwargs, batch) or timestep.numel() not in (1, batch):
-        return None
-    inputs = adapter.gate_inputs(block_kwargs, model_kwargs, timestep.reshape(-1).expand(batch), 1, like)
+    timesteps = model_kwargs["timestep"].reshape(-1).expand(batch)
+    inputs = adapter.gate_inputs(block_kwargs, model_kwargs, timesteps, 1, like)
     return adapter.gates(inputs, like)
 
 
@@ -214,8 +227,13 @@ def _constants(adapter: ModuleAdapter, model_kwargs: Mapping[str, Any]) -> list[
     return [lora_scale(model_kwargs), *values]
 
 
-def _one_a_sample(adapter: ModuleAdapter, model_kwargs: Mapping[str, Any], batch: int) -> bool:
-    """Whether what gates depend on, but for the timestep, is there once a sample."""
+def _foretellable(adapter: ModuleAdapter, model_kwargs: Mapping[str, Any], batch: int) -> bool:
+    """Whether gates depend on timesteps and on what else is there once a sample, but for one timestep."""
+    timestep = model_kwargs.get("timestep")
+    if not adapter.gate_arguments or not isinstance(timestep, Tensor) or timestep.ndim > 1:
+        return False
+    if timestep.numel() not in (1, batch):
+        return False
     values = [model_kwargs.get(name) for name in adapter.gate_arguments]
     return all(len(value) == batch for value in values if isinstance(value, Tensor))
 
@@ -254,3 +272,16 @@ class _Same:
         return isinstance(other, _Same) and other._tensor is self._tensor and other._writes == self._writes
 
     __hash__ = None  # type: ignore[assignment]
+
+    def equals(self, other: _Same) -> bool:
+        """Whether another tensor has the numbers this one still has; reads the device."""
+        mine, given = self._tensor, other._tensor
+        written = self._writes != compat.write_count(mine)
+        return not written and mine.dtype == given.dtype and torch.equal(mine, given.to(mine.device))
+
+
+def _equal_now(held: Any, now: Any) -> bool:
+    """Whether two constants are the same, or tensors of the same numbers."""
+    if isinstance(held, _Same) and isinstance(now, _Same):
+        return held == now or held.equals(now)
+    return bool(held == now)
