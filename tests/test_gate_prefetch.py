@@ -297,3 +297,18 @@ def test_weights_that_change_in_a_callback_change_the_gates_at_once(change, pref
     ahead = draw()
     assert prefetched == [True] * 3 + [False] * 3 + [True]
     assert close(ahead, without(draw), TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["flux", "hunyuan"])
+def test_a_first_run_whose_gates_cannot_be_prefetched_does_not_keep_later_ones_from_it(name, prefetched):
+    """Two pictures of one prompt: given embeddings are there once, not once a picture."""
+    pipe, arguments = pipelines.build(name)
+    alone = cached(pipe, arguments)
+    many = {"num_videos_per_prompt" if name == "hunyuan" else "num_images_per_prompt": 2}
+    with hicache.fast.apply(pipe, CONFIG, granularity="module"):
+        pipelines.draw(pipe, {**arguments, **many})
+        assert not any(prefetched[-7:])
+        prefetched.clear()
+        assert torch.equal(pipelines.draw(pipe, arguments), alone)
+    assert prefetched
+    assert all(prefetched)

@@ -13,6 +13,7 @@ from diffusers.hooks.group_offloading import ModuleGroup
 import hicache.fast
 from hicache import HiCacheConfig
 from tests.support import models, pipelines
+from tests.support.comparisons import close
 from tests.support.schedulers import flow_matching
 
 CONFIG = HiCacheConfig(interval=4)
@@ -57,6 +58,20 @@ def test_groups_of_blocks(name: str, granularity: str, tmp_path: Path):
         assert torch.equal(pipelines.draw(pipe, arguments), expected)
         assert torch.equal(pipelines.draw(pipe, arguments), expected)
         assert (handle.stats.full_steps, handle.stats.skipped_steps) == (5, 7)
+
+
+def test_a_guidance_made_anew_at_every_step(tmp_path: Path):
+    """As ControlNets' pipelines of FLUX do: gates that were prefetched are those of its number."""
+    pipe, arguments = pipelines.build_randomized("flux_controlnet")
+    torch.manual_seed(0)  # the control picture is encoded at random
+    with hicache.fast.apply(pipe, CONFIG, granularity="module"):
+        expected = pipelines.draw(pipe, arguments)
+    offload(pipe.transformer, tmp_path)
+    torch.manual_seed(0)
+    with hicache.fast.apply(pipe, CONFIG, granularity="module") as handle:
+        drawn = pipelines.draw(pipe, arguments)
+        assert (handle.stats.full_steps, handle.stats.skipped_steps) == (5, 7)
+    assert close(drawn, expected)
 
 
 def test_offloading_that_begins_between_runs(tmp_path: Path):

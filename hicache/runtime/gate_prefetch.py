@@ -113,7 +113,7 @@ class GatePrefetch:
         rule = self._rules[0]
         coming = rule.timesteps[rule.origin + steps.start : rule.origin + steps.stop]
         batch, channels = len(like), like.shape[-1]
-        if len(coming) != len(steps) or not _one_a_sample(adapter, model_kwargs, batch):
+        if len(coming) != len(steps) or not _foretellable(adapter, model_kwargs, batch):
             return
         inputs = adapter.gate_inputs(
             block_kwargs, model_kwargs, coming.repeat_interleave(batch), len(steps), like
@@ -227,12 +227,11 @@ def foretold(
         model_kwargs: the transformer's.
         like: ``[batch, ..., channels]`` of the hidden state's dtype and device.
     """
-    timestep, batch = model_kwargs.get("timestep"), len(like)
-    if not adapter.foretell or not isinstance(timestep, Tensor) or timestep.ndim > 1:
+    batch = len(like)
+    if not _foretellable(adapter, model_kwargs, batch):
         return None
-    if not _one_a_sample(adapter, model_kwargs, batch) or timestep.numel() not in (1, batch):
-        return None
-    inputs = adapter.gate_inputs(block_kwargs, model_kwargs, timestep.reshape(-1).expand(batch), 1, like)
+    timesteps = model_kwargs["timestep"].reshape(-1).expand(batch)
+    inputs = adapter.gate_inputs(block_kwargs, model_kwargs, timesteps, 1, like)
     return adapter.gates(inputs, like)
 
 
@@ -250,8 +249,13 @@ def _constants(adapter: ModuleAdapter, model_kwargs: Mapping[str, Any]) -> list[
     return [lora_scale(model_kwargs), *values]
 
 
-def _one_a_sample(adapter: ModuleAdapter, model_kwargs: Mapping[str, Any], batch: int) -> bool:
-    """Whether what gates depend on, but for the timestep, is there once a sample."""
+def _foretellable(adapter: ModuleAdapter, model_kwargs: Mapping[str, Any], batch: int) -> bool:
+    """Whether gates depend on timesteps and on what else is there once a sample, but for one timestep."""
+    timestep = model_kwargs.get("timestep")
+    if not adapter.foretell or not isinstance(timestep, Tensor) or timestep.ndim > 1:
+        return False
+    if timestep.numel() not in (1, batch):
+        return False
     values = [model_kwargs.get(name) for name in adapter.gate_arguments]
     return all(len(value) == batch for value in values if isinstance(value, Tensor))
 
@@ -301,4 +305,5 @@ class _Same:
 
     def equal(self, later: _Same) -> bool:
         """Whether a later one has the numbers that this one began with; reads the device."""
-        return torch.equal(self._numbers, later._tensor)
+        mine, given = self._numbers, later._tensor
+        return mine.dtype == given.dtype and torch.equal(mine, given.to(mine.device))

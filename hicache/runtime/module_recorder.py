@@ -157,6 +157,8 @@ class ModuleRecorder(Recorder):
         own, again = self._gates or self._both_gates(base)
         gates = as_blocks_do(own, base)
         self.check_sum(hidden, self._slots, gates, self.between)
+        if again is None and self.adapter.foretell:  # in this form: those of others are not known yet
+            return
         self._verified.add(self._kind)
         allowed = max(1e-3, 4 * torch.finfo(base.dtype).eps)
         self._can_prefetch = again is not None and bool((again - gates).norm() <= allowed * gates.norm())
