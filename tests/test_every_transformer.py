@@ -20,10 +20,11 @@ import hicache.fast
 from hicache import HiCacheConfig
 from hicache.adapters import registry
 from hicache.hooks.transformer import HookedTransformer
-from tests.support import models, more_models
+from tests.support import models, more_models, refused_models
 from tests.support.comparisons import flat, snapshot
-from tests.support.models import WIDTH, Arguments
+from tests.support.models import Arguments
 from tests.support.pipelines import randomize
+from tests.support.refused_models import REFUSED
 from tests.support.runs import count_calls
 from tests.support.schedulers import CountingScheduler
 
@@ -35,78 +36,6 @@ FULL_STEPS = [0, 1, 3, 5]  # of CONFIG in as many steps as TIMES
 BY_MODULE = registry.known()
 BY_STACK = sorted({model.kind for model in models.MODELS.values()} - {*BY_MODULE} | {*more_models.MODELS})
 
-_HEADS: Arguments = {"num_attention_heads": 2, "attention_head_dim": WIDTH // 2, "num_layers": 2}
-_SOUND: Arguments = {
-    "audio_in_channels": 4,
-    "audio_num_attention_heads": 2,
-    "audio_attention_head_dim": WIDTH // 2,
-    "audio_cross_attention_dim": WIDTH,
-    "cross_attention_dim": WIDTH,
-    "caption_channels": 8,
-}
-_WAN = models.MODELS["wan"].config
-# class → the configuration of a small one, and why it is refused
-REFUSED: dict[str, tuple[Arguments, str]] = {
-    "AnyFlowFARTransformer3DModel": (
-        _WAN,
-        "cannot be cached: its blocks keep keys and values for the next part",
-    ),
-    "Kandinsky6Transformer3DModel": (
-        {
-            "in_visual_dim": 4,
-            "in_text_dim": 8,
-            "in_text_dim2": 8,
-            "time_dim": 8,
-            "model_dim": WIDTH,
-            "ff_dim": WIDTH,
-            "num_text_blocks": 1,
-            "num_visual_blocks": 2,
-            "axes_dims": (4, 6, 6),
-        },
-        "cannot be cached: two streams go through its blocks",
-    ),
-    "LTX2VideoTransformer3DModel": (
-        {**_HEADS, **_SOUND, "in_channels": 4},
-        "cannot be cached: two streams go through its blocks",
-    ),
-    "LatteTransformer3DModel": (
-        {
-            **_HEADS,
-            "in_channels": 4,
-            "sample_size": 8,
-            "patch_size": 2,
-            "caption_channels": 8,
-            "video_length": 2,
-        },
-        "cannot be cached: its blocks take turns with those of temporal_transformer_blocks",
-    ),
-    "RFD4ProteinaTransformer": (
-        {"nlayers": 2, "token_dim": WIDTH, "nheads": 2, "dim_cond": 8, "pair_repr_dim": 8, "tri_mult_c": 8},
-        "nothing to hook in RFD4ProteinaTransformer",
-    ),
-    "SanaWMLTX2RefinerTransformer3DModel": (
-        {**_HEADS, **_SOUND, "in_channels": 4},
-        "cannot be cached: its blocks keep keys and values for the next part",
-    ),
-    "UVit2DModel": (
-        {
-            "hidden_size": WIDTH,
-            "cond_embed_dim": 8,
-            "micro_cond_embed_dim": 8,
-            "encoder_hidden_size": 8,
-            "vocab_size": 16,
-            "codebook_size": 8,
-            "in_channels": 8,
-            "block_out_channels": 8,
-            "num_res_blocks": 1,
-            "block_num_heads": 1,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": WIDTH,
-        },
-        "nothing to hook in UVit2DModel",
-    ),
-}
 # models whose class is cached but that are built otherwise
 REFUSED_CONFIGURATIONS = {
     "ConsisIDTransformer3DModel": (
@@ -240,8 +169,7 @@ def test_cached_by_stack(name: str):
 
 @_given(REFUSED)
 def test_refused_before_anything_is_changed(name: str):
-    config, message = REFUSED[name]
-    refuse(getattr(diffusers, name)(**config), message)
+    refuse(refused_models.build(name), REFUSED[name][1])
 
 
 @_given(REFUSED_CONFIGURATIONS)

@@ -10,9 +10,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from tests.support import models, pipelines
+from tests.support import models, pipelines, refused_models
 from tests.support.comparisons import cast, flat
 from tests.support.models import Arguments
+from tests.support.refused_models import REFUSED
 
 STEPS: Final = 7
 
@@ -100,6 +101,13 @@ def _bare(name: str) -> Subject:
     return Subject(model, fixed, functools.partial(_draw_in_a_loop, call))
 
 
+def _refused(name: str) -> Subject:
+    def draw(subject: Subject, arguments: Arguments) -> Tensor:
+        raise NotImplementedError(f"{name} is refused")
+
+    return Subject(refused_models.build(name), {}, draw)
+
+
 @dataclass(frozen=True)
 class Model:
     """What stands in the page's column of models.
@@ -158,15 +166,14 @@ _BARE: Final = {
     "kandinsky5": "Kandinsky 5, own loop",
     "bria": "Bria, own loop",
     "cogview4": "CogView4, own loop",
+    "wan_vace": "Wan-VACE, own loop",
 }
-_UNSKIPPABLE: Final = {"wan_vace": "Wan-VACE, own loop", "ltx2": "LTX-2, own loop"}
+_UNSKIPPABLE: Final = {name: name for name in REFUSED}
 
 MODELS: Final[dict[str, Model]] = {
     **{name: Model(title, functools.partial(_pipeline, name)) for name, title in _PIPELINES.items()},
-    **{
-        name: Model(title, functools.partial(_bare, name))
-        for name, title in {**_BARE, **_UNSKIPPABLE}.items()
-    },
+    **{name: Model(title, functools.partial(_bare, name)) for name, title in _BARE.items()},
+    **{name: Model(title, functools.partial(_refused, name)) for name, title in _UNSKIPPABLE.items()},
 }
 MODELS["dit"] = Model(_PIPELINES["dit"], _dit)
 # Sets of models that situations take.

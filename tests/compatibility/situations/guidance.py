@@ -107,11 +107,12 @@ def _control_scale(name: str) -> Outcome:
 
 @THEME.situation(
     "control of some steps",
-    "`control_guidance_start=0.2`, `control_guidance_end=0.7`.",
+    "`control_guidance_start=0.2`, `control_guidance_end=0.7`, with a warm-up of one step.",
     ("flux_controlnet", "flux_controlnet_xlabs", "qwen_controlnet", "sd3_controlnet"),
 )
 def _control_interval(name: str) -> Outcome:
-    return as_reference(with_arguments(control_guidance_start=0.2, control_guidance_end=0.7), name)
+    interval = with_arguments(control_guidance_start=0.2, control_guidance_end=0.7)
+    return as_reference(interval, name, HiCacheConfig(interval=3, warmup=1))
 
 
 # Guiders of diffusers' modular pipelines.

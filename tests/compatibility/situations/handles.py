@@ -45,12 +45,13 @@ def _run(name: str) -> Outcome:
 
 
 @THEME.situation(
-    "a run of blocks that cannot be skipped", "The model adds something between its blocks.", UNSKIPPABLE
+    "a transformer that cannot be skipped",
+    "Of a class of diffusers whose blocks have no stand-in.",
+    UNSKIPPABLE,
 )
 def _unskippable(name: str) -> Outcome:
     def attempt(subject: Subject) -> None:
-        with apply(subject):
-            subject.draw()
+        apply(subject)
 
     return refused(attempt, name, cached=False)
 
