@@ -157,13 +157,15 @@ class BaseHandle(NotCopied, ABC, Generic[Denoiser]):
         """Leave the pipeline exactly as ``apply()`` found it. Calling it again does nothing."""
         if self._final is not None:
             return
-        self._final = self._read_stats()
-        for other in self._others:
-            other.remove()
-        for denoiser in self._denoisers:
-            self._leave(denoiser)
-        self._denoisers.clear()
-        self._steps.detach()
+        try:
+            self._final = self._read_stats()
+        finally:  # whatever statistics make of it
+            for other in self._others:
+                other.remove()
+            for denoiser in self._denoisers:
+                self._leave(denoiser)
+            self._denoisers.clear()
+            self._steps.detach()
 
     def __enter__(self) -> Self:
         if not self.active:

@@ -37,7 +37,7 @@ class Numbers:
         lane = 16 // dtype.itemsize  # where a tensor begins decides which code Triton makes for it
         padded = [(*row, *[0.0] * (-len(row) % lane)) for row in rows]
         with torch.inference_mode(False):  # outlives the mode of the run that made it
-            numbers = torch.tensor([number for row in padded for number in row], dtype=dtype)
+            numbers = torch.tensor([number for row in padded for number in row], dtype=dtype, device="cpu")
             moved = uploaded(numbers, like.device)
             parts = moved.split([len(row) for row in padded])
         self._known.update({row: part[: len(row)] for row, part in zip(rows, parts, strict=True)})

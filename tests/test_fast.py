@@ -594,7 +594,7 @@ def test_model_without_a_head_that_adds_between_blocks_is_found_out():
         (
             {"granularity": "modul"},
             ValueError,
-            "unknown granularity 'modul'; expected one of auto, module, stack",
+            "unknown granularity 'modul'; expected one of auto, module, low-rank, stack",
         ),
         (
             {"backend": "cuda"},

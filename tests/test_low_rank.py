@@ -14,6 +14,7 @@ from hicache import Engine, HiCacheConfig
 from hicache.runtime.gate_rank import GateBasis, forecast_misses
 from tests.support import models, pipelines
 from tests.support.comparisons import close, relative_rms
+from tests.support.control_loop import ControlLoop
 from tests.support.graphs import FakeBackend, connect, other_prompt
 from tests.support.pipelines import build_randomized
 from tests.support.runs import recorded_in, replay, trace
@@ -280,6 +281,66 @@ def test_other_guidance_half_way_is_a_full_step():
     assert len(exact) == stats.full_steps < 14
     # by module they are not
     assert not torch.equal(drawn["module"][4], full[4])
+
+
+def test_guidance_that_changes_in_every_step_is_the_stacks():
+    """Directions that hold for one step only would make every step full, without a word."""
+
+    def moving(step: int, guidance: Tensor) -> Tensor:
+        return guidance + 0.05 * step
+
+    transformer, scheduler = flux(), flow_matching()
+    budget = {"granularity": "auto", "memory_budget": 30_000, "gate_tolerance": 0.9}
+    with apply(transformer, scheduler=scheduler, **budget) as handle:
+        loop(transformer, scheduler, guided=moving)
+        assert "changes from step to step" in choice(handle)
+        assert handle.stats.skipped_steps >= 7
+    with apply(transformer, scheduler=scheduler):
+        with pytest.raises(RuntimeError, match="changes from step to step"):
+            loop(transformer, scheduler, guided=moving)
+
+
+@pytest.mark.parametrize("warmup", [1, 3])
+@pytest.mark.parametrize("name", ["flux_controlnet", "sd3_controlnet"])
+def test_what_a_controlnet_adds_is_added_once(name: str, warmup: int):
+    """In the run that is learned from as in the next, which is as near to modules as without a ControlNet."""
+    pipe, arguments = pipelines.build_randomized(name)
+    config = HiCacheConfig(interval=4, warmup=warmup)
+    drawn = {}
+    for granularity in ("module", "low-rank"):
+        with hicache.fast.apply(pipe, config, granularity=granularity, gate_tolerance=0.0):
+            first = trace(pipe, arguments, 9)
+            assert torch.equal(trace(pipe, arguments, 9), first)
+            drawn[granularity] = first
+    assert relative_rms(drawn["low-rank"], drawn["module"]) < 1e-5
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.05])
+def test_a_context_that_begins_later_has_fewer_directions(tolerance: float):
+    """Statistics are of the worst of both, and cannot keep a handle from being removed."""
+    guided = ControlLoop.build(second_from=9)
+    handle = hicache.fast.apply(
+        guided, HiCacheConfig(interval=4), granularity="low-rank", gate_tolerance=tolerance
+    )
+    guided(14)
+    stats = handle.stats.low_rank["transformer"]
+    assert stats.error <= max(tolerance, 1e-6)
+    handle.remove()
+    assert not handle.active
+
+
+def test_histories_over_budget_stay_where_they_are(monkeypatch: pytest.MonkeyPatch):
+    """From run to run: graphs are captured once."""
+    monkeypatch.setattr(hicache.fast, "CudaBackend", FakeBackend)
+    pipe, arguments = pipelines.build_randomized("flux")
+    for budget in (60_000, 0):  # low rank, the stack
+        with connect(hicache.fast.apply(pipe, HiCacheConfig(interval=3), memory_budget=budget)) as handle:
+            captures = []
+            for _ in range(3):
+                with torch.no_grad():
+                    pipelines.draw(pipe, arguments, 14)
+                captures.append(handle.stats.graphs["transformer"].captures)
+            assert captures[0] == captures[1] == captures[2], choice(handle)
 
 
 def test_timesteps_of_ones_own_are_the_stacks():

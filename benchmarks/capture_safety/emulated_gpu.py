@@ -101,7 +101,8 @@ class EmulatedGpu(TorchDispatchMode):
                 stack.enter_context(mock.patch("torch.cuda._lazy_init"))
             # no events to record, no graphs to capture
             stack.enter_context(mock.patch.object(Stopwatch, "start", return_value=0.0))
-            # nothing is copied to the host in the background
+            # nothing is copied in the background
+            stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor))
             stack.enter_context(mock.patch("hicache.runtime.finite.reading", return_value=lambda: True))
             stack.enter_context(mock.patch.dict(os.environ, {"HICACHE_CUDA_GRAPHS": "0"}))
             # torch.tensor(…, device=…) is to show its copy

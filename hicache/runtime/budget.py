@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -118,8 +119,7 @@ class RecorderChoice:
             planned = self._contexts.planned_nbytes
             refusal = self._over_budget("its modules' history", planned, wanted, form.device)
             if refusal is not None and self.low_rank is not None:
-                for other in self._contexts.current:
-                    other.engine.release()
+                self._release_recorded()
                 self.recorder, self._why_not_modules = self.low_rank, refusal
                 refusal = None
         if refusal is None and self.recorder is self.low_rank:
@@ -157,9 +157,18 @@ class RecorderChoice:
             )
         self.recorder, self._why_stack = self.stack, reason
         self.end()
+        self._release_recorded()
         for context in self._contexts.current:
-            context.engine.release()
             context.low_rank.release()
+
+    def _release_recorded(self) -> None:
+        """Free what was recorded in this run: it is of another form than what comes.
+
+        What an earlier run left is perhaps of that form, and stays where it is.
+        """
+        for context in self._contexts.current:
+            if context.engine.last_full is not None:
+                context.engine.release()
 
     def end(self) -> None:
         """A call has ended, or never came to its end: let go of its tensors."""
@@ -199,7 +208,9 @@ class RecorderChoice:
         bases = [basis for basis in found if basis is not None]
         if not bases or self.recorder is not self.low_rank:
             return None
-        errors = [max(errors) for errors in zip(*(basis.errors for basis in bases), strict=False)]
+        # a context that began later has fewer steps, and so fewer directions
+        ranks = itertools.zip_longest(*(basis.errors for basis in bases), fillvalue=0.0)
+        errors = [max(errors) for errors in ranks]
         return LowRankStats(max(basis.rank for basis in bases), errors)
 
     def _over_budget(self, what: str, planned: int, wanted: int, device: torch.device) -> str | None:

@@ -47,7 +47,7 @@ def reading(flag: Tensor) -> Callable[[], bool | None]:
     if flag.device.type != "cuda":
         known = bool(flag)
         return lambda: known
-    host = torch.empty((), dtype=torch.bool, pin_memory=True)
+    host = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
     host.copy_(flag, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record(torch.cuda.current_stream(flag.device))

@@ -121,7 +121,7 @@ class GatePrefetch:
         gates = adapter.gates(inputs, like[:1].expand(len(steps) * batch, *like.shape[1:]))
         gates = gates.view(-1, len(steps), batch, channels)
         self._fetched = _Fetched(
-            steps.start, gates.transpose(0, 1), coming, _constants(adapter, model_kwargs)
+            steps.start, gates.transpose(0, 1), coming, _constants(adapter, model_kwargs, kept=True)
         )
 
     def settle(self, adapter: ModuleAdapter, ones: int = 0) -> None:
@@ -173,11 +173,8 @@ class GatePrefetch:
         timestep = model_kwargs.get("timestep")
         if fetched is None or fetched.weights is None or not 0 <= step - fetched.first < len(fetched.gates):
             return None
-        constants = _constants(adapter, model_kwargs)
-        same = fetched.constants == constants
-        if not same and read and all(map(_equal, fetched.constants, constants)):
-            same, fetched = True, replace(fetched, constants=constants)
-            self._fetched = fetched
+        constants = _constants(adapter, model_kwargs, kept=False)
+        same = fetched.constants == constants or (read and all(map(_equal, fetched.constants, constants)))
         if not same or fetched.weights is None or not fetched.weights.unchanged():
             self.forget()
             return None
@@ -243,9 +240,9 @@ def lora_scale(model_kwargs: Mapping[str, Any]) -> float:
     return float(given.get("scale", 1.0))
 
 
-def _constants(adapter: ModuleAdapter, model_kwargs: Mapping[str, Any]) -> list[Any]:
-    """What gates depend on, but for the timestep and weights."""
-    values = [_identity(model_kwargs.get(name)) for name in adapter.gate_arguments]
+def _constants(adapter: ModuleAdapter, model_kwargs: Mapping[str, Any], kept: bool) -> list[Any]:
+    """What gates depend on, but for the timestep and weights; with its numbers, if it is to be kept."""
+    values = [_identity(model_kwargs.get(name), kept) for name in adapter.gate_arguments]
     return [lora_scale(model_kwargs), *values]
 
 
@@ -278,9 +275,9 @@ def _find_rules(scheduler_timesteps: Any, timestep: Any, step: int) -> list[_Rul
     return sorted(rules, key=lambda rule: rule.origin)
 
 
-def _identity(value: Any) -> Any:
+def _identity(value: Any, kept: bool) -> Any:
     """The same for the same unchanged tensor. Held by the caller, so that no other takes its place."""
-    return _Same(value) if isinstance(value, Tensor) else value
+    return _Same(value, kept) if isinstance(value, Tensor) else value
 
 
 def _equal(one: Any, later: Any) -> bool:
@@ -293,10 +290,10 @@ def _equal(one: Any, later: Any) -> bool:
 class _Same:
     """A tensor, equal to itself while nobody writes to it."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, kept: bool) -> None:
         self._tensor = tensor
         self._writes = compat.write_count(tensor)
-        self._numbers = tensor.detach().clone()
+        self._numbers = tensor.detach().clone() if kept else tensor
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and other._tensor is self._tensor and other._writes == self._writes

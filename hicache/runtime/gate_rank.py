@@ -199,6 +199,7 @@ class RunGates:
         """A run starts: its gates may be others. The memory is kept."""
         self.basis: GateBasis | None = None
         self.row: Tensor | None = None  # [num_features, batch, channels], the gates of the full step
+        self.missed = 0  # steps since the last skipped one that were to be skipped, and had other gates
 
     def release(self) -> None:
         """Let go of everything."""

@@ -63,7 +63,10 @@ class LowRankRecorder(Recorder):
             state.row = self._row(begun)
             if state.row is not None and prefetch.timesteps_were_right():
                 return None
-            state.restart()
+            state.missed += not context.is_full(begun.step)
+            if state.missed > 1:
+                return "what its gates depend on changes from step to step, so that none can be skipped"
+            state.basis = None
             context.distrust()  # what is recorded is of other directions
         form = context.form
         assert form is not None
@@ -156,6 +159,7 @@ class LowRankRecorder(Recorder):
         basis, form = begun.context.low_rank.basis, begun.context.form
         assert basis is not None
         assert form is not None
+        begun.context.low_rank.missed = 0
         gates = basis.gates[begun.step - basis.first]
         between = () if form.ones else tuple(self.modules.adapter.between(begun.model_kwargs))
         return SkippedStep(total, gates, True, between, view=form.view)
@@ -174,11 +178,12 @@ class LowRankRecorder(Recorder):
 
     def finish(self, form: CallForm, model_kwargs: Mapping[str, Any]) -> None:
         assert self._sums is not None
+        *directions, rest = self._sums
         if form.ones:  # what a ControlNet adds has a gate of one, as the rest has
-            added = torch.empty_like(self._sums[-1])
+            added = torch.empty_like(rest)
             write_total(self.modules.adapter.between(model_kwargs), added, form.view)
-            self._sums[-1] += added
-        for slot, total in zip(self._slots, self._sums, strict=True):
+            rest = rest + added  # a call that is learned from finishes twice
+        for slot, total in zip(self._slots, (*directions, rest), strict=True):
             slot.copy_(total)
 
     def end(self) -> None:

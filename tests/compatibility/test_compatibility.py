@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ pytest.importorskip("peft", reason="LoRA of diffusers models needs peft")
 
 import hicache.engine
 from hicache.runtime.context import Contexts
-from tests.compatibility.checks import Outcome
+from tests.compatibility.checks import Outcome, plain_run
 from tests.compatibility.page import COMMAND, page, read, versions
 from tests.compatibility.registry import WRONG, Row, try_out
 from tests.compatibility.situations import rows
@@ -89,29 +90,37 @@ def test_every_situation_and_model_is_tried_by_default():
 # What a row would not let pass.
 
 
+@pytest.fixture
+def changed(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Changes code: what was drawn of a model before, or is while it lasts, does not count elsewhere."""
+    plain_run.cache_clear()
+    yield monkeypatch
+    plain_run.cache_clear()
+
+
 def find(name: str, model: str) -> Outcome:
     [row] = [row for row in ROWS if row.key == f"{name} / {model}"]
     return try_out(row)
 
 
-def test_a_sum_that_is_off_shows(monkeypatch: pytest.MonkeyPatch):
+def test_a_sum_that_is_off_shows(changed: pytest.MonkeyPatch):
     own = hicache.engine.Sum.__call__
 
     def off(self: Any, *given: Any) -> Any:
         total = own(self, *given)
         return total + 1e-3 * total.roll(1, -1)
 
-    monkeypatch.setattr(hicache.engine.Sum, "__call__", off)
+    changed.setattr(hicache.engine.Sum, "__call__", off)
     found = find("LoRA", "flux")
     assert found.text.startswith(f"{WRONG}: off the reference by"), found
 
 
-def test_a_history_that_goes_on_in_the_next_run_shows(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Contexts, "start_run", lambda self: None)
+def test_a_history_that_goes_on_in_the_next_run_shows(changed: pytest.MonkeyPatch):
+    changed.setattr(Contexts, "start_run", lambda self: None)
     found = find("a second run", "z_image")
     assert found.text.startswith(f"{WRONG}: "), found
 
 
-def test_what_raises_is_no_outcome(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hicache.engine.Sum, "__call__", lambda self, *given: given[9])
+def test_what_raises_is_no_outcome(changed: pytest.MonkeyPatch):
+    changed.setattr(hicache.engine.Sum, "__call__", lambda self, *given: given[9])
     assert find("a run", "z_image").text == f"{WRONG}: raises IndexError: tuple index out of range"
