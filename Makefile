@@ -1,4 +1,4 @@
-# make demo | make test | make test-slow | make lint | make bench, each on a machine with only Python, gcc and make.
+# make demo | make test | make test-slow | make lint | make coverage | make bench, each on a machine with only Python, gcc and make.
 # docs/installing.md: make matrix | make compilers | make sanitize | make wheels
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RESULTS := benchmarks/results
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*.cpp csrc/*.cu csrc/*.cmake csrc/include/hicache/*.h)
 
-.PHONY: demo test test-slow lint bench matrix compilers sanitize wheels clean
+.PHONY: demo test test-slow lint coverage bench matrix compilers sanitize wheels clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/hicache generate --out demo.png
@@ -23,6 +23,10 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# which branches of the packages make test takes; tests/README.md says what of the rest
+coverage: $(VENV)/coverage.stamp
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered
 
 # on a quiet machine, and in less than ten minutes
 bench: $(VENV)/bench.stamp
@@ -53,7 +57,7 @@ wheels: $(VENV)/release.stamp
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
 
-# an editable install of the package with one of its extras: demo, test, lint, bench or release
+# an editable install of the package with one of its extras: demo, test, lint, coverage, bench or release
 $(VENV)/%.stamp: $(BIN)/pip $(SOURCES)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
