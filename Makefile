@@ -17,7 +17,7 @@ test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not perf'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not perf' $(OPTIONS)
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support.cuda.tape import Tape, place, written
+from tests.support.cuda.tape import Memory, Tape, place, written
 
 # operators that make the host wait for the device
 SYNCS = {
@@ -67,7 +67,7 @@ class Graph:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self.device = runtime.device
-        self.tape = Tape()
+        self.tape = Tape(runtime.memory)
         self.stream: Stream | None = None
         self.pool: Pool | None = None
         self.broken: str | None = None
@@ -131,6 +131,7 @@ class Runtime(TorchDispatchMode):
         self.pools: weakref.WeakSet[Pool] = weakref.WeakSet()
         self._defaults: dict[int, Stream] = {}
         self._current: dict[int, Stream] = {}
+        self.memory = Memory()
         self._writes: dict[int, tuple[Stream, int]] = {}  # by place
         self._quiet = False
 
@@ -166,6 +167,7 @@ class Runtime(TorchDispatchMode):
             with self.quiet():
                 return graph.tape.record(func, args, kwargs)
         output = func(*args, **kwargs)
+        self.memory.note(pytree.tree_leaves((args, kwargs, output)))
         reads = {place(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         made = {place(leaf) for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)}
         targets = {place(tensor) for tensor in written(func, args, kwargs)}

@@ -23,11 +23,32 @@ class FreedMemory(RuntimeError):
     """A replay reads or writes memory that is no longer there."""
 
 
+class Memory:
+    """What is where: the storages that operators were given, or made, last at every place."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, StorageWeakRef] = {}
+
+    def note(self, leaves: Sequence[Any]) -> None:
+        """These are there."""
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and (
+                place(leaf) not in self._storages or self._storages[place(leaf)].expired()
+            ):
+                self._storages[place(leaf)] = StorageWeakRef(leaf.untyped_storage())
+
+    def at(self, where: int) -> StorageWeakRef | None:
+        """What is there; None where nothing is."""
+        held = self._storages.get(where)
+        return None if held is None or held.expired() else held
+
+
 @dataclass(frozen=True)
 class Outside:
     """A tensor that was there before the capture: its place, not its numbers."""
 
     storage: StorageWeakRef
+    place: int
     dtype: torch.dtype
     offset: int
     shape: torch.Size
@@ -37,21 +58,23 @@ class Outside:
     def of(cls, tensor: Tensor) -> Outside:
         return cls(
             StorageWeakRef(tensor.untyped_storage()),
+            place(tensor),
             tensor.dtype,
             tensor.storage_offset(),
             tensor.shape,
             tensor.stride(),
         )
 
-    def tensor(self) -> Tensor:
-        """The tensor as it is now.
+    def tensor(self, memory: Memory) -> Tensor:
+        """The tensor as it is now, or what has come to its place: a graph has addresses.
 
         Raises:
-            FreedMemory: it is no longer there.
+            FreedMemory: there is nothing any more.
         """
-        if self.storage.expired():
+        held = self.storage if not self.storage.expired() else memory.at(self.place)
+        if held is None:
             raise FreedMemory(f"a graph uses memory {tuple(self.shape)} that has been freed")
-        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
+        storage = torch.UntypedStorage._new_with_weak_ptr(held.cdata)
         with torch.inference_mode(False):
             return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.stride)
 
@@ -84,6 +107,7 @@ class _Entry:
 class Tape:
     """The operators of one capture."""
 
+    memory: Memory
     entries: list[_Entry] = field(default_factory=list)
     _mine: dict[int, Tensor] = field(default_factory=dict)  # by place; held, so that no other comes there
     _constant: set[int] = field(default_factory=set)
@@ -99,7 +123,8 @@ class Tape:
         given = {place(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         output = func(*args, **kwargs)
         made = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        made = [tensor for tensor in made if place(tensor) not in given]
+        if func not in CONSTANTS:
+            made = [tensor for tensor in made if place(tensor) not in given]
         for tensor in made:
             self._mine[place(tensor)] = tensor
             if func in CONSTANTS:
@@ -115,7 +140,7 @@ class Tape:
     def finish(self) -> None:
         """The capture has ended: nothing has been computed."""
         for outside, numbers in self._before.values():
-            outside.tensor().copy_(numbers)
+            outside.tensor(self.memory).copy_(numbers)
         self._before.clear()
         self._poison()
 
@@ -133,7 +158,8 @@ class Tape:
         self._poison()
         for entry in self.entries:
             args, kwargs = pytree.tree_map(
-                lambda leaf: leaf.tensor() if isinstance(leaf, Outside) else leaf, (entry.args, entry.kwargs)
+                lambda leaf: leaf.tensor(self.memory) if isinstance(leaf, Outside) else leaf,
+                (entry.args, entry.kwargs),
             )
             output = entry.func(*args, **kwargs)
             given = {place(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
@@ -151,7 +177,7 @@ class Tape:
                 if writes
                 else pytree.tree_leaves((entry.args, entry.kwargs))
             )
-            found |= {place(leaf.tensor()) for leaf in leaves if isinstance(leaf, Outside)}
+            found |= {place(leaf.tensor(self.memory)) for leaf in leaves if isinstance(leaf, Outside)}
         return found
 
 
