@@ -14,7 +14,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,19 @@ class _Differences:
         gaps = list(self.gaps[: self.filled - 1])
         weights = coefficients(config.basis, gaps, step - self.last_full, self.filled, config.sigma)
         return (*weights, *[0.0] * (config.order + 1 - len(weights) if padded else 0))
+
+    def coming(
+        self, config: HiCacheConfig, num_steps: int, is_full: Callable[[int, int | None], bool]
+    ) -> Iterator[tuple[float, ...]]:
+        """The numbers of all steps to come."""
+        differences = self
+        for step in range((self.last_full or 0) + 1, num_steps):
+            if is_full(step, differences.last_full):
+                differences = differences.after(step, config)
+                yield differences.inv_gap
+            else:
+                yield differences.coeffs(step, config, padded=False)
+                yield differences.coeffs(step, config, padded=True)
 
 
 class Engine:
@@ -182,11 +196,9 @@ class Engine:
             ValueError: no features, or several dtypes or devices, or ``step`` is not later than the last full
                 step.
         """
-        if not features or len({(feature.dtype, feature.device) for feature in features}) != 1:
-            raise ValueError(
-                "Engine.record: expected features of one dtype and device, got "
-                f"{[(str(feature.dtype), str(feature.device)) for feature in features]}"
-            )
+        forms = [(str(feature.dtype), str(feature.device)) for feature in features]
+        if len(set(forms)) != 1:
+            raise ValueError(f"Engine.record: expected features of one dtype and device, got {forms}")
         first = features[0]
         with torch.no_grad():
             slots = self.open([feature.shape for feature in features], first.dtype, first.device)
@@ -257,14 +269,8 @@ class Engine:
             # weighed with zero, which makes nothing of numbers but not of what an earlier run overflowed to
             history.orders[self.filled :].zero_()
             self._blank = self.filled
-        waiting = self._pending is not None
-        return Sum(
-            history.orders_by_feature(),
-            coeffs,
-            self._inv_gap() if waiting else None,
-            self._pending or 0,
-            self.backend,
-        )
+        inv_gap = None if self._pending is None else self._inv_gap()
+        return Sum(history.orders_by_feature(), coeffs, inv_gap, self._pending or 0, self.backend)
 
     def settle(self) -> None:
         """A sum has been done, and with it the waiting update."""
@@ -275,20 +281,13 @@ class Engine:
             raise RuntimeError(f"Engine: expected a full step recorded before step {step}, got none")
         if step <= self.last_full:
             raise ValueError(f"Engine: expected a step after the last full step {self.last_full}, got {step}")
-        weights = self._differences.coeffs(step, self.config, padded)
-        return self.history, self._numbers.of(weights, self.history.orders, self._coming)
+        return self.history, self._number(self._differences.coeffs(step, self.config, padded))
 
     def _inv_gap(self) -> Tensor:
-        assert self.history is not None
-        return self._numbers.of(self._differences.inv_gap, self.history.orders, self._coming).view(())
+        return self._number(self._differences.inv_gap).view(())
 
-    def _coming(self) -> Iterator[tuple[float, ...]]:
-        """Numbers that the rest of the run will ask for, where its length is known."""
-        differences = self._differences
-        for step in range((differences.last_full or 0) + 1, self.num_steps or 0):
-            if self.is_full(step, differences.last_full):
-                differences = differences.after(step, self.config)
-                yield differences.inv_gap
-            else:
-                yield differences.coeffs(step, self.config, padded=False)
-                yield differences.coeffs(step, self.config, padded=True)
+    def _number(self, values: tuple[float, ...]) -> Tensor:
+        """Numbers on the device, with those that the rest of the run asks for, where its length is known."""
+        assert self.history is not None
+        coming = functools.partial(self._differences.coming, self.config, self.num_steps or 0, self.is_full)
+        return self._numbers.of(values, self.history.orders, coming)

@@ -20,7 +20,7 @@ from hicache import compat
 from hicache.compat import pytree
 from hicache.cuda_graphs.block_graphs import BlockGraphs
 from hicache.cuda_graphs.call_graph import CallArguments, CallGraph, cloned
-from hicache.cuda_graphs.capture import CaptureBackend, Captured, describe
+from hicache.cuda_graphs.capture import CaptureBackend, describe
 from hicache.cuda_graphs.capture_safety import INSIDE, unsafe_ops
 from hicache.cuda_graphs.model_state import ModelState
 from hicache.cuda_graphs.scope import Scope
@@ -33,6 +33,10 @@ LIMIT: Final = 16  # live graphs of one transformer
 # What a user may ask for besides True and False: with "full", full steps whatever room their graphs leave.
 CHOICES: Final = ("auto", "full", "skipped")
 _KEY: Final = "_hicache_graphs"
+_COMPILED: Final = (
+    "torch.compile makes its graphs itself (mode='reduce-overhead'); pass cuda_graphs=False, or "
+    "compile_repeated_blocks() in its place"
+)
 
 
 class _Replayable(nn.Module):
@@ -49,8 +53,7 @@ class GraphRunner:
     """The graphs of one transformer.
 
     Args:
-        transformer: the transformer, watched. What runs outside its blocks may be run eagerly around captured
-            ones.
+        transformer: watched; what runs outside its blocks may be run eagerly around captured ones.
         backend: what captures.
         choice: of :data:`CHOICES`, or True: warn where graphs cannot be had unless it is ``"auto"``.
         limit: live graphs; the least recently used is dropped.
@@ -79,11 +82,7 @@ class GraphRunner:
         self._blocks = BlockGraphs(call, backend, self.stats, limit=8 * limit)
 
     def start_run(self, changed: bool) -> None:
-        """A run starts.
-
-        Args:
-            changed: parts of the model are not what they were.
-        """
+        """A run starts; ``changed`` says that parts of the model are not what they were."""
         self._model.start_run()
         if changed:
             self.drop()
@@ -122,10 +121,7 @@ class GraphRunner:
             RuntimeError: graphs were asked for and cannot be had.
         """
         if self._choice != "auto":
-            raise RuntimeError(
-                f"hicache: cuda_graphs={self._choice!r}, but {reason}: torch.compile makes its graphs itself "
-                "(mode='reduce-overhead'); pass cuda_graphs=False, or compile_repeated_blocks() in its place"
-            )
+            raise RuntimeError(f"hicache: cuda_graphs={self._choice!r}, but {reason}: {_COMPILED}")
         self.stats.eager = reason
 
     def remove(self) -> None:
@@ -223,15 +219,15 @@ class GraphRunner:
             self._capture_blocks_only(_first_line(error))
             return None
         captured = graph.captured
-        if describe(pytree.tree_leaves(captured.output)) is None:
-            # its tensors would be overwritten by the next replay
+        if (
+            describe(pytree.tree_leaves(captured.output)) is None
+        ):  # the next replay would overwrite its tensors
             given = type(captured.output).__name__
             self._give_up(f"a capture failed: TypeError: expected tensors, got {given}")
             return None
-        if full and self._choice != "full" and not _leaves_room(captured):
-            self._capture_skipped_only(
-                f"that of a full step takes {captured.nbytes:,} bytes, and {captured.free:,} are left"
-            )
+        if full and self._choice != "full" and captured.nbytes > captured.free:
+            taken = f"that of a full step takes {captured.nbytes:,} bytes, and {captured.free:,} are left"
+            self._capture_skipped_only(taken)
             return None
         self.stats.captures += 1
         self.stats.nbytes += captured.nbytes
@@ -251,13 +247,7 @@ class GraphRunner:
         self._warn(f"runs without CUDA graphs, as {self.stats.eager}")
 
     def _warn(self, what: str) -> None:
-        name = type(self._module).__name__
-        warnings.warn(f"hicache: {name} {what}", RuntimeWarning, stacklevel=3)
-
-
-def _leaves_room(captured: Captured) -> bool:
-    """Whether as much memory as a graph took is left beside it."""
-    return captured.nbytes <= captured.free
+        warnings.warn(f"hicache: {type(self._module).__name__} {what}", RuntimeWarning, stacklevel=3)
 
 
 def _first_line(error: Exception) -> str:

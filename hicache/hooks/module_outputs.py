@@ -176,3 +176,19 @@ class ModuleOutputs:
             part.slot = part.weights = None
         for hook in self._hooks.values():
             hook.shape = hook.view = hook.problem = None
+
+
+def watched(held: ModuleOutputs | None, call: RunningCall, outputs: Sequence[ModuleOutput]) -> ModuleOutputs:
+    """The hooks held, where they are on the modules that give these outputs; else others.
+
+    Args:
+        held: hooks from before; LoRA may have put other modules in places of theirs since.
+        call: the model's running call.
+        outputs: all outputs of the model that are recorded.
+    """
+    modules = [output.module for output in outputs]
+    if held is not None:
+        if len(held.modules) == len(modules) and all(map(lambda a, b: a is b, held.modules, modules)):
+            return held
+        held.remove()
+    return ModuleOutputs(call, outputs)

@@ -11,8 +11,8 @@ from torch import Tensor
 from hicache.runtime.budget import RecorderChoice
 from hicache.runtime.context import BegunCall, CallForm
 from hicache.runtime.finite import not_finite
-from hicache.runtime.recorders import NotFinite, Unfit
 from hicache.runtime.session import StepClock
+from hicache.runtime.sum_check import NotFinite, Unfit
 from hicache.runtime.token_layout import layout_check, token_layout
 from hicache.stats import Stopwatch
 from hicache.step_plan import FullStep

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hicache import compat
 from hicache.adapters.base import ModuleAdapter
 from hicache.adapters.gates import deferred
 from hicache.engine import Sum
-from hicache.hooks.module_outputs import ModuleOutputs
+from hicache.hooks.module_outputs import ModuleOutputs, watched
 from hicache.runtime.context import BegunCall, CallForm
 from hicache.runtime.gate_prefetch import foretold, lora_scale, with_ones
 from hicache.runtime.late_gates import LateGates
-from hicache.runtime.recorders import NotFinite, Recorder, Unfit
+from hicache.runtime.recorders import Recorder
 from hicache.runtime.residuals import write_total
 from hicache.runtime.session import StepClock
+from hicache.runtime.sum_check import Unfit, check_sum
 from hicache.step_plan import FullStep, RunningCall, SkippedStep
 from hicache.token_view import TokenView
 from hicache.weights import only_in_their_blocks
+
+_CANNOT_PREFETCH: Final = (
+    "its weights are there in their own blocks only, and gates of the steps to come cannot be prefetched: "
+    "they need a scheduler whose timesteps the model is called with"
+)
 
 
 class ModuleRecorder(Recorder):
@@ -77,14 +82,7 @@ class ModuleRecorder(Recorder):
             view: of the hidden state that features have; None: all of it.
         """
         self._view = view
-        wanted = list(self.adapter.outputs())
-        modules: list[nn.Module] = [output.module for output in wanted]
-        if self._outputs is not None:
-            held = self._outputs.modules
-            if len(held) == len(modules) and all(a is b for a, b in zip(held, modules, strict=True)):
-                return self._outputs
-            self._outputs.remove()
-        self._outputs = ModuleOutputs(self._call, wanted)
+        self._outputs = watched(self._outputs, self._call, self.adapter.outputs())
         return self._outputs
 
     def plan_skipped(self, begun: BegunCall, total: Sum) -> SkippedStep:
@@ -94,25 +92,20 @@ class ModuleRecorder(Recorder):
         return SkippedStep(total, self._prefetched(begun), True, between, form.ones, form.view)
 
     def _prefetched(self, begun: BegunCall) -> Tensor | None:
-        # without them there is no skipping where weights are away: worth a look at the device
-        read = self.late is not None
+        read = self.late is not None  # without them no step is skipped: worth a look at the device
         return begun.context.prefetch.gates(self.adapter, begun.step, begun.model_kwargs, read)
 
     def can_skip(self, begun: BegunCall) -> bool:
         return self.late is None or not self.late.needed or self._prefetched(begun) is not None
 
     def gates(self, block_kwargs: Mapping[str, Any], base: Tensor, ones: int = 0) -> Tensor:
-        """The gates of this step, ``[num_features, batch, channels]``, the last ``ones`` of them one.
-
-        Of a sample, or of a group of tokens.
-        """
+        """The gates of this step, of samples or groups of tokens; the last ``ones`` are of one."""
         return with_ones(as_blocks_do(self.adapter.gates(block_kwargs, base), base), ones)
 
     def learn(self, hidden: Tensor, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> None:
         between = list(self.adapter.between(model_kwargs))
         if self._kind not in self._verified:
-            view = self._view
-            if view is not None:
+            if (view := self._view) is not None:
                 hidden, between = view.drawn(hidden), [view.drawn(residual) for residual in between]
             self.base, self._block_kwargs, self.between = hidden.clone(), dict(block_kwargs), between
             self._model_kwargs = model_kwargs
@@ -178,33 +171,12 @@ class ModuleRecorder(Recorder):
     def check_sum(
         self, hidden: Tensor, slots: Sequence[Tensor], gates: Tensor, between: Sequence[Tensor]
     ) -> None:
-        """Checks that features with these gates, and what is between the blocks, make what those made.
-
-        Raises:
-            Unfit, NotFinite: as :meth:`verify`.
-        """
+        """Checks that features with these gates make what the blocks made, see :meth:`verify`."""
         assert self.base is not None
         base = self._grouped(self.base)
         hidden = self._grouped(hidden if self._view is None else self._view.drawn(hidden))
-        accumulated = torch.promote_types(base.dtype, torch.float32)
-        total = base.to(accumulated)
-        for slot, gate in zip(slots, gates[:, :, None], strict=True):  # [batch, 1, channels] each
-            total = total + self._grouped(slot).to(accumulated) * gate
-        for residual in between:
-            total = total + self._grouped(residual)
-        # a model of low precision rounds after every block, this sum once; a history of low precision rounds
-        # features
-        lowest = min((base.dtype, slots[0].dtype), key=lambda dtype: dtype.itemsize)
-        allowed = 0.1 if lowest.itemsize < 4 else 1e-3
-        off, moved = (total - hidden).norm().item(), (hidden.to(accumulated) - base).norm().item()
-        rounding = 8 * torch.finfo(lowest).eps * total.norm().item()
-        if not math.isfinite(moved):
-            raise NotFinite
-        if not off <= allowed * moved + rounding:
-            raise Unfit(
-                f"does not add gate · feature of its modules alone (off by {off:.3g} of {moved:.3g}): is one "
-                "of its blocks or attention processors not its own?"
-            )
+        features = [self._grouped(slot) for slot in slots]
+        check_sum(base, hidden, features, gates, [self._grouped(residual) for residual in between])
 
     def finish(self, form: CallForm, model_kwargs: Mapping[str, Any]) -> None:
         assert self._outputs is not None
@@ -228,13 +200,9 @@ class ModuleRecorder(Recorder):
         if late is not None and late.needed:
             done = late.complete or bool(form.missing)  # blocks that are left out write no gates
             coming = not begun.context.is_full(begun.step + 1) and begun.step + 1 != clock.num_steps
-            if not (
-                self._can_prefetch and prefetch.knows_timesteps and done and (prefetch.fetched or not coming)
-            ):
-                return (
-                    "its weights are there in their own blocks only, and gates of the steps to come cannot "
-                    "be prefetched: they need a scheduler whose timesteps the model is called with"
-                )
+            known = self._can_prefetch and prefetch.knows_timesteps
+            if not (known and done and (prefetch.fetched or not coming)):
+                return _CANNOT_PREFETCH
         prefetch.settle(self.adapter, form.ones)
         return None
 
@@ -244,10 +212,8 @@ class ModuleRecorder(Recorder):
             return
         first, num_steps = begun.step + 1, clock.num_steps
         steps = range(first, first if num_steps is None else context.next_full(begun.step, num_steps))
-        like = form.like()
-        context.prefetch.fetch(
-            self.adapter, steps, clock.timesteps, form.block_kwargs, begun.model_kwargs, like
-        )
+        given = form.block_kwargs, begun.model_kwargs, form.like()
+        context.prefetch.fetch(self.adapter, steps, clock.timesteps, *given)
 
     def end(self) -> None:
         if self._outputs is not None:

@@ -19,14 +19,6 @@ from hicache.step_plan import FullStep, SkippedStep
 from hicache.token_view import TokenView
 
 
-class Unfit(Exception):
-    """What a full step recorded cannot stand for the blocks; the message says why."""
-
-
-class NotFinite(Exception):
-    """A full step made numbers that nothing can be told from."""
-
-
 class Recorder:
     """Makes the plans of calls, and takes in what they recorded; subclasses say what is a feature."""
 
