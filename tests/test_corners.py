@@ -16,11 +16,14 @@ from hicache.cuda_graphs.model_state import ModelState
 from hicache.hooks.block_interface import BlockInterface
 from hicache.reference.timer import Timer
 from hicache.runtime import budget, finite
+from hicache.runtime.denoiser import Denoiser
 from hicache.stats import Stopwatch
 from hicache_kernels.backends import native, triton
 from tests.support import models, pipelines
+from tests.support.comparisons import snapshot
 from tests.support.graphs import FakeBackend, connect
 from tests.support.models import noise
+from tests.support.runs import trace
 
 GPU = torch.device("cuda")
 
@@ -275,3 +278,41 @@ def test_what_the_native_backend_is_not_compiled_for():
     assert native.unsupported((torch.int8,), 3).endswith("not torch.int8")
     assert "not compiled to add a" in native.unsupported((torch.bfloat16, torch.float16), 3)
     assert "orders, not 99" in native.unsupported((torch.float32,), 99)
+
+
+# Handles.
+
+
+def test_a_pipeline_that_cannot_be_hooked_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch):
+    """The second transformer fails: nothing stays on the first."""
+    pipe, _ = pipelines.build("wan22")
+    before = snapshot(pipe.transformer), snapshot(pipe.transformer_2)
+    own = Denoiser.install
+
+    def install(self: Denoiser) -> None:
+        if self.name == "transformer_2":
+            raise OSError("no room")
+        own(self)
+
+    monkeypatch.setattr(Denoiser, "install", install)
+    with pytest.raises(OSError, match="no room"):
+        hicache.fast.apply(pipe)
+    assert (snapshot(pipe.transformer), snapshot(pipe.transformer_2)) == before
+
+
+def test_what_is_known_of_a_controlnet_is_released_too():
+    pipe, arguments = pipelines.build_randomized("sd3_controlnet")
+    with hicache.fast.apply(pipe, HiCacheConfig(interval=3)) as handle:
+        first = trace(pipe, arguments)
+        handle.release()
+        assert handle.stats.history_bytes == 0
+        assert torch.equal(trace(pipe, arguments), first)
+    assert 0 < handle.stats.controlnets["controlnet"].runs < 9
+
+
+def test_a_base_of_whole_numbers_is_refused():
+    orders = torch.zeros(2, 1, 32)
+    with pytest.raises(ValueError, match=r"expected a floating-point base, got torch\.int32"):
+        hicache_kernels.gated_sum(torch.zeros(1, 4, 8, dtype=torch.int32), orders, None, torch.ones(2))
+    with pytest.raises(ValueError, match=r"gated_sum: .*out"):
+        hicache_kernels.gated_sum(torch.zeros(1, 4, 8), orders, None, torch.ones(2), out=torch.zeros(1, 4, 9))
