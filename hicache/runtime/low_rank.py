@@ -16,7 +16,7 @@ from torch import Tensor
 from hicache import compat
 from hicache.engine import Sum
 from hicache.runtime.context import BegunCall, CallForm, Context
-from hicache.runtime.gate_prefetch import foretold, lora_scale
+from hicache.runtime.gate_prefetch import come_out_alike, foretold, lora_scale
 from hicache.runtime.gate_rank import GateBasis, SumMemory, forecast_misses, why_not
 from hicache.runtime.module_recorder import ModuleRecorder, as_blocks_do
 from hicache.runtime.recorders import Recorder
@@ -96,8 +96,7 @@ class LowRankRecorder(Recorder):
         told = as_blocks_do(told.clone(), like)
         if learning:
             own = as_blocks_do(adapter.gates(form.block_kwargs, like), like)
-            allowed = max(1e-3, 4 * torch.finfo(form.dtype).eps)
-            self._foretold = bool((told - own).norm() <= allowed * own.norm())
+            self._foretold = come_out_alike(told, own)
             told = own.clone()
         if not self._foretold:
             return "its gates are not those its family makes of the timestep"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from hicache import compat
@@ -14,7 +13,7 @@ from hicache.adapters.gates import deferred
 from hicache.engine import Sum
 from hicache.hooks.module_outputs import ModuleOutputs, watched
 from hicache.runtime.context import BegunCall, CallForm
-from hicache.runtime.gate_prefetch import foretold, lora_scale, with_ones
+from hicache.runtime.gate_prefetch import come_out_alike, foretold, lora_scale, with_ones
 from hicache.runtime.late_gates import LateGates
 from hicache.runtime.recorders import Recorder
 from hicache.runtime.residuals import write_total
@@ -153,8 +152,7 @@ class ModuleRecorder(Recorder):
         if again is None and self.adapter.foretell:  # in this form: those of others are not known yet
             return
         self._verified.add(self._kind)
-        allowed = max(1e-3, 4 * torch.finfo(base.dtype).eps)
-        self._can_prefetch = again is not None and bool((again - gates).norm() <= allowed * gates.norm())
+        self._can_prefetch = again is not None and come_out_alike(again, gates)
 
     def take_missing(self, form: CallForm) -> None:
         """Take in which features of a call that was learned from have no output.
@@ -203,7 +201,8 @@ class ModuleRecorder(Recorder):
             known = self._can_prefetch and prefetch.knows_timesteps
             if not (known and done and (prefetch.fetched or not coming)):
                 return _CANNOT_PREFETCH
-        prefetch.settle(self.adapter, form.ones)
+        prefetch.own(form.ones)
+        prefetch.settle(self.adapter)
         return None
 
     def _fetch(self, begun: BegunCall, clock: StepClock) -> None:
