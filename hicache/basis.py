@@ -1,9 +1,19 @@
-"""Forecasting bases: from the gaps between full steps and the distance ahead to the weights of the
-differences.
+"""Forecasting bases: from where a forecast is made to the weights of the differences.
 
 A forecast is ``F̂ = Σ_k α_k · D_k`` over the differences that exist; a basis is the rule for α. Weights are
 computed in float64 on the host. Everything that is linear in past snapshots can be written this way, so a new
-predictor is a new basis and nothing else:
+predictor is a new basis and nothing else. One with settings of its own is a class:
+
+>>> import dataclasses
+>>> from hicache import Basis
+>>> @dataclasses.dataclass(frozen=True)
+... class Fading(Basis):
+...     strength: float = 0.1
+...
+...     def coefficients(self, at):
+...         return [1 / (1 + self.strength * at.distance), *[0.0] * (at.num_coeffs - 1)]
+
+and one without may be a function with a name:
 
 >>> from hicache import register_basis
 >>> @register_basis("damped")
@@ -14,12 +24,34 @@ predictor is a new basis and nothing else:
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import ClassVar, Final, Protocol, TypeVar
+
+from hicache.checks import check_positive
+from hicache.run import Position, Run
 
 
-class Basis(Protocol):
-    """A rule for the coefficients of a forecast."""
+class Basis(ABC):
+    """A rule for the coefficients of a forecast, with settings of its own."""
+
+    #: Whether it looks at the scheduler's noise levels, which are read from the device once a run.
+    reads_sigmas: ClassVar[bool] = False
+    #: Why it gives another rule's coefficients in this run, if it does.
+    fallback: str | None = None
+
+    @abstractmethod
+    def coefficients(self, at: Position) -> Sequence[float]:
+        """``at.num_coeffs`` coefficients, lowest order first."""
+
+    def for_run(self, run: Run) -> Basis:
+        """What is used in a run; itself, unless it depends on the run."""
+        return self
+
+
+class BasisFunction(Protocol):
+    """A rule with a name for the coefficients of a forecast."""
 
     def __call__(
         self, gaps: Sequence[float], distance: float, num_coeffs: int, sigma: float, /
@@ -34,12 +66,12 @@ class Basis(Protocol):
         """
 
 
-AnyBasis = TypeVar("AnyBasis", bound=Basis)
-_BASES: Final[dict[str, Basis]] = {}
+AnyBasis = TypeVar("AnyBasis", bound=BasisFunction)
+_BASES: Final[dict[str, BasisFunction]] = {}
 
 
 def register_basis(name: str) -> Callable[[AnyBasis], AnyBasis]:
-    """Decorator that makes a basis usable as ``HiCacheConfig(basis=name)``.
+    """Decorator that makes a function usable as ``HiCacheConfig(basis=name)``.
 
     Raises:
         TypeError: no name: ``@register_basis`` without parentheses.
@@ -69,7 +101,7 @@ def unregister_basis(name: str) -> None:
     del _BASES[name]
 
 
-def get_basis(name: str) -> Basis:
+def get_basis(name: str) -> BasisFunction:
     """The basis of this name.
 
     Raises:
@@ -80,10 +112,15 @@ def get_basis(name: str) -> Basis:
     return _BASES[name]
 
 
+def known_bases() -> tuple[str, ...]:
+    """Names of all registered bases."""
+    return tuple(_BASES)
+
+
 def coefficients(
     name: str, gaps: Sequence[float], distance: float, num_coeffs: int, sigma: float
 ) -> list[float]:
-    """Evaluate a basis and check what it returns.
+    """Evaluate a basis by name and check what it returns.
 
     Args:
         name: a registered basis.
@@ -95,7 +132,20 @@ def coefficients(
     Raises:
         ValueError: unknown basis, or it returned another number of weights or a weight that is not finite.
     """
-    weights = [float(weight) for weight in get_basis(name)(gaps, distance, num_coeffs, sigma)]
+    return _checked(get_basis(name)(gaps, distance, num_coeffs, sigma), name, distance, num_coeffs)
+
+
+def evaluate(basis: Basis, at: Position) -> list[float]:
+    """The coefficients of a forecast, checked.
+
+    Raises:
+        ValueError: the basis returned another number of weights or a weight that is not finite.
+    """
+    return _checked(basis.coefficients(at), str(basis), at.distance, at.num_coeffs)
+
+
+def _checked(found: Sequence[float], name: str, distance: float, num_coeffs: int) -> list[float]:
+    weights = [float(weight) for weight in found]
     if len(weights) != num_coeffs or not all(map(math.isfinite, weights)):
         raise ValueError(
             f"basis {name!r}: expected {num_coeffs} finite weights at distance {distance}, got {weights}"
@@ -134,6 +184,124 @@ def reuse(gaps: Sequence[float], distance: float, num_coeffs: int, sigma: float)
     return [1.0] + [0.0] * (num_coeffs - 1)
 
 
-def known_bases() -> tuple[str, ...]:
-    """Names of all registered bases."""
-    return tuple(_BASES)
+@dataclass(frozen=True)
+class Named(Basis):
+    """A registered function, to the letter, at one σ: what ``HiCacheConfig(basis="…")`` means.
+
+    Raises:
+        ValueError: no such basis.
+    """
+
+    name: str
+    sigma: float = 0.5
+
+    def __post_init__(self) -> None:
+        get_basis(self.name)
+
+    def coefficients(self, at: Position) -> Sequence[float]:
+        return get_basis(self.name)(at.gaps, at.distance, at.num_coeffs, self.sigma)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class _Polynomial(Basis):
+    """A polynomial in the distance, whose orders end where its differences would overshoot.
+
+    The recursion divides by the newest gap at every order, as the paper's does. Where gaps are equal that
+    makes derivatives; where an older gap is longer than a newer one, D2 and above are too large, by
+    ``(newer + older) / (2 · newer)`` at order 2: beyond a ratio of gaps of ``max_gap_ratio``, an order and
+    all above it are left out. A longer newer gap makes them too small, which does no harm.
+    """
+
+    max_gap_ratio: float
+
+    def coefficients(self, at: Position) -> Sequence[float]:
+        held = orders_that_hold(at.gaps, at.num_coeffs, self.max_gap_ratio)
+        weights = self._weights(at.gaps, at.distance, held)
+        return [*weights, *[0.0] * (at.num_coeffs - held)]
+
+    def _weights(self, gaps: Sequence[float], distance: float, num_coeffs: int) -> Sequence[float]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Hermite(_Polynomial):
+    """HiCache's polynomials (:func:`hermite`).
+
+    Args:
+        sigma: contraction σ of the dual scaling, > 0.
+        max_gap_ratio: of an older gap to a newer one, for orders >= 2 to count.
+
+    Raises:
+        TypeError, ValueError: σ or the ratio is no number > 0.
+    """
+
+    sigma: float = 0.5
+    max_gap_ratio: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_positive("Hermite.sigma", self.sigma)
+        check_positive("Hermite.max_gap_ratio", self.max_gap_ratio)
+
+    def _weights(self, gaps: Sequence[float], distance: float, num_coeffs: int) -> Sequence[float]:
+        return hermite(gaps, distance, num_coeffs, self.sigma)
+
+
+@dataclass(frozen=True)
+class Taylor(_Polynomial):
+    """TaylorSeer's polynomials (:func:`taylor`).
+
+    Args:
+        max_gap_ratio: see :class:`Hermite`.
+
+    Raises:
+        TypeError, ValueError: the ratio is no number > 0.
+    """
+
+    max_gap_ratio: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_positive("Taylor.max_gap_ratio", self.max_gap_ratio)
+
+    def _weights(self, gaps: Sequence[float], distance: float, num_coeffs: int) -> Sequence[float]:
+        return taylor(gaps, distance, num_coeffs, 1.0)
+
+
+@dataclass(frozen=True)
+class ScaledTaylor(_Polynomial):
+    """Taylor with HiCache's dual scaling (:func:`scaled_taylor`).
+
+    Args:
+        sigma: see :class:`Hermite`.
+        max_gap_ratio: likewise.
+
+    Raises:
+        TypeError, ValueError: σ or the ratio is no number > 0.
+    """
+
+    sigma: float = 0.5
+    max_gap_ratio: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_positive("ScaledTaylor.sigma", self.sigma)
+        check_positive("ScaledTaylor.max_gap_ratio", self.max_gap_ratio)
+
+    def _weights(self, gaps: Sequence[float], distance: float, num_coeffs: int) -> Sequence[float]:
+        return scaled_taylor(gaps, distance, num_coeffs, self.sigma)
+
+
+@dataclass(frozen=True)
+class Reuse(Basis):
+    """The last feature, unchanged (:func:`reuse`)."""
+
+    def coefficients(self, at: Position) -> Sequence[float]:
+        return reuse(at.gaps, at.distance, at.num_coeffs, 1.0)
+
+
+def orders_that_hold(gaps: Sequence[float], num_coeffs: int, max_gap_ratio: float) -> int:
+    """How many coefficients, from order 0 on, have no older gap over so many times the newer one."""
+    held = min(2, num_coeffs)
+    while held < num_coeffs and gaps[held - 1] <= max_gap_ratio * gaps[held - 2]:
+        held += 1
+    return held

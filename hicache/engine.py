@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 import hicache_kernels as kernels
-from hicache.basis import coefficients
+from hicache.basis import evaluate
 from hicache.config import HiCacheConfig
 from hicache.numbers import Numbers
-from hicache.schedule import Schedule, is_full
+from hicache.run import Position
+from hicache.schedule import is_full
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,15 @@ class Sum:
 
 
 @dataclass(frozen=True)
+class _Span:
+    """What is known of the steps that an engine serves."""
+
+    num_steps: int | None = None
+    sigmas: tuple[float, ...] | None = None
+    context: str = ""
+
+
+@dataclass(frozen=True)
 class _Differences:
     """Which differences exist after the full steps of a run so far."""
 
@@ -74,25 +84,33 @@ class _Differences:
         """What the update multiplies by."""
         return (1.0 / self.gaps[0] if self.taken else 1.0,)
 
-    def coeffs(self, step: int, config: HiCacheConfig, padded: bool) -> tuple[float, ...]:
+    def coeffs(self, step: int, config: HiCacheConfig, span: _Span, padded: bool) -> tuple[float, ...]:
         """Coefficients at a skipped step, of all orders if ``padded``."""
         assert self.last_full is not None
-        gaps = list(self.gaps[: self.filled - 1])
-        weights = coefficients(config.basis, gaps, step - self.last_full, self.filled, config.sigma)
+        at = Position(
+            step,
+            self.last_full,
+            self.gaps[: self.filled - 1],
+            self.filled,
+            span.num_steps,
+            span.sigmas,
+            span.context,
+        )
+        weights = evaluate(config.weighed_by, at)
         return (*weights, *[0.0] * (config.order + 1 - len(weights) if padded else 0))
 
     def coming(
-        self, config: HiCacheConfig, num_steps: int, is_full: Callable[[int, int | None], bool]
+        self, config: HiCacheConfig, span: _Span, is_full: Callable[[int, int | None], bool]
     ) -> Iterator[tuple[float, ...]]:
         """The numbers of all steps to come."""
         differences = self
-        for step in range((self.last_full or 0) + 1, num_steps):
+        for step in range((self.last_full or 0) + 1, span.num_steps or 0):
             if is_full(step, differences.last_full):
                 differences = differences.after(step, config)
                 yield differences.inv_gap
             else:
-                yield differences.coeffs(step, config, padded=False)
-                yield differences.coeffs(step, config, padded=True)
+                yield differences.coeffs(step, config, span, padded=False)
+                yield differences.coeffs(step, config, span, padded=True)
 
 
 class Engine:
@@ -108,30 +126,49 @@ class Engine:
 
     def __init__(self, config: HiCacheConfig, backend: str = "auto") -> None:
         self.backend = backend
-        self._schedule: Schedule = is_full
         self.history: kernels.History | None = None
         self._numbers = Numbers()
         self.reset(config)
 
-    def reset(self, config: HiCacheConfig | None = None, num_steps: int | None = None) -> None:
+    def reset(
+        self,
+        config: HiCacheConfig | None = None,
+        num_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        context: str = "",
+    ) -> None:
         """Start a new run. The history's memory is kept for it, its contents are forgotten.
 
         Args:
             config: settings of the run; None keeps them.
             num_steps: its steps, if known; ``last_step_full`` needs it.
+            sigmas: the scheduler's noise levels, one a step; for bases that read them.
+            context: what the features are of; for bases that tell contexts apart.
         """
         if config is not None:
             self.config = config
-        self.num_steps = num_steps
+        self._span = _Span(num_steps, None if sigmas is None else tuple(sigmas), context)
+        self._begin()
+
+    def _begin(self) -> None:
         self._differences = _Differences()
         self._pending: int | None = None  # differences the waiting update takes; None: no update waits
         self._blank: int | None = None  # orders from this one on hold zeros
+
+    def distrust(self) -> None:
+        """What is recorded is not to be forecast from: the run goes on with a full step."""
+        self._begin()
 
     def release(self) -> None:
         """Free the history and forget the run's state."""
         self.history = None
         self._numbers.clear()
-        self.reset(num_steps=self.num_steps)
+        self._begin()
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of the run, if known."""
+        return self._span.num_steps
 
     @property
     def last_full(self) -> int | None:
@@ -155,7 +192,7 @@ class Engine:
     def is_full(self, step: int, last_full: int | None = None) -> bool:
         """Whether the transformer runs at this step; after ``last_full``, where that is not recorded yet."""
         last_full = self.last_full if last_full is None else last_full
-        return self._schedule(self.config, step, last_full, self.num_steps)
+        return is_full(self.config, step, last_full, self.num_steps)
 
     def open(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """Make room for the features of a full step: views to write them into, then :meth:`commit`.
@@ -170,7 +207,7 @@ class Engine:
         form = tuple(torch.Size(shape) for shape in shapes), self.config.order, dtype, device
         held = self.history
         if held is None or (held.shapes, held.order, held.orders.dtype, held.orders.device) != form:
-            self.reset(num_steps=self.num_steps)
+            self.distrust()
             self._numbers.clear()
             self.history = held = kernels.History(*form)
         else:
@@ -281,7 +318,7 @@ class Engine:
             raise RuntimeError(f"Engine: expected a full step recorded before step {step}, got none")
         if step <= self.last_full:
             raise ValueError(f"Engine: expected a step after the last full step {self.last_full}, got {step}")
-        return self.history, self._number(self._differences.coeffs(step, self.config, padded))
+        return self.history, self._number(self._differences.coeffs(step, self.config, self._span, padded))
 
     def _inv_gap(self) -> Tensor:
         return self._number(self._differences.inv_gap).view(())
@@ -289,5 +326,5 @@ class Engine:
     def _number(self, values: tuple[float, ...]) -> Tensor:
         """Numbers on the device, with those that the rest of the run asks for, where its length is known."""
         assert self.history is not None
-        coming = functools.partial(self._differences.coming, self.config, self.num_steps or 0, self.is_full)
+        coming = functools.partial(self._differences.coming, self.config, self._span, self.is_full)
         return self._numbers.of(values, self.history.orders, coming)

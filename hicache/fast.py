@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from hicache.adapters import registry
+from hicache.calibration.matching import PipelineFacts
 from hicache.config import HiCacheConfig
 from hicache.cuda_graphs.capture import CudaBackend
 from hicache.cuda_graphs.runner import CHOICES, GraphRunner
@@ -162,10 +163,11 @@ def apply(
 
     # everything that can fail has been checked: from here on the pipeline is changed
     Handle.remove_from(modules.values())
+    facts = PipelineFacts(pipe, modules)
     sessions = Sessions(
         source,
         callers=scheduler is None,
-        make=lambda clock: Session(clock, config, speedup, backend),
+        make=lambda clock: Session(clock, config, speedup, backend, facts),
         on_run=PartsCheck(pipe, {**modules, **controlnets}).warn,
     )
     policy = Policy(granularity, memory_budget, float(gate_tolerance))

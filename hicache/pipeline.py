@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from hicache import compat
-from hicache.config import HiCacheConfig, is_number, is_whole
+from hicache.checks import is_number, is_whole
+from hicache.config import HiCacheConfig
 from hicache_kernels import backend_status
 
 GRANULARITIES: Final = ("auto", "module", "low-rank", "stack")

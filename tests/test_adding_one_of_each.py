@@ -42,9 +42,13 @@ def add_a_basis(root: Path) -> None:
 
 
 def add_a_schedule(root: Path) -> None:
-    """Step 3 is full as well."""
-    insert(
-        root / SCHEDULE, "    return config.last_step_full and", "    if step == 3:\n        return True\n"
+    """Every other step is full."""
+    append(
+        root / SCHEDULE,
+        "\n\n@dataclass(frozen=True)\n"
+        "class EveryOther(Schedule):\n"
+        "    def is_full(self, step: int, last_full: int | None, num_steps: int | None = None) -> bool:\n"
+        "        return step % 2 == 0\n",
     )
 
 

@@ -26,7 +26,18 @@ from tests.support import models
 # What it is built on, beside torch: none of it counts steps, keeps contexts or sums a history.
 ALLOWED = {
     "hicache.basis",
+    "hicache.calibration.file",
+    "hicache.calibration.reader",
+    "hicache.calibration.rules",
+    "hicache.checks",
     "hicache.compat",
+    "hicache.json_lines",
+    "hicache.model_key",
+    "hicache.noise_levels",
+    "hicache.plain_data",
+    "hicache.run",
+    "hicache.tables",
+    "hicache.weights",
     "hicache.mixin",
     "hicache.shadow",
     "hicache.config",

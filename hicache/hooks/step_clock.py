@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import torch
 
+from hicache.noise_levels import noise_levels
 from hicache.pipeline import check_scheduler
 from hicache.shadow import shadow
 
@@ -203,6 +204,11 @@ class SchedulerClock:
         return len(timesteps) - (getattr(self.scheduler, "begin_index", None) or self._first)
 
     @property
+    def sigmas(self) -> tuple[float, ...] | None:
+        """The scheduler's noise levels in the run, one a step, where it has them; reads the device."""
+        return noise_levels(self.scheduler, self.num_steps)
+
+    @property
     def idle(self) -> bool:
         """Whether no run goes on that anybody could go on with."""
         return not self.busy or self.scheduler is None
@@ -258,6 +264,7 @@ class TimestepClock:
 
     num_steps: int | None = None
     timesteps: Any = None
+    sigmas: tuple[float, ...] | None = None
 
     def __init__(self) -> None:
         self.run = -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hicache.config import HiCacheConfig
 from hicache.reference.history import Feature
+from hicache.run import Position
 from hicache.schedule import is_full
 from hicache.stats import ContextStats
 
@@ -71,10 +73,19 @@ class Context:
         label: how :class:`~hicache.stats.Stats` names it.
         first_step: the step it starts at; its schedule counts from there.
         num_steps: steps from there to the end of the run, if known.
+        sigmas: noise levels of those steps, if known.
     """
 
-    def __init__(self, config: HiCacheConfig, label: str, first_step: int, num_steps: int | None) -> None:
+    def __init__(
+        self,
+        config: HiCacheConfig,
+        label: str,
+        first_step: int,
+        num_steps: int | None,
+        sigmas: tuple[float, ...] | None = None,
+    ) -> None:
         self.config = config
+        self.sigmas = sigmas
         self.label = label
         self.first_step = first_step
         self.num_steps = num_steps
@@ -100,6 +111,8 @@ class Context:
             self.release()
             self.first_step = step
             self.num_steps = None if num_steps is None else num_steps - step
+            if self.sigmas is not None and self.num_steps is not None:
+                self.sigmas = self.sigmas[len(self.sigmas) - self.num_steps :]
         self.scale = scale
 
     def is_full(self, step: int) -> bool:
@@ -121,4 +134,7 @@ class Context:
                 f"hicache.reference: {path} was called {ordinal + 1} times in a skipped step, {ordinal} "
                 "times in the full step before it: there is nothing to forecast from"
             )
-        return self.features[key].forecast(step)
+        position = functools.partial(
+            Position, num_steps=self.num_steps, sigmas=self.sigmas, context=self.label
+        )
+        return self.features[key].forecast(step, position)

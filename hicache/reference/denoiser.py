@@ -17,6 +17,7 @@ from hicache.reference.context import Context, Key, form, wants_gradients
 from hicache.reference.controlnet import ControlNet
 from hicache.reference.steps import Steps
 from hicache.reference.timer import Timer
+from hicache.run import Run
 
 # Calls of one transformer in one step; more means that the steps are not being counted.
 _MOST_CALLS: Final = 16
@@ -83,12 +84,13 @@ class Denoiser:
         self.name = name
         self.module = module
         self.contexts: dict[Any, Context] = {}
-        self._config = config
+        self._asked = self._config = config
         self._steps = steps
         self._timer = timer
         self._controlnets = controlnets
         self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self._run = -1
+        self._sigmas: tuple[float, ...] | None = None
         self._step = -1
         self._ordinal = 0
         self._call: _Call | None = None
@@ -166,6 +168,8 @@ class Denoiser:
         if self._run != steps.run:
             self._run, self._step = steps.run, -1
             self.contexts.clear()
+            self._sigmas = steps.sigmas if self._asked.reads_sigmas else None
+            self._config = self._asked.for_run(Run(steps.num_steps, self._sigmas))
             self._timer.start_run(steps.run)
         if self._step != steps.step:
             self._step, self._ordinal = steps.step, 0
@@ -182,6 +186,7 @@ class Denoiser:
                 f"{label} #{twins + 1}" if twins else label,
                 self._step,
                 None if num_steps is None else num_steps - self._step,
+                None if self._sigmas is None else self._sigmas[self._step :],
             )
         return self.contexts[key]
 

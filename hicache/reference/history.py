@@ -5,11 +5,14 @@ Independent of :mod:`hicache.engine` and its kernels, which are tested against i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from hicache.basis import coefficients
+from hicache.basis import evaluate
 from hicache.config import HiCacheConfig
+from hicache.run import Position
 
 
 class History:
@@ -57,10 +60,15 @@ class History:
         self.differences = [newest, *(difference.to(dtype) for difference in new[1:])]
         self.step = step
 
-    def forecast(self, step: int) -> Tensor:
-        """``Σ_k α_k(x) · D_k`` at distance ``x = step - last full step``, in the feature's dtype."""
-        num_coeffs = len(self.differences)
-        alphas = coefficients(self.config.basis, self.gaps, step - self.step, num_coeffs, self.config.sigma)
+    def forecast(self, step: int, position: Callable[..., Position] = Position) -> Tensor:
+        """``Σ_k α_k(x) · D_k`` at distance ``x = step - last full step``, in the feature's dtype.
+
+        Args:
+            step: ordinal of the skipped step.
+            position: makes the place of the forecast, with what else is known of the run.
+        """
+        at = position(step, self.step, tuple(self.gaps), len(self.differences))
+        alphas = evaluate(self.config.weighed_by, at)
         total = alphas[0] * _promoted(self.differences[0])
         for alpha, difference in zip(alphas[1:], self.differences[1:], strict=True):
             total = total + alpha * _promoted(difference)
@@ -94,12 +102,14 @@ class Feature:
                 history.record(step, element)
                 self._histories[position] = history
 
-    def forecast(self, step: int) -> Tensor | tuple[Tensor | None, ...]:
-        """What the submodule would give at a skipped step."""
+    def forecast(
+        self, step: int, position: Callable[..., Position] = Position
+    ) -> Tensor | tuple[Tensor | None, ...]:
+        """What the submodule would give at a skipped step, see :meth:`History.forecast`."""
         if self._bare:
-            return self._histories[0].forecast(step)
+            return self._histories[0].forecast(step, position)
         histories = map(self._histories.get, range(self._length))
-        return tuple(None if history is None else history.forecast(step) for history in histories)
+        return tuple(None if history is None else history.forecast(step, position) for history in histories)
 
 
 def _promoted(x: Tensor) -> Tensor:

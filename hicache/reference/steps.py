@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from hicache.noise_levels import noise_levels
 from hicache.pipeline import check_scheduler
 from hicache.shadow import shadow
 
@@ -123,6 +124,11 @@ class SchedulerSteps:
             return None
         return len(timesteps) - (getattr(scheduler, "begin_index", None) or 0)
 
+    @property
+    def sigmas(self) -> tuple[float, ...] | None:
+        """The scheduler's noise levels in the run, one a step, where it has them."""
+        return noise_levels(self._journal.scheduler, self.num_steps)
+
     def count(self, module: nn.Module, named: dict[str, Any]) -> None:
         """A denoiser is about to be called: bring ``run`` and ``step`` up to date.
 
@@ -163,6 +169,7 @@ class TimestepSteps:
     """Counts by the timesteps of a bare transformer: within a run they only fall, or only rise."""
 
     num_steps: int | None = None  # nobody says
+    sigmas: tuple[float, ...] | None = None  # likewise
 
     def __init__(self) -> None:
         self.run = 0

@@ -76,13 +76,12 @@ class Context:
         self.form: CallForm | None = None  # learned from its first call
         self.rotary: list[Any] = []  # embeddings of the call learned from
 
-    def restart(self, label: str, first_step: int, conditions: Conditions) -> None:
-        """A run starts in which this context's first call is made at ``first_step``."""
+    def restart(self, label: str, first_step: int, conditions: Conditions, session: Session) -> None:
+        """A run of a session starts, in which this context's first call is made at ``first_step``."""
         self.label = label
         self.conditions = conditions.keep()
         self.last_step = first_step  # it had a call in
-        # the schedule counts from here: a second denoiser warms up when it starts
-        self.first_step = first_step
+        self._begin(first_step, session)
         self.full_steps = 0
         self.skipped_steps = 0
         self.prefetch.restart()
@@ -91,7 +90,18 @@ class Context:
         self.check = None
         self.scale: tuple[float, ...] | None = None  # of the residuals it is given, see scale_of()
 
-    def follow(self, scale: tuple[float, ...] | None, step: int, num_steps: int | None) -> None:
+    def _begin(self, step: int, session: Session) -> None:
+        # the schedule counts from here: a second denoiser warms up when it starts
+        self.first_step = step
+        num_steps, sigmas = session.clock.num_steps, session.sigmas
+        self.engine.reset(
+            session.config,
+            None if num_steps is None else num_steps - step,
+            None if sigmas is None else sigmas[step:],
+            self.label,
+        )
+
+    def follow(self, scale: tuple[float, ...] | None, step: int, session: Session) -> None:
         """A ControlNet counts as much from here on: where that is another number, all starts anew.
 
         Nothing is forecast across the jump that it makes in every feature, which is no function of time.
@@ -99,11 +109,10 @@ class Context:
         Args:
             scale: of its residuals; None where nobody knows whose they are.
             step: of the run.
-            num_steps: of the run, if known.
+            session: of the run.
         """
         if scale != self.scale and self.scale is not None:
-            self.first_step = step
-            self.engine.reset(num_steps=None if num_steps is None else num_steps - step)
+            self._begin(step, session)
             self.prefetch.forget()
         self.scale = scale
 
@@ -119,7 +128,7 @@ class Context:
 
     def distrust(self) -> None:
         """What is recorded is not to be forecast from: the next step is full."""
-        self.engine.reset(num_steps=self.engine.num_steps)
+        self.engine.distrust()
         self.prefetch.forget()
 
     def unlearn(self) -> None:
@@ -207,7 +216,7 @@ class Contexts:
             context = self._take(counter, arguments, session)
             twins = sum(other.ordinal == context.ordinal for other in self.current)
             label = f"{self._denoiser}[{counter.ordinal}]" + (f" #{twins + 1}" if twins else "")
-            context.restart(label, counter.step, conditions)
+            context.restart(label, counter.step, conditions, session)
             self.current.append(context)
         return context
 
@@ -230,16 +239,14 @@ class Contexts:
 
     def _take(self, counter: StepCounter, arguments: tuple[Any, ...], session: Session) -> Context:
         """A context for the rest of a run, with the memory of one of the last run if that was alike."""
-        ordinal, step, num_steps = counter.ordinal, counter.step, session.clock.num_steps
+        ordinal = counter.ordinal
         alike = [c for c in self._idle if (c.ordinal, c.arguments) == (ordinal, arguments)]
         if alike:
             self._idle.remove(alike[0])
         else:
             # other shapes than in the last run: that memory will not be wanted
             self._idle = [context for context in self._idle if context.ordinal != ordinal]
-        context = alike[0] if alike else Context(Engine(session.config, session.backend), ordinal, arguments)
-        context.engine.reset(session.config, None if num_steps is None else num_steps - step)
-        return context
+        return alike[0] if alike else Context(Engine(session.config, session.backend), ordinal, arguments)
 
     def release(self) -> None:
         """Free all memory."""

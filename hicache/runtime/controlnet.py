@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from hicache import compat
-from hicache.config import is_number
+from hicache.checks import is_number
 from hicache.handle import NotCopied
 from hicache.hooks.caller import find_caller
 from hicache.hooks.deferred import OutputForm

@@ -155,7 +155,7 @@ class Denoiser(NotCopied):
         if context is None:
             self._warn(_TOO_MANY_FORMS)
             return None
-        context.follow(scale, counter.step, track.session.clock.num_steps)
+        context.follow(scale, counter.step, track.session)
         compiled = compat.inside_compiled_call()
         checked = not self.hooked.side_lists
         self._begun = BegunCall(context, counter.step, args, kwargs, model_kwargs, compiled, checked)
@@ -230,7 +230,7 @@ class Denoiser(NotCopied):
             track.learned_from = self._version
             track.contexts.forget_forms()
         track.choice.start_run()
-        track.session.start_run(track.session.clock.run, track.session.clock.num_steps)
+        track.session.start_run()
 
     def _warn(self, what: str) -> None:
         if what not in self._warned:

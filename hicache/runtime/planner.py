@@ -66,7 +66,7 @@ class CallPlanner:
             # Too late to keep this call from being compiled: learn from one of our own.
             self._hooked.module.forward(*begun.args, **begun.kwargs)
             self.take_in(begun)
-            context.engine.reset(num_steps=context.engine.num_steps)
+            context.engine.distrust()
             self.end()
             call.checked, call.rotary = begun.checked, context.rotary
             if context.form is None:

@@ -18,6 +18,7 @@ from hicache.handle import Steps
 from hicache.hooks.caller import runs_in_diffusers
 from hicache.hooks.step_clock import SchedulerClock, TimestepClock, timestep_of
 from hicache.pipeline import check_scheduler
+from hicache.run import Run
 from hicache.schedule import bound, with_speedup
 from hicache.stats import Stopwatch
 
@@ -36,6 +37,10 @@ class StepClock(Steps, Protocol):
     def timesteps(self) -> Any:
         """The scheduler's timesteps, where there is one."""
 
+    @property
+    def sigmas(self) -> tuple[float, ...] | None:
+        """The scheduler's noise levels in the run, one a step, where it has them; reads the device."""
+
     def tick(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
         """A call of a transformer begins, with these arguments by name."""
 
@@ -48,44 +53,73 @@ class Session:
 
     Args:
         clock: counts runs and steps.
-        config: the settings; with ``speedup``, all but the interval.
-        speedup: bound to reach; None takes the config's interval.
+        config: the settings; with ``speedup``, all but the number of full steps.
+        speedup: bound to reach; None takes the config's.
         backend: of :mod:`hicache_kernels`.
+        pipeline: says what else a fitted basis or schedule is to match; None for nothing.
     """
 
-    def __init__(self, clock: StepClock, config: HiCacheConfig, speedup: float | None, backend: str) -> None:
+    def __init__(
+        self,
+        clock: StepClock,
+        config: HiCacheConfig,
+        speedup: float | None,
+        backend: str,
+        pipeline: Callable[[Run], Run] | None = None,
+    ) -> None:
         self.clock = clock
         self.config = config  # of the current run
+        self.sigmas: tuple[float, ...] | None = None  # of the current run, where the config reads them
         self.speedup = speedup
         self.backend = backend
         self.watch = Stopwatch()
+        self._asked = config
+        self._pipeline = pipeline
         self._run = -1
+        self._warned: set[str] = set()
 
-    def start_run(self, run: int, num_steps: int | None) -> None:
+    def start_run(self) -> None:
         """Called by every denoiser at its first call in a run.
 
         Raises:
             ValueError: a speed-up is wanted and the number of steps is not known.
         """
+        run, num_steps = self.clock.run, self.clock.num_steps
         if run == self._run:
             return
         self._run = run
         self.watch.reset()
+        known = Run(num_steps)
+        if self._asked.reads_sigmas:
+            known = Run(num_steps, self.clock.sigmas)
+            if self._pipeline is not None:
+                known = self._pipeline(known)
+        self.sigmas = known.sigmas
+        self.config = self._placed(known).for_run(known)
+        for reason in self.config.fallbacks:
+            self._warn(reason)
+
+    def _placed(self, run: Run) -> HiCacheConfig:
+        """The settings with as many full steps as the speed-up asks for."""
         if self.speedup is None:
-            return
-        if num_steps is None:
+            return self._asked
+        if run.num_steps is None:
             raise ValueError(
                 "hicache: speedup= needs a scheduler that has its `timesteps` after set_timesteps()"
             )
-        self.config = with_speedup(self.config, self.speedup, num_steps)
-        reached = bound(self.config, num_steps)
+        config = with_speedup(self._asked, self.speedup, run.num_steps, run)
+        reached = bound(config.for_run(run), run.num_steps)
         if round(reached, 2) < round(self.speedup, 2):
-            warnings.warn(
-                f"hicache: speedup={self.speedup} is out of reach in {num_steps} steps with warmup="
-                f"{self.config.warmup}: this run's bound is {reached:.2f}",
-                RuntimeWarning,
-                stacklevel=6,
+            self._warn(
+                f"speedup={self.speedup} is out of reach in {run.num_steps} steps with warmup="
+                f"{config.warmup}: this run's bound is {reached:.2f}"
             )
+        return config
+
+    def _warn(self, what: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(f"hicache: {what}", RuntimeWarning, stacklevel=7)
 
 
 class Sessions:

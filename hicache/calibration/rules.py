@@ -1,0 +1,141 @@
+"""A calibration in use: as a basis, and as a schedule.
+
+Where a run is not what it was fitted to, the basis it was fitted from takes its place, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hicache.basis import Basis, Named, evaluate
+from hicache.calibration.file import Calibration, Entry
+from hicache.calibration.reader import load, parse
+from hicache.run import Position, Run
+from hicache.schedule import Instead, Interval, Schedule, Steps
+
+
+@dataclass(frozen=True)
+class Fitted(Basis):
+    """Rows of coefficients fitted to a model: ``basis="file.json"``.
+
+    Args:
+        calibration: the file's contents.
+        entry: the part of it that holds for a run; None where none does, or none is chosen yet.
+        fallback: why none does.
+    """
+
+    calibration: Calibration
+    entry: Entry | None = None
+    fallback: str | None = None
+
+    reads_sigmas: ClassVar[bool] = True
+
+    @classmethod
+    def load(cls, path: str | Path) -> Fitted:
+        """Read a file.
+
+        Raises:
+            CalibrationError: see :func:`~hicache.calibration.reader.load`.
+        """
+        return cls(load(path))
+
+    def for_run(self, run: Run) -> Fitted:
+        entries, reason = self.calibration.fitting(run)
+        reasons = [entry.why_rows_not(run) for entry in entries]
+        found = [entry for entry, why in zip(entries, reasons, strict=True) if why is None]
+        if found:
+            return replace(self, entry=found[0], fallback=None)
+        why = reason or str(reasons[0])
+        prior = f"{self.calibration.source} is not used, as {why}: {_name(self.calibration.prior)} is"
+        return replace(self, entry=None, fallback=prior)
+
+    def coefficients(self, at: Position) -> Sequence[float]:
+        row = None if self.entry is None else self._row(self.entry, at)
+        return evaluate(self.calibration.prior, at) if row is None else row
+
+    def _row(self, entry: Entry, at: Position) -> tuple[float, ...] | None:
+        """The row for a place; None where the context has other differences, as one that began late has."""
+        rows = entry.rows.get(at.context) if at.context else next(iter(entry.rows.values()), None)
+        if rows is None or at.num_steps != entry.num_steps or len(rows.get(at.step, ())) != at.num_coeffs:
+            return None
+        past = [step for step in entry.full_steps if step < at.step]
+        gaps = [new - old for old, new in itertools.pairwise(past)][::-1]
+        same = past[-1] == at.last_full and tuple(gaps[: len(at.gaps)]) == tuple(at.gaps)
+        return rows[at.step] if same else None
+
+    def __str__(self) -> str:
+        return f"fitted ({self.calibration.source})"
+
+    def to_plain(self) -> dict[str, Any]:
+        """For :mod:`hicache.plain_data`: the file's contents, so that nothing else need be kept."""
+        return {"file": self.calibration.source, "text": self.calibration.text()}
+
+    @classmethod
+    def from_plain(cls, file: str, text: str) -> Fitted:
+        """For :mod:`hicache.plain_data`."""
+        return cls(parse(file, text))
+
+
+@dataclass(frozen=True)
+class FittedSteps(Schedule):
+    """Full steps where a calibration has them: ``schedule="file.json"``.
+
+    Args:
+        calibration: the file's contents.
+        count: full steps wanted: the places of the largest number up to it, else of the smallest; 0 takes the
+            file's first.
+    """
+
+    calibration: Calibration
+    count: int = 0
+
+    reads_sigmas: ClassVar[bool] = True
+
+    @classmethod
+    def load(cls, path: str | Path) -> FittedSteps:
+        """Read a file.
+
+        Raises:
+            CalibrationError: see :func:`~hicache.calibration.reader.load`.
+        """
+        return cls(load(path))
+
+    def is_full(self, step: int, last_full: int | None, num_steps: int | None = None) -> bool:
+        return self.for_run(Run(num_steps)).is_full(step, last_full, num_steps)
+
+    def for_run(self, run: Run) -> Schedule:
+        entries, reason = self.calibration.fitting(run)
+        if reason is None:
+            fitting = [entry for entry in entries if len(entry.full_steps) <= self.count]
+            best = max(fitting, key=lambda entry: len(entry.full_steps), default=None)
+            if best is None:
+                best = min(entries, key=lambda entry: len(entry.full_steps)) if self.count else entries[0]
+            return Steps(*best.full_steps)
+        share = len(self.calibration.entries[0].full_steps) / self.calibration.entries[0].num_steps
+        count = self.count or max(1, round(share * (run.num_steps or 0)))
+        taken = Interval().with_full_steps(count, run) if run.num_steps else Interval()
+        why = f"{self.calibration.source} is not used, as {reason}: full steps are as in {taken}"
+        return Instead(taken, why)
+
+    def with_full_steps(self, count: int, run: Run) -> Schedule:
+        return replace(self, count=count)
+
+    def __str__(self) -> str:
+        return f"fitted ({self.calibration.source})"
+
+    def to_plain(self) -> dict[str, Any]:
+        """For :mod:`hicache.plain_data`."""
+        return {"file": self.calibration.source, "text": self.calibration.text(), "count": self.count}
+
+    @classmethod
+    def from_plain(cls, file: str, text: str, count: int) -> FittedSteps:
+        """For :mod:`hicache.plain_data`."""
+        return cls(parse(file, text), count)
+
+
+def _name(basis: Basis) -> str:
+    return basis.name if isinstance(basis, Named) else str(basis)
