@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,6 +140,56 @@ def test_gates_of_low_rank_lose_no_half_decibel_to_modules():
                 for history in ("float32", "bfloat16")
             )
             assert half > whole - 0.1
+
+
+def telescope_results() -> list[dict[str, str]]:
+    """benchmarks/results/telescope.csv, what it says of outputs."""
+    with (ROOT / "benchmarks" / "results" / "telescope.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["of"] == "output"]
+
+
+def telescope_table() -> str:
+    """The table of docs/algorithm.md, "Added up, not left over": means over the models, in bf16."""
+    lines = [
+        "| steps | weights | model itself | rounding: added | left | reference | own: added | left | "
+        "reference | exact: added | left | reference |",
+        "|" + "---|" * 12,
+    ]
+    sides = [
+        f"{kind}: {off}" for off in ("rounding", "own", "exact") for kind in ("added", "left", "reference")
+    ]
+    for steps in ("far", "near"):
+        for weights in ("random", "strong", "outliers"):
+            rows = [
+                row
+                for row in telescope_results()
+                if (row["steps"], row["weights"], row["dtype"]) == (steps, weights, "bf16")
+            ]
+            assert len(rows) == 4
+            means = [
+                f"{statistics.fmean(float(row[column]) for row in rows):.2%}".rstrip("%")
+                for column in ("model: exact", *sides)
+            ]
+            lines.append(f"| {steps} | {weights} | " + " | ".join(means) + " |")
+    return "\n".join(lines)
+
+
+def test_table_of_added_and_left_sums_is_what_was_measured():
+    assert telescope_table() in (ROOT / "docs" / "algorithm.md").read_text()
+
+
+def test_what_is_added_up_is_rounded_less_than_what_is_left_over():
+    """In bf16; in fp32 neither is seen."""
+    ratios = []
+    for row in telescope_results():
+        added, left = (float(row[f"{kind}: rounding"]) for kind in ("added", "left"))
+        if row["dtype"] == "bf16":
+            ratios.append(left / added)
+            assert float(row["added: own"]) < 1.01 * float(row["left: own"])
+        else:
+            assert max(added, left) < 2e-6
+    said = f"rounds {min(ratios):.1f} to {max(ratios):.1f} times as much"
+    assert said in (ROOT / "docs" / "algorithm.md").read_text()
 
 
 def broken(document: Path, text: str) -> list[str]:

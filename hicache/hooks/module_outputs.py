@@ -76,14 +76,18 @@ class _OutputHook:
         if part.sole:
             slot.copy_(value)
             return True
-        accumulated = torch.promote_types(value.dtype, torch.float32)
-        if part.factor is not None:
-            value = value * part.factor().to(value.device, accumulated)
         sums = self.call.result.partial_sums
-        if part.feature in sums:
-            sums[part.feature] += value
+        total = sums.get(part.feature)
+        factor = None if part.factor is None else part.factor().to(value.device)
+        # one pass an output and a sum: torch promotes within it
+        if total is not None:
+            sums[part.feature] = total.add_(value) if factor is None else total.addcmul_(value, factor)
+            return True
+        accumulated = torch.promote_types(value.dtype, torch.float32)
+        if factor is None:
+            sums[part.feature] = value.to(accumulated, copy=True)
         else:
-            sums[part.feature] = value.to(accumulated, copy=part.factor is None)
+            sums[part.feature] = value * factor.to(accumulated)
         return True
 
 
