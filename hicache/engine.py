@@ -84,19 +84,17 @@ class _Differences:
         """What the update multiplies by."""
         return (1.0 / self.gaps[0] if self.taken else 1.0,)
 
+    def position(self, step: int, span: _Span) -> Position:
+        """Where a forecast of a skipped step is made."""
+        assert self.last_full is not None
+        gaps = self.gaps[: self.filled - 1]
+        return Position(
+            step, self.last_full, gaps, self.filled, span.num_steps, span.sigmas, span.context
+        )
+
     def coeffs(self, step: int, config: HiCacheConfig, span: _Span, padded: bool) -> tuple[float, ...]:
         """Coefficients at a skipped step, of all orders if ``padded``."""
-        assert self.last_full is not None
-        at = Position(
-            step,
-            self.last_full,
-            self.gaps[: self.filled - 1],
-            self.filled,
-            span.num_steps,
-            span.sigmas,
-            span.context,
-        )
-        weights = evaluate(config.weighed_by, at)
+        weights = evaluate(config.weighed_by, self.position(step, span))
         return (*weights, *[0.0] * (config.order + 1 - len(weights) if padded else 0))
 
     def coming(
@@ -328,3 +326,20 @@ class Engine:
         assert self.history is not None
         coming = functools.partial(self._differences.coming, self.config, self._span, self.is_full)
         return self._numbers.of(values, self.history.orders, coming)
+
+
+def positions(config: HiCacheConfig, num_steps: int, context: str = "") -> dict[int, Position]:
+    """Where the forecasts of a run's skipped steps are made, by step.
+
+    Args:
+        config: settings of the run.
+        num_steps: of the run.
+        context: see :meth:`Engine.reset`.
+    """
+    differences, found, span = _Differences(), {}, _Span(num_steps, None, context)
+    for step in range(num_steps):
+        if is_full(config, step, differences.last_full, num_steps):
+            differences = differences.after(step, config)
+        else:
+            found[step] = differences.position(step, span)
+    return found

@@ -1,0 +1,186 @@
+"""A pipeline's run with rows that are still being fitted: eager, and differentiable where that is asked for.
+
+What a row weighs is kept as snapshots, out of place, so that gradients may go through forecasts, heads and
+full steps (:mod:`hicache.snapshots` has how rows of differences weigh snapshots).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hicache.engine import Sum
+from hicache.hooks.step_clock import SchedulerClock
+from hicache.hooks.transformer import HookedTransformer
+from hicache.pipeline import find_denoisers, find_scheduler
+from hicache.step_plan import FullStep, SkippedStep
+
+
+class Rule(Protocol):
+    """Says what becomes of each step of a run."""
+
+    def is_full(self, step: int) -> bool:
+        """Whether the transformer runs."""
+
+    def record(self, context: str, step: int, feature: Tensor) -> None:
+        """A full step has given the stack's residual, ``[batch, tokens, channels]``."""
+
+    def forecast(self, context: str, step: int) -> Tensor:
+        """The residual at a skipped step."""
+
+
+@dataclass
+class Trajectory:
+    """What a run went through."""
+
+    inputs: list[Tensor] = field(default_factory=list)  # of every step: what the first denoiser is given
+    output: Any = None  # the pipeline's
+
+
+class _Taking:
+    """Looks on at a full step (:class:`hicache.step_plan.Lesson`), and takes the stack's residual."""
+
+    unfit: str | None = None
+
+    def __init__(self, take: Callable[[Tensor], None]) -> None:
+        self._take = take
+
+    def first_block(self, hidden: Tensor, block_kwargs: Mapping[str, Any]) -> FullStep:
+        self._base = hidden.clone()  # blocks may work in place
+        return FullStep(())
+
+    def head(self, plan: FullStep, hidden: Tensor) -> FullStep | None:
+        self._take(hidden - self._base)
+        return None
+
+
+class _Watched:
+    """One denoiser of a pipeline that is being replayed."""
+
+    def __init__(self, name: str, module: nn.Module, replay: Replay) -> None:
+        self._name = name
+        self._replay = replay
+        self._hooked = HookedTransformer(module)
+        self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        self._step = -1
+        self._ordinal = 0
+        self._grad: bool | None = None
+
+    def install(self) -> list[Callable[[], None]]:
+        self._hooked.install(self._forecast)
+        module = self._hooked.module
+        return [
+            module.register_forward_pre_hook(self._before, with_kwargs=True).remove,
+            module.register_forward_hook(self._after, always_call=True).remove,
+            self._hooked.remove,
+        ]
+
+    def start_run(self) -> None:
+        self._step = -1
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        replay, call = self._replay, self._hooked.call
+        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        step = replay.tick(module, named)
+        self._ordinal = self._ordinal + 1 if step == self._step else 0
+        self._step = step
+        self._context = f"{self._name}[{self._ordinal}]"
+        replay.note_input(step, next(value for value in named.values() if isinstance(value, Tensor)))
+        if not replay.rule.is_full(step):
+            call.plan = SkippedStep(_NO_SUM)
+            return
+        self._hooked.refresh()
+        call.lesson = _Taking(lambda feature: replay.rule.record(self._context, step, feature))
+        if not replay.through_full_steps:
+            self._grad = torch.is_grad_enabled()
+            torch.set_grad_enabled(False)
+
+    def _forecast(self, plan: SkippedStep, base: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
+        return base + self._replay.rule.forecast(self._context, self._step).to(base.dtype)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._grad is not None:
+            torch.set_grad_enabled(self._grad)
+            self._grad = None
+        self._hooked.end()
+
+
+class Replay:
+    """Runs a pipeline by a rule; leave the ``with`` block to get it back as it was.
+
+    Args:
+        pipe: a diffusers pipeline whose transformers :mod:`hicache.fast` could cache by stack.
+
+    Raises:
+        TypeError, ValueError: there is nothing to hook.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        source = find_scheduler(pipe, None)
+        if source is None:
+            raise TypeError(f"hicache: expected a pipeline with a scheduler, got {type(pipe).__name__}")
+        self._source = source
+        self._watched = [_Watched(name, module, self) for name, module in find_denoisers(pipe).items()]
+        self._modules = list(find_denoisers(pipe).values())
+
+    def __enter__(self) -> Replay:
+        self._clock = SchedulerClock(self._source())
+        self._frozen = [
+            weight for module in self._modules for weight in module.parameters() if weight.requires_grad
+        ]
+        for weight in self._frozen:
+            weight.requires_grad_(False)
+        self._undo = [undo for watched in self._watched for undo in watched.install()]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for undo in reversed(self._undo):
+            undo()
+        for weight in self._frozen:
+            weight.requires_grad_(True)
+        self._clock.detach()
+
+    def run(
+        self, rule: Rule, call: Mapping[str, Any], gradients: bool = False, through_full_steps: bool = False
+    ) -> Trajectory:
+        """One call of the pipeline.
+
+        Args:
+            rule: what becomes of each step.
+            call: the pipeline's arguments.
+            gradients: keep what gradients of the output need. A pipeline's own ``torch.no_grad()`` is left
+                out, then.
+            through_full_steps: through full steps, too; without, those are constants.
+        """
+        self.rule, self.through_full_steps = rule, through_full_steps
+        self._trajectory = Trajectory()
+        for watched in self._watched:
+            watched.start_run()
+        with torch.set_grad_enabled(gradients):
+            forward = inspect.unwrap(type(self._pipe).__call__) if gradients else type(self._pipe).__call__
+            self._trajectory.output = forward(self._pipe, **call)
+        return self._trajectory
+
+    def tick(self, module: nn.Module, named: Mapping[str, Any]) -> int:
+        """A denoiser is called: the step it is in."""
+        self._clock.tick(module, named)
+        return self._clock.step
+
+    def note_input(self, step: int, given: Tensor) -> None:
+        """What the first call of a step was given."""
+        if step == len(self._trajectory.inputs):
+            self._trajectory.inputs.append(given)
+
+    @property
+    def sigmas(self) -> tuple[float, ...] | None:
+        """Noise levels of the last run."""
+        return self._clock.sigmas
+
+
+_NO_SUM: Any = Sum(torch.empty(0), torch.empty(0), None, 0, "reference")  # the rule forecasts

@@ -1,0 +1,158 @@
+"""Rows fitted through the whole trajectory: gradients of the final error through heads, and full steps if wanted.
+
+Every forecast changes what later full steps see, so rows that are best one by one are not best together. Here
+all rows of a run are moved together, by Adam, down the logarithm of the final latents' squared error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from hicache.basis import Basis
+from hicache.fitting.pictures import Pictures
+from hicache.fitting.replay import Replay, Trajectory
+from hicache.fitting.rows import ByRows, InFull, Layout
+
+_EVERY: Final = 5  # steps between those on the way whose error counts
+_SHARE: Final = 0.1  # of the errors on the way
+_FLOOR: Final = 1e-8  # of a squared error: early steps are the full run's own
+
+
+@dataclass(frozen=True)
+class Search:
+    """How rows are moved.
+
+    Args:
+        iterations: steps of Adam.
+        batch: pictures a step.
+        rate: its first learning rate, in parts of what a change of a coefficient matters; falls to 0.
+        through_full_steps: whether gradients go through full steps; a large model's do not fit in memory.
+        seed: of the order of the pictures.
+    """
+
+    iterations: int = 150
+    batch: int = 6
+    rate: float = 0.01
+    through_full_steps: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where full runs went, a picture a row."""
+
+    inputs: Tensor  # [steps, pictures, ...]: what every step was given
+    final: Tensor  # [pictures, ...]
+
+
+def full_runs(replay: Replay, pictures: Pictures) -> Target:
+    """Run all pictures in full."""
+    found = [_run(replay, InFull(), pictures, batch, False, False) for batch in pictures.batches()]
+    return Target(torch.cat([inputs for inputs, _ in found], 1), torch.cat([final for _, final in found]))
+
+
+def fit(
+    replay: Replay,
+    layout: Layout,
+    prior: Basis,
+    contexts: Sequence[str],
+    pictures: Pictures,
+    target: Target,
+    search: Search,
+    progress: Callable[[int, float], None] = lambda iteration, loss: None,
+) -> dict[str, dict[int, Tensor]]:
+    """The rows of every context, ``[num_coeffs]`` float64 by skipped step.
+
+    Args:
+        replay: the pipeline, entered.
+        layout: the full steps.
+        prior: rows begin as its.
+        contexts: that get rows.
+        pictures: to fit to.
+        target: their full runs.
+        search: how.
+        progress: told every iteration and its loss.
+
+    Raises:
+        RuntimeError: the pipeline's output has no gradient: something in it detaches.
+    """
+    steps = layout.positions
+    moves = {
+        context: {step: torch.zeros(at.num_coeffs).double().requires_grad_() for step, at in steps.items()}
+        for context in contexts
+    }
+    priors = {step: layout.row(prior, step) for step in steps}
+    scales = {step: layout.scale(step) for step in steps}
+
+    def row(context: str, step: int) -> Tensor:
+        return priors[step] + moves[context][step] * scales[step]
+
+    optimizer = torch.optim.Adam([move for own in moves.values() for move in own.values()], lr=search.rate)
+    order = torch.Generator().manual_seed(search.seed)
+    for iteration in range(search.iterations):
+        chosen = torch.randperm(len(pictures), generator=order)[: search.batch].tolist()
+        for group in optimizer.param_groups:
+            group["lr"] = search.rate * 0.5 * (1 + math.cos(math.pi * iteration / search.iterations))
+        inputs, final = _run(
+            replay, ByRows(layout, row), pictures, chosen, True, search.through_full_steps
+        )
+        if not final.requires_grad:
+            raise RuntimeError("hicache: the pipeline's output has no gradient: it cannot be fitted through")
+        loss = _loss(inputs, final, target, chosen)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        progress(iteration, float(loss))
+    with torch.no_grad():
+        return {context: {step: row(context, step) for step in steps} for context in contexts}
+
+
+def _loss(inputs: Tensor, final: Tensor, target: Target, chosen: list[int]) -> Tensor:
+    aims, ends = target.inputs[:, chosen], target.final[chosen]
+    loss = _log_error(final, ends, 0.0)
+    waymarks = range(_EVERY + 1, len(inputs), _EVERY)
+    if waymarks:
+        on_the_way = [_log_error(inputs[step], aims[step], _FLOOR) for step in waymarks]
+        loss = loss + _SHARE * torch.stack(on_the_way).mean()
+    return loss
+
+
+def _log_error(found: Tensor, wanted: Tensor, floor: float) -> Tensor:
+    return ((found - wanted).float().square().flatten(1).mean(1) + floor).log().mean()
+
+
+def _run(
+    replay: Replay, rule: Any, pictures: Pictures, chosen: list[int], gradients: bool, through: bool
+) -> tuple[Tensor, Tensor]:
+    """Inputs ``[steps, pictures, ...]`` and final latents ``[pictures, ...]`` of some pictures."""
+    run = replay.run(rule, pictures.arguments(chosen, "latent"), gradients, through)
+    return _inputs(run, len(chosen)), final_latents(run)
+
+
+def _inputs(run: Trajectory, count: int) -> Tensor:
+    """What each step was given, of the first call, and of the last of several halves of a batch."""
+    return torch.stack([given[-count:] for given in run.inputs])
+
+
+def final_latents(run: Trajectory) -> Tensor:
+    """What a pipeline with ``output_type="latent"`` gave."""
+    found = run.output[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"hicache: expected latents of output_type='latent', got {type(found).__name__}"
+        )
+    return found
+
+
+def plain(rows: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[int, tuple[float, ...]]]:
+    """Rows as numbers, rounded to what fp32 holds."""
+    return {
+        context: {step: tuple(float(f"{number:.7g}") for number in row.tolist()) for step, row in own.items()}
+        for context, own in rows.items()
+    }
