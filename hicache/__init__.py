@@ -4,6 +4,9 @@
 >>> handle = hicache.fast.apply(pipe)    # doctest: +SKIP
 """
 
+import importlib
+from typing import Any
+
 from hicache._version import __version__
 from hicache.basis import (
     Basis,
@@ -44,9 +47,17 @@ __all__ = [
     "Taylor",
     "__version__",
     "bound",
+    "calibrate",
     "full_steps",
     "get_basis",
     "known_bases",
     "register_basis",
     "unregister_basis",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``hicache.calibrate``, which needs diffusers: imported when it is asked for."""
+    if name == "calibrate":
+        return importlib.import_module("hicache.fitting").calibrate
+    raise AttributeError(f"module 'hicache' has no attribute {name!r}")

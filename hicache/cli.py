@@ -38,10 +38,22 @@ def main(arguments: list[str] | None = None) -> int:
             description="Draw prompts in full and with HiCache: one PNG and one table.",
         )
     )
+    _calibrate_arguments(
+        commands.add_parser(
+            "calibrate",
+            help="fit rows of coefficients to a model: one JSON file",
+            description="Fit rows of coefficients to a model; other pictures judge them.",
+        )
+    )
     commands.add_parser("info", help="versions, devices and backends")
     options = parser.parse_args(arguments)
     try:
-        return info() if options.command == "info" else generate(options)
+        match options.command:
+            case "info":
+                return info()
+            case "calibrate":
+                return calibrate(options)
+        return generate(options)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         print(f"hicache {options.command}: {error}", file=sys.stderr)
         return 2
@@ -68,6 +80,41 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--granularity", default="stack", help="what is cached: stack, low-rank, module or auto (%(default)s)"
     )
     parser.add_argument("--backend", default="auto", help="of hicache_kernels (%(default)s)")
+
+
+def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = HiCacheConfig()
+    parser.add_argument(
+        "--model", help="folder of a diffusers pipeline, or its name; the bundled model where it is left out"
+    )
+    parser.add_argument("--prompts", type=Path, help="text file, a prompt a line, to fit to")
+    parser.add_argument(
+        "--held-out", type=Path, help="prompts that judge; those of --prompts, with other noise"
+    )
+    parser.add_argument("--held-out-pictures", type=int, default=16, help="how many judge (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("hicache.json"), help="the file (%(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps (%(default)s)")
+    parser.add_argument(
+        "--interval", type=int, nargs="+", default=[defaults.interval], help="N, one or more (%(default)s)"
+    )
+    parser.add_argument("--order", type=int, default=defaults.order, help="O (%(default)s)")
+    parser.add_argument("--sigma", type=float, default=defaults.sigma, help="contraction (%(default)s)")
+    parser.add_argument("--basis", default=defaults.basis, help="where rows begin (%(default)s)")
+    parser.add_argument("--schedule", help="places of the full steps, in place of --interval")
+    parser.add_argument(
+        "--method", default="trajectory", help="trajectory, heads or closed-form (%(default)s)"
+    )
+    parser.add_argument("--iterations", type=int, default=150, help="of the fit (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="pictures drawn together (%(default)s)")
+    parser.add_argument("--guidance", type=float, help="guidance_scale of the pipeline; its own if left out")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture (%(default)s)")
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    """Fit rows, and write them to a file."""
+    from hicache.fitting.command import run
+
+    return run(options)
 
 
 def generate(options: argparse.Namespace) -> int:

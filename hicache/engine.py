@@ -88,9 +88,7 @@ class _Differences:
         """Where a forecast of a skipped step is made."""
         assert self.last_full is not None
         gaps = self.gaps[: self.filled - 1]
-        return Position(
-            step, self.last_full, gaps, self.filled, span.num_steps, span.sigmas, span.context
-        )
+        return Position(step, self.last_full, gaps, self.filled, span.num_steps, span.sigmas, span.context)
 
     def coeffs(self, step: int, config: HiCacheConfig, span: _Span, padded: bool) -> tuple[float, ...]:
         """Coefficients at a skipped step, of all orders if ``padded``."""

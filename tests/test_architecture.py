@@ -50,6 +50,7 @@ LAYERS = [
     {"hicache.fast"},
     {"hicache.reference"},
     {"hicache.demo"},
+    {"hicache.fitting"},
     {"hicache.cli"},
 ]
 # The module that calls kernels, and all that any other may use of hicache_kernels.

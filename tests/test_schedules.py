@@ -90,7 +90,9 @@ def test_places(schedule: Schedule | str, steps: list[int]):
     assert full_steps(HiCacheConfig(schedule=schedule), 50) == steps
 
 
-@pytest.mark.parametrize(("count", "num_steps"), [(4, 50), (9, 50), (13, 28), (9, 12), (30, 50), (9, 9), (9, 4)])
+@pytest.mark.parametrize(
+    ("count", "num_steps"), [(4, 50), (9, 50), (13, 28), (9, 12), (30, 50), (9, 9), (9, 4)]
+)
 def test_geometric_gaps_grow_up_to_the_last_step(count: int, num_steps: int):
     places = full_steps(HiCacheConfig(schedule=Geometric(count)), num_steps)
     assert len(places) == min(count, num_steps)

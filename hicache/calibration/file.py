@@ -94,7 +94,10 @@ class Calibration:
             "entries": [_plain_entry(entry) for entry in self.entries],
         }
         text = json.dumps(plain, indent=1, ensure_ascii=False)
-        return re.sub(r"\[[-+\d.eE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
+        return (
+            re.sub(r"\[[-+\d.eE,\s]+\]", lambda numbers: "[" + " ".join(numbers[0][1:-1].split()) + "]", text)
+            + "\n"
+        )
 
     def fitting(self, run: Run) -> tuple[list[Entry], str | None]:
         """The entries that hold for a run, or why none does."""

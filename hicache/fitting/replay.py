@@ -39,6 +39,7 @@ class Trajectory:
     """What a run went through."""
 
     inputs: list[Tensor] = field(default_factory=list)  # of every step: what the first denoiser is given
+    contexts: list[str] = field(default_factory=list)  # those that had a call in its first step
     output: Any = None  # the pipeline's
 
 
@@ -90,7 +91,7 @@ class _Watched:
         self._ordinal = self._ordinal + 1 if step == self._step else 0
         self._step = step
         self._context = f"{self._name}[{self._ordinal}]"
-        replay.note_input(step, next(value for value in named.values() if isinstance(value, Tensor)))
+        replay.note(step, self._context, next(v for v in named.values() if isinstance(v, Tensor)))
         if not replay.rule.is_full(step):
             call.plan = SkippedStep(_NO_SUM)
             return
@@ -172,10 +173,17 @@ class Replay:
         self._clock.tick(module, named)
         return self._clock.step
 
-    def note_input(self, step: int, given: Tensor) -> None:
-        """What the first call of a step was given."""
+    def note(self, step: int, context: str, given: Tensor) -> None:
+        """A call was given this: the first of a step, or one of a context."""
         if step == len(self._trajectory.inputs):
             self._trajectory.inputs.append(given)
+        if step == 0:
+            self._trajectory.contexts.append(context)
+
+    @property
+    def contexts(self) -> list[str]:
+        """Contexts of the last run that began with it."""
+        return list(self._trajectory.contexts)
 
     @property
     def sigmas(self) -> tuple[float, ...] | None:

@@ -1,4 +1,4 @@
-"""Rows fitted through the whole trajectory: gradients of the final error through heads, and full steps if wanted.
+"""Rows fitted through the whole trajectory: gradients of the final error through heads and full steps.
 
 Every forecast changes what later full steps see, so rows that are best one by one are not best together. Here
 all rows of a run are moved together, by Adam, down the logarithm of the final latents' squared error.
@@ -38,7 +38,7 @@ class Search:
 
     iterations: int = 150
     batch: int = 6
-    rate: float = 0.01
+    rate: float = 0.03
     through_full_steps: bool = True
     seed: int = 0
 
@@ -99,16 +99,14 @@ def fit(
         chosen = torch.randperm(len(pictures), generator=order)[: search.batch].tolist()
         for group in optimizer.param_groups:
             group["lr"] = search.rate * 0.5 * (1 + math.cos(math.pi * iteration / search.iterations))
-        inputs, final = _run(
-            replay, ByRows(layout, row), pictures, chosen, True, search.through_full_steps
-        )
+        inputs, final = _run(replay, ByRows(layout, row), pictures, chosen, True, search.through_full_steps)
         if not final.requires_grad:
             raise RuntimeError("hicache: the pipeline's output has no gradient: it cannot be fitted through")
         loss = _loss(inputs, final, target, chosen)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        progress(iteration, float(loss))
+        progress(iteration, float(loss.detach()))
     with torch.no_grad():
         return {context: {step: row(context, step) for step in steps} for context in contexts}
 
@@ -144,9 +142,7 @@ def final_latents(run: Trajectory) -> Tensor:
     """What a pipeline with ``output_type="latent"`` gave."""
     found = run.output[0]
     if not isinstance(found, Tensor):
-        raise TypeError(
-            f"hicache: expected latents of output_type='latent', got {type(found).__name__}"
-        )
+        raise TypeError(f"hicache: expected latents of output_type='latent', got {type(found).__name__}")
     return found
 
 

@@ -1,0 +1,115 @@
+"""``hicache calibrate``: reads prompts, shows progress, prints what was found."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, Final
+
+from hicache.config import HiCacheConfig
+from hicache.fitting.calibrate import Progress, calibrate
+from hicache.fitting.trajectory import Search
+
+#: Of the bundled model, where no prompts are given: to fit to, and to judge by.
+PICTURES: Final = 48
+FITTED_SEED, HELD_OUT_SEED = 7, 11
+
+
+def run(options: Namespace) -> int:
+    """Carry the command out; returns the exit status.
+
+    Raises:
+        ValueError: a file that is not there or empty, or a model without prompts.
+    """
+    try:
+        from diffusers.utils.logging import disable_progress_bar
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+        from rich.table import Table
+    except ImportError as error:
+        raise RuntimeError(f"needs the demo extra: pip install 'hicache[demo]' ({error})") from error
+
+    if not options.out.parent.is_dir():
+        raise ValueError(f"--out: expected a file in an existing folder, got {options.out}")
+    prompts, held_out = _prompts(options)
+    configs = [
+        HiCacheConfig(
+            interval=interval,
+            order=options.order,
+            sigma=options.sigma,
+            basis=options.basis,
+            schedule=options.schedule,
+        )
+        for interval in (options.interval if options.schedule is None else options.interval[:1])
+    ]
+    disable_progress_bar()
+    pipe = _pipeline(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    call = {} if options.guidance is None else {"guidance_scale": options.guidance}
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        tasks: dict[HiCacheConfig, Any] = {}
+
+        def show(progress: Progress) -> None:
+            if progress.config not in tasks:
+                name = f"N={progress.config.interval}"
+                tasks[progress.config] = bar.add_task(name, total=progress.iterations)
+            bar.update(tasks[progress.config], completed=progress.iteration + 1)
+
+        found = calibrate(
+            pipe,
+            prompts,
+            configs=configs,
+            num_inference_steps=options.steps,
+            call=call,
+            method=options.method,
+            held_out=held_out,
+            held_out_pictures=options.held_out_pictures,
+            search=Search(iterations=options.iterations),
+            batch=options.batch,
+            seed=options.seed,
+            out=options.out,
+            progress=show,
+        )
+    table = Table(title=f"{options.out}, PSNR against the full run on held-out pictures, dB")
+    for column in ("full steps", "prior, mean", "worst", "fitted, mean", "worst"):
+        table.add_column(column, justify="right")
+    for entry in found.entries:
+        names = ("prior mean dB", "prior worst dB", "fitted mean dB", "fitted worst dB")
+        table.add_row(str(len(entry.full_steps)), *(f"{entry.scores[name]:.2f}" for name in names))
+    Console().print(table)
+    return 0
+
+
+def _prompts(options: Namespace) -> tuple[list[str], list[str] | None]:
+    if options.prompts is None and options.model is None:
+        from hicache.demo.prompts import random_prompts
+
+        judging = random_prompts(options.held_out_pictures, HELD_OUT_SEED)
+        return random_prompts(PICTURES, FITTED_SEED), judging
+    if options.prompts is None:
+        raise ValueError("--prompts: expected a text file of prompts, a prompt a line")
+    held_out = None if options.held_out is None else _lines("--held-out", options.held_out)
+    return _lines("--prompts", options.prompts), held_out
+
+
+def _lines(option: str, path: Path) -> list[str]:
+    try:
+        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option}: cannot read {path}: {error}") from error
+    if not found:
+        raise ValueError(f"{option}: expected a prompt a line in {path}, got none")
+    return found
+
+
+def _pipeline(model: str | None) -> Any:
+    if model is None:
+        import hicache.demo
+
+        return hicache.demo.load()
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(model, torch_dtype="auto")
