@@ -2,9 +2,9 @@
 
 Whole runs of small pipelines on the emulated GPU of :mod:`benchmarks.capture_safety`. A wait is an operation
 that gives the host a number of the device's, or copies between the two without ``non_blocking``, or a
-synchronisation by name; it is of whoever called torch. With ``--against COMMIT`` an earlier hicache is
+synchronisation by name; it is of whoever called torch. With ``--against COMMIT`` earlier ones of hicache are
 counted beside this one, with the same torch, diffusers and pipelines. Counted, not timed: every machine gives
-the same table.
+the same table. CUDA graphs are off: a capture synchronises, and a replay launches what was counted here.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ MODELS: Final = {
     "SD3": "sd3",
     "Qwen-Image": "qwen",
     "Wan": "wan",
+    "Wan 2.2 TI2V, a picture given": "wan_ti2v_picture",
     "HunyuanVideo": "hunyuan",
 }
 GRANULARITIES: Final = ("stack", "module", "low-rank")
@@ -61,6 +62,7 @@ KINDS: Final = {
 # torch's own list of what cannot be traced without numbers is that of what reads them
 _TAGS: Final = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _CHECKED: Final = ("_linalg_eigh",)  # torch looks at what the solver says of itself
+_MASKS: Final = (torch.bool, torch.uint8)
 _BY_NAME: Final = ("torch.cuda.synchronize", "torch.cuda.Event.synchronize", "torch.cuda.Stream.synchronize")
 _ROOT: Final = Path(__file__).parents[1]
 
@@ -137,6 +139,11 @@ def _waits(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
         target = kwargs.get("device")
         moves = target is not None and (torch.device(target).type == "cpu") == there[0]
         return moves and not kwargs.get("non_blocking")
+    if name == "index":  # by a mask: a search. By numbers of the host: a copy of those
+        found = [index for index in args[1] if index is not None]
+        return there[0] and any(
+            index.dtype in _MASKS or not isinstance(index, EmulatedTensor) for index in found
+        )
     return any(there) and (name in _CHECKED or any(tag in func.tags for tag in _TAGS))
 
 
@@ -167,8 +174,10 @@ def build(name: str, waits: Waits) -> tuple[Any, dict[str, Any]]:
     """A pipeline of the tests on the emulated GPU, its blocks watched, and its arguments."""
     pipe, arguments = pipelines.build(name)
     pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            move(part)
     for denoiser in pipelines.denoisers(pipe).values():
-        move(denoiser)
         for blocks in denoiser.children():
             for block in blocks if isinstance(blocks, nn.ModuleList) else ():
                 waits.watch(block)
@@ -263,9 +272,9 @@ def _rows_of(commit: str) -> list[Row]:
 
 def main() -> None:
     parser = command.parser(__doc__)
-    parser.add_argument("--against", metavar="COMMIT", help="count an earlier hicache too")
+    parser.add_argument("--against", nargs="+", default=(), metavar="COMMIT", help="count earlier ones too")
     options = parser.parse_args()
-    found = rows("this tree") + ([] if options.against is None else _rows_of(options.against))
+    found = rows("this tree") + [row for commit in options.against for row in _rows_of(commit)]
     print(tables.markdown(HEADER, [[*row[:-2], *(f"{number:.3g}" for number in row[-2:])] for row in found]))
     tables.save_csv(options.csv, HEADER, found)
 

@@ -29,9 +29,9 @@ LEARNING = {"check_sum", "come_out_alike"}
 VERIFYING = {"_equal"}
 RUN_START = {"run_start"}  # where among its scheduler's timesteps a run begins
 POSITIONS = {"__call__"}  # of FLUX's tokens: which are drawn
+GROUPS = {"_run_length"}  # of neighbouring tokens with one timestep, where they have timesteps of their own
 DIRECTIONS = {"of"}  # of low rank
-# two calls a step, and gates of low rank
-TWO_CALLS = {"flux_cfg", "qwen"}
+TWO_CALLS = {"flux_cfg", "qwen", "wan", "wan_ti2v_picture"}  # a step
 
 counted = functools.cache(waits.count)
 
@@ -63,21 +63,21 @@ def test_the_first_run_waits_for_what_it_learns(name: str, granularity: str):
     [start], [full], [skipped] = map(run, ("start of the run", "first full step", "first skipped step"))
     allowed = LEARNING if granularity != "stack" else set()
     allowed = allowed | (DIRECTIONS if granularity == "low-rank" else set())
-    assert start.keys() | full.keys() <= {*allowed, *RUN_START, *POSITIONS}
-    assert full.keys() <= allowed
+    assert start.keys() <= {*allowed, *RUN_START, *POSITIONS, *GROUPS}
+    assert full.keys() <= {*allowed, *GROUPS}
     assert skipped.keys() == VERIFYING
 
 
 @each_model
 @each_way
 def test_a_later_run_waits_before_its_first_block(name: str, granularity: str):
-    """Once for its timesteps; once for the positions of FLUX's tokens; once a call of a step for low rank."""
+    """Once for its timesteps, and for positions; for each call of a step by low rank or groups of tokens."""
     run = functools.partial(own, name, granularity, 1)
     [start], [full], [skipped] = map(run, ("start of the run", "first full step", "first skipped step"))
-    expected = [*RUN_START, *(POSITIONS if name.startswith("flux") else ())]
-    low_rank = granularity == "low-rank"
-    assert start == Counter([*expected, *(DIRECTIONS if low_rank else ())])
-    assert full == Counter(DIRECTIONS if low_rank and name in TWO_CALLS else ())
+    positions = POSITIONS if name.startswith("flux") else set()
+    by_call = DIRECTIONS if granularity == "low-rank" else GROUPS if "ti2v" in name else set()
+    assert start == Counter(RUN_START | positions | by_call)
+    assert full == Counter(by_call if name in TWO_CALLS else ())
     assert not skipped
 
 

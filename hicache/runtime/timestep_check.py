@@ -25,6 +25,7 @@ class TimestepCheck:
     def __init__(self) -> None:
         self._rules: dict[int, Tensor] | None = None  # the run's timesteps by each that may hold
         self._wrong: Tensor | None = None  # whether gates were used that are of other timesteps
+        self._last: int | None = None  # the last step that used such
         # which rules a question is about, and its answer: whether each does not hold, and the above
         self._asked: deque[tuple[tuple[int, ...], Callable[[], Any]]] = deque()
 
@@ -61,6 +62,9 @@ class TimestepCheck:
         """Gates computed ahead serve a step: the next full one asks whether they are of its timestep."""
         expected = self.timesteps
         assert expected is not None
+        if step == self._last:
+            return
+        self._last = step
         off = (timestep != expected[step]).any()
         self._wrong = off if self._wrong is None else self._wrong.logical_or(off)
 

@@ -63,7 +63,7 @@ def token_layout(
 
 def _run_length(timesteps: Tensor) -> int:
     """The longest length of which all runs of equal neighbours, in every sample, are multiples."""
-    changes = (timesteps[:, 1:] != timesteps[:, :-1]).any(0).nonzero().flatten() + 1
+    changes = (timesteps[:, 1:] != timesteps[:, :-1]).any(0).cpu().nonzero().flatten() + 1
     return math.gcd(timesteps.shape[1], *changes.tolist())
 
 
