@@ -15,8 +15,9 @@ from hicache import HiCacheConfig, cli
 from hicache.cuda_graphs.model_state import ModelState
 from hicache.hooks.block_interface import BlockInterface
 from hicache.reference.timer import Timer
-from hicache.runtime import budget, finite
+from hicache.runtime import budget
 from hicache.runtime.denoiser import Denoiser
+from hicache.runtime.reading import reading
 from hicache.stats import Stopwatch
 from hicache_kernels.backends import native, triton
 from tests.support import models, pipelines
@@ -105,7 +106,7 @@ def test_what_a_gpu_has_not_come_to_is_not_waited_for(monkeypatch: pytest.Monkey
             return GPU
 
     flag = torch.tensor(True).as_subclass(OnGpu)
-    answer = finite.reading(flag)
+    answer = reading(flag)
     monkeypatch.setattr(Event, "done", False)
     assert answer() is None
     monkeypatch.setattr(Event, "done", True)

@@ -275,7 +275,17 @@ def kontext(*times: float) -> Tensor:
     ],
 )
 def test_drawn_by_ids(ids: Any, drawn: int):
-    assert given_pictures.by_ids(ids, 4, lambda times: times == 1) == range(drawn)
+    by_ids = given_pictures.ByIds(lambda times: times == 1)
+    assert by_ids(ids, 4) == range(drawn)
+    assert by_ids(ids, 4) == range(drawn)
+
+
+def test_ids_are_read_again_where_they_were_written_to():
+    by_ids, ids = given_pictures.ByIds(lambda times: times == 1), kontext(0, 0, 1, 1)
+    assert by_ids(ids, 4) == range(2)
+    ids[1, 0] = 1
+    assert by_ids(ids, 4) == range(1)
+    assert by_ids(kontext(0, 0, 0, 1), 4) == range(3)
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,8 @@ def test_a_run_that_begins_in_the_middle(prefetched):
         assert close(ahead, without(run), TOLERANCE)
 
 
-def test_a_run_that_begins_where_narrow_timesteps_round_to_the_same(prefetched):
+@pytest.mark.parametrize("told", [True, False], ids=["begin_index", "none"])
+def test_a_run_that_begins_where_narrow_timesteps_round_to_the_same(told, prefetched):
     """The first timestep fits the one before it, too; those after it do not."""
     transformer = models.flux_transformer()
     scheduler = flow_matching(shift=6.0)
@@ -122,7 +123,8 @@ def test_a_run_that_begins_where_narrow_timesteps_round_to_the_same(prefetched):
         outputs = []
         with hicache.fast.apply(transformer, CONFIG, scheduler=scheduler, granularity="module"):
             scheduler.set_timesteps(100)
-            scheduler.set_begin_index(3)
+            if told:
+                scheduler.set_begin_index(3)
             guidance, pooled = torch.full((1,), 3.5), models.noise(1, 32)
             latents = models.noise(1, 16, 4)
             for t, timestep in zip(scheduler.timesteps[3:15], rounded[3:15], strict=True):

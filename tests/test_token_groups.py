@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import hicache.fast
 from hicache import HiCacheConfig
 from hicache.adapters import registry
-from hicache.runtime import finite, token_layout
+from hicache.runtime import token_layout
 from tests.support import pipelines
 from tests.support.comparisons import first, relative_rms
 from tests.support.runs import Run, by_fast, by_reference, recorded_in, replay
@@ -147,7 +147,7 @@ def test_a_device_that_answers_late_is_told_of_a_step_later(monkeypatch: pytest.
         answers = [None, bool(flag)]
         return lambda: answers.pop(0) if len(answers) > 1 else answers[0]
 
-    monkeypatch.setattr(finite, "reading", late)
+    monkeypatch.setattr(token_layout, "reading", late)
     model, run = changing(at=7)
     with pytest.warns(RuntimeWarning, match="some tokens were forecast as others"):
         _, ran = played(model, run)
@@ -197,7 +197,7 @@ def test_the_check_waits_for_its_device(monkeypatch: pytest.MonkeyPatch):
         flags.append(flag)
         return lambda: None
 
-    monkeypatch.setattr(finite, "reading", never)
+    monkeypatch.setattr(token_layout, "reading", never)
     adapter = registry.find(pipelines.build("ltx")[0].transformer)
     layout = token_layout.TokenLayout(range(4), 2)
     check = token_layout.LayoutCheck(adapter, layout, {})

@@ -7,6 +7,7 @@ torch's own C++ takes it to be on the meta device, as a build without CUDA refus
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -92,8 +93,30 @@ class EmulatedTensor(Tensor):
         return torch.tensor(index, device=DEVICE) if isinstance(index, list) else index
 
 
+class Event:
+    """``torch.cuda.Event``, but for what waits.
+
+    Args:
+        done: whether the device has come to it.
+    """
+
+    def __init__(self, done: Callable[[], bool]) -> None:
+        self.query = done
+
+    def record(self, stream: Any = None) -> None:
+        """Nothing is in the background."""
+
+
 class EmulatedGpu(TorchDispatchMode):
-    """While it is entered, the device "cuda" is the host."""
+    """While it is entered, the device "cuda" is the host.
+
+    Args:
+        done: whether the device has come to what it is asked whether it has.
+    """
+
+    def __init__(self, done: Callable[[], bool] = lambda: True) -> None:
+        super().__init__()
+        self._done = done
 
     def __enter__(self) -> EmulatedGpu:
         with ExitStack() as stack:
@@ -103,7 +126,8 @@ class EmulatedGpu(TorchDispatchMode):
             stack.enter_context(mock.patch.object(Stopwatch, "start", return_value=0.0))
             # nothing is copied in the background
             stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor))
-            stack.enter_context(mock.patch("hicache.runtime.finite.reading", return_value=lambda: True))
+            stack.enter_context(mock.patch("torch.cuda.Event", functools.partial(Event, self._done)))
+            stack.enter_context(mock.patch("torch.cuda.current_stream", return_value=None))
             stack.enter_context(mock.patch.dict(os.environ, {"HICACHE_CUDA_GRAPHS": "0"}))
             # torch.tensor(…, device=…) is to show its copy
             stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
@@ -131,6 +155,7 @@ class EmulatedGpu(TorchDispatchMode):
 
         args, kwargs = _mapped(unwrap, (args, kwargs or {}))
         there = bool(known)
+        kwargs.pop("pin_memory", None)
         if kwargs.get("device") is not None:
             there = torch.device(kwargs["device"]).type != "cpu"
             kwargs["device"] = torch.device("cpu")

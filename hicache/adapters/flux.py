@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 
@@ -12,6 +12,8 @@ from hicache.adapters.base import ModuleOutput, doubles_and_singles, packed, rep
 from hicache.adapters.controlnet import flux_controlnet
 from hicache.adapters.gates import GateRows, Gates
 from hicache.adapters.modulated import ModulatedAdapter
+
+_BY_IDS: Final = given_pictures.ByIds(lambda times: times == 1)  # Kontext's given picture is at time one
 
 
 class Flux(ModulatedAdapter):
@@ -55,8 +57,7 @@ class Flux(ModulatedAdapter):
         return temb
 
     def drawn(self, model_kwargs: Mapping[str, Any], tokens: int) -> range:
-        # Kontext's given picture is at time one
-        return given_pictures.by_ids(model_kwargs.get("img_ids"), tokens, lambda times: times == 1)
+        return _BY_IDS(model_kwargs.get("img_ids"), tokens)
 
     def between(self, model_kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
         return flux_controlnet(self.module, model_kwargs)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from hicache.adapters import given_pictures
 from hicache.adapters.base import ModuleAdapter, ModuleOutput, packed
+
+# given pictures are at times 10, 20, …; with kv_cache_mode they come first, and once
+_BY_IDS: Final = given_pictures.ByIds(lambda times: times >= 10)
 
 
 class Flux2(ModuleAdapter):
@@ -62,8 +65,7 @@ class Flux2(ModuleAdapter):
         return gates[: self.num_features(block_kwargs)].contiguous()
 
     def drawn(self, model_kwargs: Mapping[str, Any], tokens: int) -> range:
-        # given pictures are at times 10, 20, …; with kv_cache_mode they come first, and once
-        return given_pictures.by_ids(model_kwargs.get("img_ids"), tokens, lambda times: times >= 10)
+        return _BY_IDS(model_kwargs.get("img_ids"), tokens)
 
     def refusal(self, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> str | None:
         if block_kwargs["temb_mod_img"].numel() // (6 * self.module.inner_dim) not in (

@@ -18,33 +18,13 @@ from typing import Any, Final
 
 import torch
 
+from hicache.hooks.timesteps import Rule, index_of, run_start, timestep_of
 from hicache.noise_levels import noise_levels
 from hicache.pipeline import check_scheduler
 from hicache.shadow import shadow
 
 _METHODS: Final = ("set_timesteps", "step")
 _CALLS: Final = itertools.count(1)
-_TIMESTEPS: Final = ("timestep", "timesteps", "t", "vision_timesteps")  # what transformers call it
-
-
-def timestep_of(kwargs: Mapping[str, Any]) -> Any:
-    """The timestep among a transformer's arguments by name, a number or a tensor; None if there is none.
-
-    Per-token timesteps (Wan 2.2 TI2V) hold zeros for the tokens that are given: the largest is the step's.
-    """
-    timestep = next((kwargs[name] for name in _TIMESTEPS if kwargs.get(name) is not None), None)
-    return timestep.max() if isinstance(timestep, torch.Tensor) else timestep
-
-
-def _index(timesteps: Any, timestep: Any) -> int | None:
-    """Where a timestep is among its scheduler's; None if that is not to be seen. Reads the device."""
-    if not isinstance(timesteps, torch.Tensor) or not isinstance(timestep, torch.Tensor):
-        return None
-    known = timesteps.to(timestep.device)
-    # pipelines give their model the scheduler's timestep, or a thousandth of it
-    same = (known.to(timestep.dtype) == timestep) | ((known / 1000).to(timestep.dtype) == timestep)
-    found = same.nonzero().flatten().tolist()
-    return found[0] if found else None
 
 
 class _Watched:
@@ -102,6 +82,7 @@ class SchedulerClock:
         self._on_run = on_run
         self._first = 0  # the run's first timestep among the scheduler's, where that does not say
         self.step = 0
+        self.rules: tuple[Rule, ...] = ()  # by which the run's timesteps may come out of the scheduler's
         self._begun: set[int] = set()  # the scheduler's, see there
         self._calling: dict[int, SchedulerClock] = {}  # the same
         self._ended = False  # whether the thread's run has had its last step
@@ -152,7 +133,7 @@ class SchedulerClock:
 
         Reads the device.
         """
-        index = _index(self.timesteps, timestep_of(kwargs)) if self.busy else None
+        index = index_of(self.timesteps, kwargs) if self.busy else None
         return None if index is None else index == self._first + self.step
 
     def counts(self, thread: int) -> bool:
@@ -225,8 +206,12 @@ class SchedulerClock:
             self.restart()
         if not self.busy:
             self.busy, self._ended = True, False
-            if not getattr(self.scheduler, "begin_index", None):
-                self._first = max(0, (_index(self.timesteps, timestep_of(kwargs)) or 0) - self.step)
+            begin_index = getattr(self.scheduler, "begin_index", None)
+            # before anything of the run is on its way: the only time that its clock reads the device
+            start = run_start(self.timesteps, kwargs, self.step, begin_index)
+            self.rules = start.rules
+            if not begin_index:
+                self._first = max(0, start.index - self.step)
         self.worker, self.used = threading.get_ident(), next(_CALLS)
         self._calling[self.worker] = self
 
@@ -263,8 +248,8 @@ class TimestepClock:
     """
 
     num_steps: int | None = None
-    timesteps: Any = None
     sigmas: tuple[float, ...] | None = None
+    rules: tuple[Rule, ...] = ()
 
     def __init__(self) -> None:
         self.run = -1

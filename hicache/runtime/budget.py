@@ -111,8 +111,9 @@ class RecorderChoice:
         """
         context, form = begun.context, begun.context.form
         assert form is not None
-        if self.recorder is self.stack:
+        if self.recorder is self.stack or self.modules is None:
             return
+        context.prefetch.meet(self.modules.adapter, clock.rules, begun.step, begun.model_kwargs)
         refusal = None if form.refusal is None else f"{self._model}: {form.refusal}"
         if refusal is None and self.recorder is self.modules and self._policy.granularity == "auto":
             wanted = context.planned_nbytes - context.engine.nbytes

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hicache.runtime.reading import reading
+
 
 class FiniteCheck:
     """NaN or infinity in a full step of one context. Never waits for a CUDA device.
@@ -40,18 +42,6 @@ class FiniteCheck:
             return None
         self._answer = None
         return None if finite else self._step
-
-
-def reading(flag: Tensor) -> Callable[[], bool | None]:
-    """What gives the value of a flag, or None while its device is still at work."""
-    if flag.device.type != "cuda":
-        known = bool(flag)
-        return lambda: known
-    host = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
-    host.copy_(flag, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(flag.device))
-    return lambda: bool(host.numpy()) if copied.query() else None
 
 
 def not_finite(context: str, step: int) -> str:

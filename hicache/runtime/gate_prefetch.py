@@ -1,14 +1,12 @@
 """Gates of the skipped steps to come, computed together at the full step before them.
 
 They depend on the timestep, the guidance and the pooled text only (docs/algorithm.md, "Gates are known in
-advance"), and a pipeline makes its timesteps of its scheduler's in one of two ways. Which one, and where in
-the scheduler's list the run begins, is read off the first full step. Whatever does not fit (a loop of one's
-own, another prompt half-way) has its gates computed at each step.
+advance"), and those of coming steps are known where they are the scheduler's (``runtime/timestep_check.py``).
+Whatever does not fit (a loop of one's own, another prompt half-way) has its gates computed at each step.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -18,31 +16,12 @@ from torch import Tensor, nn
 
 from hicache import compat
 from hicache.adapters.base import ModuleAdapter
+from hicache.hooks.timesteps import Rule
 from hicache.runtime.gate_weights import GateWeights
+from hicache.runtime.timestep_check import TimestepCheck
 
 # what diffusers' pipelines give the scale of LoRA in
 _LORA_ARGUMENTS: Final = ("joint_attention_kwargs", "attention_kwargs")
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """One way in which a run's timesteps may come out of its scheduler's."""
-
-    timesteps: Tensor  # the model's, of the whole run
-    origin: int  # index that step 0 has among them
-
-    def fits(self, met: Sequence[tuple[int, Tensor]]) -> bool:
-        """Whether a run that begins there has come through these (step, timestep); reads the device.
-
-        Timesteps of low precision may be rounded to the same at neighbouring steps, so that the first fits
-        several rules.
-        """
-        if not met:
-            return True
-        if self.origin + met[-1][0] >= len(self.timesteps):
-            return False
-        expected = torch.stack([self.timesteps[self.origin + step] for step, _ in met])
-        return bool((expected == torch.stack([timestep for _, timestep in met])).all())
 
 
 @dataclass(frozen=True)
@@ -51,7 +30,6 @@ class _Fetched:
 
     first: int  # step of the first
     gates: Tensor  # [steps, num_features, batch, channels]
-    timesteps: Tensor  # [steps], which they were computed for
     constants: list[Any]  # values of the other arguments they were computed for
     weights: GateWeights | None = None  # those they were computed with; None: they are not written yet
 
@@ -60,25 +38,38 @@ class GatePrefetch:
     """The gates of the skipped steps to come, of one context."""
 
     def __init__(self) -> None:
-        self.restart()
+        self._check = TimestepCheck()
+        self._fetched: _Fetched | None = None
 
     def restart(self) -> None:
         """A new run starts: its timesteps may be others."""
-        self._rules: list[_Rule] = []  # those that fit the first full step
-        self._met: list[tuple[int, Tensor]] = []  # later full steps and their timesteps
-        self._searched = False
-        self._wrong: Tensor | None = None  # whether a timestep was another than expected, left on the device
+        self._check.hear()  # what the device had not come to when the last one ended
+        self._check = TimestepCheck()
         self.forget()
 
     def forget(self) -> None:
         """What was computed no longer holds."""
-        self._fetched: _Fetched | None = None
+        self._fetched = None
+
+    def meet(
+        self, adapter: ModuleAdapter, rules: Sequence[Rule], step: int, model_kwargs: Mapping[str, Any]
+    ) -> None:
+        """A full step begins: ask whether its timestep is the scheduler's, before its blocks are launched.
+
+        Args:
+            adapter: the family's.
+            rules: by which the run's timesteps may come out of the scheduler's.
+            step: of the run.
+            model_kwargs: the transformer's.
+        """
+        if adapter.foretell:
+            self._hear()
+            self._check.ask(rules, step, model_kwargs.get("timestep"), self._index(step) is not None)
 
     def fetch(
         self,
         adapter: ModuleAdapter,
         steps: range,
-        scheduler_timesteps: Any,
         block_kwargs: Mapping[str, Any],
         model_kwargs: Mapping[str, Any],
         like: Tensor,
@@ -90,28 +81,16 @@ class GatePrefetch:
         Args:
             adapter: the family's.
             steps: ordinals of the coming skipped steps.
-            scheduler_timesteps: the scheduler's, or None.
             block_kwargs: the first block's arguments at the full step.
             model_kwargs: the transformer's.
             like: anything ``[batch, ..., channels]`` of the hidden state's dtype and device.
         """
         self.forget()
-        if not adapter.foretell or not self.timesteps_were_right():
+        self._check.hear()
+        timesteps = self._check.timesteps
+        if not adapter.foretell or timesteps is None or not steps:
             return
-        timestep, step = model_kwargs.get("timestep"), steps.start - 1
-        if not self._searched:
-            self._rules = _find_rules(scheduler_timesteps, timestep, step)
-            self._searched = True
-        elif self._rules and isinstance(timestep, Tensor) and timestep.ndim <= 1:
-            self._met.append((step, timestep.reshape(-1)[0].clone()))
-        if not self._rules or not steps:
-            return
-        while self._rules and not self._rules[0].fits(self._met):
-            del self._rules[0]
-        if not self._rules:
-            return
-        rule = self._rules[0]
-        coming = rule.timesteps[rule.origin + steps.start : rule.origin + steps.stop]
+        coming = timesteps[steps.start : steps.stop]
         batch, channels = len(like), like.shape[-1]
         if len(coming) != len(steps) or not _foretellable(adapter, model_kwargs, batch):
             return
@@ -121,7 +100,7 @@ class GatePrefetch:
         gates = adapter.gates(inputs, like[:1].expand(len(steps) * batch, *like.shape[1:]))
         gates = gates.view(-1, len(steps), batch, channels)
         self._fetched = _Fetched(
-            steps.start, gates.transpose(0, 1), coming, _constants(adapter, model_kwargs, kept=True)
+            steps.start, gates.transpose(0, 1), _constants(adapter, model_kwargs, kept=True)
         )
 
     def settle(self, adapter: ModuleAdapter) -> None:
@@ -143,7 +122,7 @@ class GatePrefetch:
     @property
     def knows_timesteps(self) -> bool:
         """Whether timesteps of coming steps are known."""
-        return bool(self._rules)
+        return self._check.timesteps is not None
 
     @property
     def fetched(self) -> bool:
@@ -167,9 +146,10 @@ class GatePrefetch:
             read: whether numbers may be read from the device, where arguments are made anew: FLUX's
                 ControlNet pipelines make a tensor of their guidance in every step.
         """
-        fetched = self._fetched
+        self._hear()
+        fetched, index = self._fetched, self._index(step)
         timestep = model_kwargs.get("timestep")
-        if fetched is None or fetched.weights is None or not 0 <= step - fetched.first < len(fetched.gates):
+        if fetched is None or fetched.weights is None or index is None:
             return None
         constants = _constants(adapter, model_kwargs, kept=False)
         same = fetched.constants == constants or (read and all(map(_equal, fetched.constants, constants)))
@@ -178,26 +158,18 @@ class GatePrefetch:
             return None
         if not isinstance(timestep, Tensor) or timestep.ndim > 1:
             return None
-        index = step - fetched.first
-        # No host sync: a timestep other than expected comes to light at the next full step.
-        off = (timestep != fetched.timesteps[index]).any()
-        self._wrong = off if self._wrong is None else self._wrong.logical_or_(off)
+        self._check.used(step, timestep)
         return fetched.gates[index]
 
-    def timesteps_were_right(self) -> bool:
-        """Whether all timesteps so far were as expected; reads the device."""
-        if self._wrong is None:
-            return True
-        wrong, self._wrong = bool(self._wrong), None
-        if wrong:
-            warnings.warn(
-                "hicache: the transformer was called with timesteps that are not the scheduler's: the gates "
-                "of the last skipped steps were computed for others; from here on none are computed ahead",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            self._rules, self._searched = [], True
-        return not wrong
+    def _hear(self) -> None:
+        if self._check.hear():
+            self.forget()
+
+    def _index(self, step: int) -> int | None:
+        """Where the gates of a step are among those there are."""
+        fetched = self._fetched
+        index = -1 if fetched is None else step - fetched.first
+        return index if fetched is not None and 0 <= index < len(fetched.gates) else None
 
 
 def with_ones(gates: Tensor, ones: int) -> Tensor:
@@ -259,24 +231,6 @@ def _foretellable(adapter: ModuleAdapter, model_kwargs: Mapping[str, Any], batch
         return False
     values = [model_kwargs.get(name) for name in adapter.gate_arguments]
     return all(len(value) == batch for value in values if isinstance(value, Tensor))
-
-
-def _find_rules(scheduler_timesteps: Any, timestep: Any, step: int) -> list[_Rule]:
-    """The ways in which the timestep of this step comes out of the scheduler's; reads the device."""
-    if not isinstance(scheduler_timesteps, Tensor) or not isinstance(timestep, Tensor) or timestep.ndim > 1:
-        return []
-    given = timestep.reshape(-1)
-    if not bool((given == given[0]).all()):
-        return []
-    cast = scheduler_timesteps.to(given.device).to(given.dtype)
-    rules = [
-        _Rule(timesteps, index - step)
-        for timesteps in (cast, (cast / 1000).to(given.dtype))
-        for index in (timesteps == given[0]).nonzero().flatten().tolist()
-        if index >= step
-    ]
-    # as few left out before the first step as may be: a last timestep of 1 is also a first one of 1000 / 1000
-    return sorted(rules, key=lambda rule: rule.origin)
 
 
 def _identity(value: Any, kept: bool) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hicache.adapters.base import ModuleAdapter
 from hicache.engine import Engine
+from hicache.numbers import uploaded
 
 # What gates may be off by, relative to their norm over a run's skipped steps: benchmarks/results/low-rank.csv
 # has what pictures make of it.
@@ -85,7 +86,7 @@ class GateBasis:
     def of(
         cls, rows: Tensor, first: int, misses: Tensor, skipped: Sequence[int], tolerance: float
     ) -> GateBasis | None:
-        """The least directions that leave gates off by no more than a tolerance.
+        """The least directions that leave gates off by no more than a tolerance. Reads the device, once.
 
         Args:
             rows: ``[steps, num_features, batch, channels]``, the gates of all steps from ``first`` on.
@@ -99,22 +100,26 @@ class GateBasis:
         """
         steps, features, batch, channels = rows.shape
         series = rows.permute(2, 0, 1, 3).flatten(2).double()  # [B, steps, D]
-        if not bool(series.isfinite().all()):
-            return None
         # as many rows as steps: what several make of one step's gates counts together
         _, misses = torch.linalg.qr(misses, mode="r")
-        missed = misses.to(series.device) @ series  # [B, steps, D]
-        energies, mixes = torch.linalg.eigh(missed @ missed.mT)
+        missed = uploaded(misses, series.device) @ series  # [B, steps, D]
+        # its squares, and each step's sum of squares, tell all that is to be known on the host: one read
+        told = torch.cat([(missed @ missed.mT).flatten(1), series.square().sum(2)], 1).cpu()
+        squares, sizes = told[:, :-steps].unflatten(1, missed.shape[1:2] * 2), told[:, -steps:]
+        if not bool(sizes.isfinite().all()):
+            return None
+        energies, mixes = torch.linalg.eigh(squares)
         energies, mixes = energies.flip(-1), mixes.flip(-1)
-        noise = _NOISE**2 * energies[:, :1].maximum(_NOISE**2 * series.square().sum((1, 2))[:, None])
+        noise = _NOISE**2 * energies[:, :1].maximum(_NOISE**2 * sizes.sum(1, keepdim=True))
         energies = energies.where(energies > noise, 0)
-        total = series[:, list(skipped)].square().sum((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
+        total = sizes[:, list(skipped)].sum(1).clamp_min(torch.finfo(torch.float64).tiny)
         left = torch.cat([energies, energies.new_zeros(batch, 1)], 1).flip(1).cumsum(1).flip(1)
         errors = tuple((left / total[:, None]).amax(0).sqrt().tolist())
         most = int((energies > 0).sum(1).amax())
         rank = next((r for r in range(min(1, most), most) if errors[r] <= tolerance), most)
         # orthonormal to rounding, which the squares alone are not
-        directions, _ = torch.linalg.qr((mixes[:, :, :rank].mT @ missed).mT)  # [B, D, rank]
+        mixes = uploaded(mixes[:, :, :rank].contiguous(), series.device)
+        directions, _ = torch.linalg.qr((mixes.mT @ missed).mT)  # [B, D, rank]
         scale = math.sqrt(features * channels)  # a mean square of one: levels are of the gates' size
         levels = series @ directions / scale
         if bool((misses.sum(1).abs() < 1e-9).all()):

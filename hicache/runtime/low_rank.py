@@ -51,17 +51,17 @@ class LowRankRecorder(Recorder):
 
         Args:
             begun: the call.
-            clock: knows the timesteps.
+            clock: knows how many steps there are.
             learning: the call is learned from, and has come to its first block.
 
         Returns:
             Why there is none.
         """
         context = begun.context
-        state, prefetch = context.low_rank, context.prefetch
+        state = context.low_rank
         if state.basis is not None:
             state.row = self._row(begun)
-            if state.row is not None and prefetch.timesteps_were_right():
+            if state.row is not None:
                 return None
             state.missed += not context.is_full(begun.step)
             if state.missed > 1:
@@ -101,7 +101,7 @@ class LowRankRecorder(Recorder):
         if not self._foretold:
             return "its gates are not those its family makes of the timestep"
         steps = range(begun.step + 1, clock.num_steps)
-        prefetch.fetch(adapter, steps, clock.timesteps, form.block_kwargs, begun.model_kwargs, like)
+        prefetch.fetch(adapter, steps, form.block_kwargs, begun.model_kwargs, like)
         prefetch.own()
         if steps and prefetch.rows is None:
             return "gates of low rank need a scheduler whose timesteps the model is called with"

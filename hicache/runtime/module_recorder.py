@@ -212,7 +212,7 @@ class ModuleRecorder(Recorder):
         first, num_steps = begun.step + 1, clock.num_steps
         steps = range(first, first if num_steps is None else context.next_full(begun.step, num_steps))
         given = form.block_kwargs, begun.model_kwargs, form.like()
-        context.prefetch.fetch(self.adapter, steps, clock.timesteps, *given)
+        context.prefetch.fetch(self.adapter, steps, *given)
 
     def end(self) -> None:
         if self._outputs is not None:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from hicache.config import HiCacheConfig
 from hicache.handle import Steps
 from hicache.hooks.caller import runs_in_diffusers
-from hicache.hooks.step_clock import SchedulerClock, TimestepClock, timestep_of
+from hicache.hooks.step_clock import SchedulerClock, TimestepClock
+from hicache.hooks.timesteps import Rule, timestep_of
 from hicache.pipeline import check_scheduler
 from hicache.run import Run
+from hicache.runtime.reading import reading
 from hicache.schedule import bound, with_speedup
 from hicache.stats import Stopwatch
 
@@ -34,8 +36,8 @@ class StepClock(Steps, Protocol):
         """Steps of the run, where they are known."""
 
     @property
-    def timesteps(self) -> Any:
-        """The scheduler's timesteps, where there is one."""
+    def rules(self) -> Sequence[Rule]:
+        """The ways in which the run's timesteps may come out of a scheduler's, where there is one."""
 
     @property
     def sigmas(self) -> tuple[float, ...] | None:
@@ -262,6 +264,7 @@ class StepCounter:
         self.step = -1
         self.ordinal = 0  # of the call in the step
         self._timestep: Any = None  # of the step's first call
+        self._moved: Callable[[], Any] = lambda: None  # whether a later one had another; None: not known yet
 
     @property
     def outdated(self) -> bool:
@@ -275,7 +278,7 @@ class StepCounter:
         clock.tick(module, model_kwargs)
         started = self.run != clock.run
         if started:
-            self.run, self.step = clock.run, -1
+            self.run, self.step, self._moved = clock.run, -1, lambda: None
         if self.step != clock.step:
             self.step, self.ordinal = clock.step, 0
             self._timestep = None if self.step else timestep_of(model_kwargs)
@@ -284,11 +287,12 @@ class StepCounter:
         return started
 
     def stands_still(self, model_kwargs: Mapping[str, Any]) -> bool:
-        """Whether this is another step and the scheduler was not stepped; looked at in a run's first step.
+        """Whether the scheduler was not stepped between two steps; looked at in a run's first step.
 
-        Reads the device.
+        Never waits for a CUDA device, which may answer at a later call.
         """
-        if not self.ordinal or self._timestep is None:
-            return False
-        timestep = timestep_of(model_kwargs)
-        return timestep is not None and bool(timestep != self._timestep)
+        if self.ordinal and self._timestep is not None:
+            timestep = timestep_of(model_kwargs)
+            moved = timestep is not None and timestep != self._timestep
+            self._moved = reading(moved) if isinstance(moved, Tensor) else lambda: moved
+        return bool(self._moved())

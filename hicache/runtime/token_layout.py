@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hicache import compat
 from hicache.adapters.base import ModuleAdapter
-from hicache.runtime import finite
+from hicache.runtime.reading import reading
 
 _TOKEN_BY_TOKEN = "its gates differ from token to token (a timestep for every token)"
 
@@ -63,7 +63,7 @@ def token_layout(
 
 def _run_length(timesteps: Tensor) -> int:
     """The longest length of which all runs of equal neighbours, in every sample, are multiples."""
-    changes = (timesteps[:, 1:] != timesteps[:, :-1]).any(0).nonzero().flatten() + 1
+    changes = (timesteps[:, 1:] != timesteps[:, :-1]).any(0).cpu().nonzero().flatten() + 1
     return math.gcd(timesteps.shape[1], *changes.tolist())
 
 
@@ -113,7 +113,7 @@ class LayoutCheck:
         for same in found:
             self._same = same if self._same is None else self._same.logical_and(same.to(self._same.device))
         assert self._same is not None
-        self._answer = finite.reading(self._same)
+        self._answer = reading(self._same)
         return self._answer() is not False
 
     def _same_pictures(self, model_kwargs: Mapping[str, Any]) -> Iterator[Tensor]:

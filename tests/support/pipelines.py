@@ -430,7 +430,7 @@ def wan(two: bool = False) -> Built:
         ffn_dim=32,
         rope_max_seq_len=32,
     )
-    second = {"transformer_2": None, "boundary_ratio": None}
+    second: Arguments = {"transformer_2": None, "boundary_ratio": None}
     first = wan_transformer()
     if two:
         second = {"transformer_2": wan_transformer(), "boundary_ratio": 0.875}
@@ -487,7 +487,9 @@ def ltx(given: int = 0) -> Built:
         caption_channels=32,
     )
     masks = _masks(torch.ones(1, 6, dtype=torch.long))
-    kind, parts, more = "LTXPipeline", {}, {}
+    parts: Arguments = {}
+    more: Arguments = {}
+    kind = "LTXPipeline"
     if given:
         vae = diffusers.AutoencoderKLLTXVideo(
             latent_channels=8,
