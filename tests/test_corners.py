@@ -266,10 +266,12 @@ def test_info_names_the_devices_there_are(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(hicache_kernels, "backend_status", lambda device: {"reference": None, "native": "no"})
+    monkeypatch.setattr(hicache_kernels, "auto_backend", lambda device: f"what {device} has")
     assert cli.main(["info"]) == 0
     told = capsys.readouterr().out
     assert "a card" in told
     assert "not usable: no" in told
+    assert "what cuda:0 has" in told
 
 
 def test_what_the_native_backend_is_not_compiled_for():
