@@ -223,7 +223,7 @@ def info() -> int:
     """Print versions, devices, and which backends are usable and why the others are not."""
     import torch
 
-    from hicache_kernels import backend_status
+    from hicache_kernels import auto_backend, backend_status
     from hicache_kernels.backends import native
 
     def version(package: str) -> str:
@@ -250,6 +250,7 @@ def info() -> int:
             else:
                 state = f"usable ({native.target(device)})" if name == "native" else "usable"
             rows.append((f"{name} on {device}", state))
+        rows.append((f"auto on {device}", auto_backend(device)))
     rows.append(("bases", ", ".join(known_bases())))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

@@ -181,6 +181,15 @@ class Engine:
         """Bytes of history held."""
         return 0 if self.history is None else self.history.nbytes
 
+    @property
+    def backend_taken(self) -> str | None:
+        """The backend that runs, and why none that "auto" prefers; None without a history."""
+        if self.history is None:
+            return None
+        orders = self.history.orders
+        auto = kernels.auto_backend(orders.device, len(orders), orders.dtype)
+        return str(auto) if self.backend == "auto" else self.backend
+
     def planned_nbytes(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
         """Bytes of history that features of these shapes and this dtype would take."""
         return kernels.history_nbytes(shapes, self.config.order, self.config.history_dtype or dtype)

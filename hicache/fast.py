@@ -76,6 +76,12 @@ class Handle(BaseHandle[Denoiser]):
             history_bytes=sum(denoiser.nbytes for denoiser in denoisers),
             cache_ms=session.watch.read(),
             choices={name: track.choice.describe() for name, track in tracks.items()},
+            backends={
+                name: taken
+                for name, track in tracks.items()
+                for context in track.contexts.current
+                if (taken := context.engine.backend_taken) is not None
+            },
             low_rank={name: found for name, track in tracks.items() if (found := track.choice.gates())},
             graphs={
                 denoiser.name: dataclasses.replace(denoiser.graphs.stats)

@@ -278,21 +278,23 @@ def check_backend(backend: str, module: nn.Module) -> None:
     """Check that a backend of :mod:`hicache_kernels` runs where the transformer is or may be taken.
 
     Args:
-        backend: a name, or ``"auto"``, which always finds one.
+        backend: a name, or ``"auto"``, which always finds one. It is asked for all the same: what Triton
+            compiles to be able to launch is compiled here, and not inside of a run.
         module: the transformer.
 
     Raises:
         ValueError: it runs on none of the devices in question; the message says why.
     """
-    if backend == "auto":
-        return
     # where the weights are, or where offloading will take them
     devices = {parameter.device.type for parameter in module.parameters()} | {"cpu"}
     if torch.cuda.is_available():
         devices.add("cuda")
-    reasons = {device: backend_status(device)[backend] for device in sorted(devices - {"meta"})}
-    if None not in reasons.values():
-        why = "; ".join(str(reason) for reason in reasons.values())
+    statuses = [backend_status(device) for device in sorted(devices - {"meta"}, reverse=True)]
+    if backend == "auto":
+        return
+    reasons = [status[backend] for status in statuses]
+    if None not in reasons:
+        why = "; ".join(dict.fromkeys(map(str, reasons)))
         raise ValueError(f"hicache: backend {backend!r} cannot run: {why}")
 
 

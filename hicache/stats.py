@@ -61,11 +61,12 @@ class Stats:
 
     config: HiCacheConfig  # as used: with speedup=, the interval it chose
     granularity: str  # "module", "low-rank", "stack", or several where denoisers differ
-    backend: str
+    backend: str  # as asked for
     contexts: dict[str, ContextStats] = field(default_factory=dict)
     history_bytes: int = 0  # held, all contexts together, those the run no longer uses included
     cache_ms: float = 0.0  # time in recording and forecasting
     choices: dict[str, str] = field(default_factory=dict)  # denoiser → what is cached of it, and why
+    backends: dict[str, str] = field(default_factory=dict)  # denoiser → what runs, and why nothing better
     graphs: dict[str, GraphStats] = field(default_factory=dict)  # denoiser → captures, replays, or why none
     controlnets: dict[str, ControlNetStats] = field(default_factory=dict)  # by the pipeline's names for them
     low_rank: dict[str, LowRankStats] = field(default_factory=dict)  # denoiser → its gates, where so cached
@@ -105,6 +106,7 @@ class Stats:
                 for name, context in self.contexts.items()
             ),
             *(f"  {name}: {choice}" for name, choice in self.choices.items()),
+            *(f"  {name}: backend {taken}" for name, taken in self.backends.items()),
             *(
                 f"  {name}: {graphs.captures} graphs captured, {graphs.nbytes:,} bytes, "
                 f"{graphs.replays} replays"

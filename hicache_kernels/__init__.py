@@ -12,11 +12,20 @@ tensor([[4., 4., 4.],
 """
 
 from hicache_kernels.history import History, history_nbytes
-from hicache_kernels.ops import BACKENDS, backend_status, forecast, gated_sum, update_, update_forecast_
+from hicache_kernels.ops import (
+    BACKENDS,
+    auto_backend,
+    backend_status,
+    forecast,
+    gated_sum,
+    update_,
+    update_forecast_,
+)
 
 __all__ = [
     "BACKENDS",
     "History",
+    "auto_backend",
     "backend_status",
     "forecast",
     "gated_sum",

@@ -49,12 +49,39 @@ def check_gated_sum(
     orders: Tensor,
     gates: Tensor | None,
     coeffs: Tensor,
+    out: Tensor,
+    in_memory: bool,
+) -> None:
+    """Raise unless :func:`hicache_kernels.gated_sum` can run on these."""
+    _check_gated_sum(op, base, orders, gates, coeffs, None, 0, out, in_memory)
+
+
+def check_gated_sum_update(
+    op: str,
+    base: Tensor,
+    orders: Tensor,
+    gates: Tensor | None,
+    coeffs: Tensor,
+    inv_gap: Tensor,
+    filled: int,
+    out: Tensor,
+    in_memory: bool,
+) -> None:
+    """Raise unless :func:`hicache_kernels.gated_sum` can run on these, an update pending."""
+    _check_gated_sum(op, base, orders, gates, coeffs, inv_gap, filled, out, in_memory)
+
+
+def _check_gated_sum(
+    op: str,
+    base: Tensor,
+    orders: Tensor,
+    gates: Tensor | None,
+    coeffs: Tensor,
     inv_gap: Tensor | None,
     filled: int,
     out: Tensor,
     in_memory: bool,
 ) -> None:
-    """Raise unless :func:`hicache_kernels.gated_sum` can run on these."""
     _check_orders(op, orders)
     if orders.ndim != 3 or orders.shape[1] < 1:
         raise ValueError(
@@ -155,6 +182,15 @@ def _unlike(op: str, out: Tensor, like: Tensor, shape: tuple[int, ...]) -> Value
     )
 
 
+def span(tensor: Tensor) -> int:
+    """Bytes from the first number to past the last: rows are whole, and may be apart."""
+    size = tensor.nbytes
+    if not size or tensor.is_contiguous():
+        return size
+    rows = tensor.shape[0]
+    return tensor.stride(0) * (rows - 1) * tensor.itemsize + size // rows
+
+
 def _regions(op: str, **tensors: Tensor | None) -> dict[str, tuple[int, int]]:
     """Name → first address and the one past the last, of every tensor that has an element.
 
@@ -165,16 +201,13 @@ def _regions(op: str, **tensors: Tensor | None) -> dict[str, tuple[int, int]]:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        begin, size = tensor.data_ptr(), tensor.nbytes
+        begin, size = tensor.data_ptr(), span(tensor)
         if begin % tensor.itemsize:
             raise ValueError(
                 f"{op}: expected {name} at an address divisible by its {tensor.itemsize} bytes a number, "
                 f"got {begin:#x}"
             )
         if size:
-            if not tensor.is_contiguous():  # rows are whole, and may be apart
-                rows = tensor.shape[0]
-                size = tensor.stride(0) * (rows - 1) * tensor.itemsize + size // rows
             regions[name] = begin, begin + size
     return regions
 

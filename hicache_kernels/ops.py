@@ -1,4 +1,4 @@
-"""The public ops: each makes its output and calls the registered op, which checks and picks a backend.
+"""The public ops: each makes its output and calls the op, which checks and picks a backend.
 
 Everywhere, ``orders`` is ``[K, ...]``: K = O + 1 rows of one history, row ``k`` the k-th finite difference,
 each row contiguous. The last row is also the inbox, where a full step writes its new features (see
@@ -17,11 +17,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hicache_kernels.library import BACKENDS, backend_status
+from hicache_kernels import library
+from hicache_kernels.library import BACKENDS, auto_backend, backend_status
 
-__all__ = ["BACKENDS", "backend_status", "forecast", "gated_sum", "update_", "update_forecast_"]
-
-_OPS = torch.ops.hicache
+__all__ = [
+    "BACKENDS",
+    "auto_backend",
+    "backend_status",
+    "forecast",
+    "gated_sum",
+    "update_",
+    "update_forecast_",
+]
 
 
 def update_(orders: Tensor, inv_gap: Tensor, filled: int, *, backend: str = "auto") -> None:
@@ -42,7 +49,7 @@ def update_(orders: Tensor, inv_gap: Tensor, filled: int, *, backend: str = "aut
         RuntimeError: the named backend cannot run here, or a tensor requires a gradient.
     """
     _check_types("update_", filled, orders=orders, inv_gap=inv_gap)
-    _OPS.update_.default(orders, inv_gap, filled, backend)
+    library.update_(orders, inv_gap, filled, backend)
 
 
 def forecast(orders: Tensor, coeffs: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -65,7 +72,7 @@ def forecast(orders: Tensor, coeffs: Tensor, *, out: Tensor | None = None, backe
     _check_types("forecast", orders=orders, coeffs=coeffs)
     if out is None:
         out = orders.new_empty(orders.shape[1:])
-    _OPS.forecast.default(orders, coeffs, out, backend)
+    library.forecast(orders, coeffs, out, backend)
     return out
 
 
@@ -98,7 +105,7 @@ def update_forecast_(
     _check_types("update_forecast_", filled, orders=orders, inv_gap=inv_gap, coeffs=coeffs)
     if out is None:
         out = orders.new_empty(orders.shape[1:])
-    _OPS.update_forecast_.default(orders, inv_gap, coeffs, filled, out, backend)
+    library.update_forecast_(orders, inv_gap, coeffs, filled, out, backend)
     return out
 
 
@@ -145,9 +152,9 @@ def gated_sum(
     if out is None:
         out = torch.empty_like(base)
     if inv_gap is None:
-        _OPS.gated_sum.default(base, orders, gates, coeffs, out, backend)
+        library.gated_sum(base, orders, gates, coeffs, out, backend)
     else:
-        _OPS.gated_sum_update_.default(base, orders, gates, coeffs, inv_gap, filled, out, backend)
+        library.gated_sum_update_(base, orders, gates, coeffs, inv_gap, filled, out, backend)
     return out
 
 

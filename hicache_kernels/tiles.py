@@ -46,6 +46,7 @@ def key(op: str, num_coeffs: int, itemsize: int, num_features: int) -> str:
     return f"{op} K={num_coeffs} bytes={itemsize} features={'1' if num_features == 1 else 'many'}"
 
 
+@lru_cache
 def default(num_coeffs: int, itemsize: int) -> Tile:
     """The tile without a table: more elements where a program would load one row of them only."""
     if num_coeffs > 1:
@@ -56,7 +57,8 @@ def default(num_coeffs: int, itemsize: int) -> Tile:
 def tile(op: str, num_coeffs: int, itemsize: int, num_features: int) -> Tile:
     """The tile for an op. A table is read once a process and never inside a capture."""
     table = _table() if _override is None else _override
-    return table.get(key(op, num_coeffs, itemsize, num_features)) or default(num_coeffs, itemsize)
+    measured = table.get(key(op, num_coeffs, itemsize, num_features)) if table else None
+    return measured or default(num_coeffs, itemsize)
 
 
 @contextmanager

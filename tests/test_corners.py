@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import hicache.fast
 import hicache_kernels
-from hicache import HiCacheConfig, cli
+from hicache import Engine, HiCacheConfig, cli
 from hicache.cuda_graphs.model_state import ModelState
 from hicache.hooks.block_interface import BlockInterface
 from hicache.reference.timer import Timer
@@ -267,10 +267,27 @@ def test_info_names_the_devices_there_are(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(hicache_kernels, "backend_status", lambda device: {"reference": None, "native": "no"})
+    monkeypatch.setattr(hicache_kernels, "auto_backend", lambda device: f"what {device} has")
     assert cli.main(["info"]) == 0
     told = capsys.readouterr().out
     assert "a card" in told
     assert "not usable: no" in told
+    assert "what cuda:0 has" in told
+
+
+def test_stats_say_which_backend_was_taken_and_why(monkeypatch: pytest.MonkeyPatch):
+    pipe, arguments = pipelines.build("flux")
+    with hicache.fast.apply(pipe) as handle:
+        assert handle.stats.backends == {}  # nothing has run
+        pipe(**arguments)
+        taken = str(hicache_kernels.auto_backend("cpu"))
+        assert handle.stats.backends == {"transformer": taken}
+        assert f"transformer: backend {taken}" in str(handle.stats)
+    engine = Engine(HiCacheConfig())
+    assert engine.backend_taken is None
+    engine.record(0, [torch.ones(4)])
+    monkeypatch.setattr(native, "unavailable", lambda device: "no")
+    assert engine.backend_taken == "reference (not native: no)"
 
 
 def test_what_the_native_backend_is_not_compiled_for():

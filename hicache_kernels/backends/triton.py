@@ -12,6 +12,7 @@ or ``[ROWS, COLUMNS]`` of rows by channels. TOP is the row of the inbox, K − 1
 
 from __future__ import annotations
 
+import functools
 import importlib
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from hicache_kernels import tiles
 from hicache_kernels.tiles import Tile
+from hicache_kernels.triton_runtime import MISSING, Launcher, cannot_launch
 
 if TYPE_CHECKING:  # mypy compares this module with what a backend is
     from hicache_kernels.backend import Backend
@@ -30,18 +32,13 @@ if TYPE_CHECKING:  # mypy compares this module with what a backend is
 
 name: Final = "triton"
 
-try:
-    triton: Any = importlib.import_module("triton")
-    tl: Any = importlib.import_module("triton.language")
-    _MISSING: str | None = None
-except ImportError as error:
-    _MISSING = f"triton is not installed ({error})"
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_ORDERS = 5  # registers, spills and the order of loads are checked up to here
 _REGISTERS = 65536  # of one multiprocessor, on every GPU since Kepler
 
-if _MISSING is None:
+if MISSING is None:
+    triton: Any = importlib.import_module("triton")
+    tl: Any = importlib.import_module("triton.language")
 
     @triton.jit
     def _load(rows, stride, at, mask, NUM: tl.constexpr):
@@ -78,14 +75,14 @@ if _MISSING is None:
 
     @triton.jit
     def _update_kernel(
-        orders, stride, numel, inv_gap, TOP: tl.constexpr, NUM_DIFFERENCES: tl.constexpr, BLOCK: tl.constexpr
+        orders, inv_gap, stride, numel, TOP: tl.constexpr, NUM_DIFFERENCES: tl.constexpr, BLOCK: tl.constexpr
     ):
         """Update ``orders[K, numel]`` in place, rows ``stride`` apart."""
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         _cascade(orders, stride, at, at < numel, tl.load(inv_gap).to(tl.float32), TOP, NUM_DIFFERENCES)
 
     @triton.jit
-    def _forecast_kernel(orders, stride, numel, coeffs, out, NUM_COEFFS: tl.constexpr, BLOCK: tl.constexpr):
+    def _forecast_kernel(orders, coeffs, out, stride, numel, NUM_COEFFS: tl.constexpr, BLOCK: tl.constexpr):
         """Forecast ``orders[K, numel]`` with ``coeffs[NUM_COEFFS]`` into ``out[numel]``."""
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         alphas = _load(coeffs, 1, 0, None, NUM_COEFFS)
@@ -96,11 +93,11 @@ if _MISSING is None:
     @triton.jit
     def _update_forecast_kernel(
         orders,
-        stride,
-        numel,
         inv_gap,
         coeffs,
         out,
+        stride,
+        numel,
         TOP: tl.constexpr,
         NUM_DIFFERENCES: tl.constexpr,
         BLOCK: tl.constexpr,
@@ -117,16 +114,16 @@ if _MISSING is None:
     def _gated_sum_kernel(
         base,
         orders,
-        stride,
-        feature_stride,
-        num_features,
         gates,
-        batch,
-        rows,
-        channels,
         inv_gap,
         coeffs,
         out,
+        stride,
+        feature_stride,
+        num_features,
+        batch,
+        rows,
+        channels,
         TOP: tl.constexpr,
         NUM_COEFFS: tl.constexpr,
         UPDATE: tl.constexpr,
@@ -175,23 +172,28 @@ if _MISSING is None:
             slot += feature_stride
         tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
+    _UPDATE: Final = Launcher(_update_kernel)
+    _FORECAST: Final = Launcher(_forecast_kernel)
+    _UPDATE_FORECAST: Final = Launcher(_update_forecast_kernel)
+    _GATED_SUM: Final = Launcher(_gated_sum_kernel)
+
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1`` before import)."""
-    return _MISSING is None and not isinstance(_update_kernel, triton.runtime.JITFunction)
+    return MISSING is None and not isinstance(_update_kernel, triton.runtime.JITFunction)
 
 
 def unavailable(device: torch.device) -> str | None:
     """Why this backend cannot run on ``device``; None when it can."""
-    if _MISSING is not None:
-        return _MISSING
+    if MISSING is not None:
+        return MISSING
     if interpreted():
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 runs CPU tensors only"
     if device.type != "cuda":
         return (
             f"it runs on CUDA tensors, and these are on {device.type} (TRITON_INTERPRET=1 takes CPU tensors)"
         )
-    return None
+    return cannot_launch()
 
 
 def unsupported(dtypes: tuple[torch.dtype, ...], num_orders: int) -> str | None:
@@ -204,9 +206,14 @@ def unsupported(dtypes: tuple[torch.dtype, ...], num_orders: int) -> str | None:
     return None
 
 
+_HERE: Final = nullcontext()
+
+
 def _on(tensor: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's device current: Triton launches there, whatever device its arguments are on."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
 
 
 def options(tile: Tile, updating: bool = False) -> dict[str, int | bool]:
@@ -221,41 +228,57 @@ def options(tile: Tile, updating: bool = False) -> dict[str, int | bool]:
     return chosen
 
 
+@functools.lru_cache
+def _frozen_options(tile: Tile, updating: bool) -> tuple[tuple[str, int | bool], ...]:
+    return tuple(options(tile, updating).items())
+
+
 def _launch(
-    kernel: Any, op: str, orders: Tensor, num_coeffs: int, numel: int, *arguments: Tensor, **constants: int
+    launcher: Launcher,
+    op: str,
+    orders: Tensor,
+    num_coeffs: int,
+    numel: int,
+    others: tuple[Tensor, ...],
+    constants: tuple[int, ...],
 ) -> None:
     """Launch a kernel on the first ``numel`` elements of every row of ``orders[K, ...]``."""
     if not numel:
         return
     tile = tiles.tile(op, num_coeffs, orders.itemsize, 1)
-    grid = (-(-numel // tile.block),)
-    constants["BLOCK"] = tile.block
+    numbers = orders.stride(0), numel
     with _on(orders):
-        kernel[grid](orders, orders.stride(0), numel, *arguments, **constants, **options(tile))
+        launcher(
+            -(-numel // tile.block),
+            (orders, *others),
+            numbers,
+            (*constants, tile.block),
+            _frozen_options(tile, False),
+        )
 
 
 def update_(orders: Tensor, inv_gap: Tensor, num_differences: int) -> None:
     """Update ``orders[K, ...]`` in place; ``inv_gap`` is one number."""
-    constants = {"TOP": orders.shape[0] - 1, "NUM_DIFFERENCES": num_differences}
-    numel = orders[0].numel()
-    _launch(_update_kernel, "update_", orders, num_differences + 1, numel, inv_gap, **constants)
+    constants = orders.shape[0] - 1, num_differences
+    numel = orders.numel() // orders.shape[0]
+    _launch(_UPDATE, "update_", orders, num_differences + 1, numel, (inv_gap,), constants)
 
 
 def forecast(orders: Tensor, coeffs: Tensor, out: Tensor) -> None:
     """Write the forecast of ``orders[K, ...]`` with ``coeffs[num_coeffs]`` into ``out[...]``."""
     tensors = coeffs.contiguous(), out  # the kernels step through coefficients by one
-    num_coeffs = len(coeffs)
-    _launch(_forecast_kernel, "forecast", orders, num_coeffs, out.numel(), *tensors, NUM_COEFFS=num_coeffs)
+    num_coeffs = coeffs.shape[0]
+    _launch(_FORECAST, "forecast", orders, num_coeffs, out.numel(), tensors, (num_coeffs,))
 
 
 def update_forecast_(
     orders: Tensor, inv_gap: Tensor, coeffs: Tensor, num_differences: int, out: Tensor
 ) -> None:
     """Update ``orders[K, ...]`` in place and write the forecast with ``coeffs[num_differences + 1]``."""
-    constants = {"TOP": orders.shape[0] - 1, "NUM_DIFFERENCES": num_differences}
+    constants = orders.shape[0] - 1, num_differences
     tensors = inv_gap, coeffs.contiguous(), out
-    kernel, numel = _update_forecast_kernel, out.numel()
-    _launch(kernel, "update_forecast_", orders, num_differences + 1, numel, *tensors, **constants)
+    launcher, numel = _UPDATE_FORECAST, out.numel()
+    _launch(launcher, "update_forecast_", orders, num_differences + 1, numel, tensors, constants)
 
 
 def gated_sum(
@@ -272,20 +295,23 @@ def gated_sum(
     ``gates`` are ``[num_features, batch, channels]``, or None for ones; with ``inv_gap`` an update is
     pending.
     """
-    if not base.numel():
+    numel = base.numel()
+    if not numel:
         return
     updating, gated = inv_gap is not None, gates is not None
+    num_coeffs, (num_orders, num_features, _) = coeffs.shape[0], orders.shape
     op = "gated_sum_update_" if updating else "gated_sum"
-    tile = tiles.tile(op, len(coeffs), orders.itemsize, orders.shape[1])
+    tile = tiles.tile(op, num_coeffs, orders.itemsize, num_features)
     # without gates a row has no meaning: one long row keeps the tiles whole
-    batch, channels = (base.shape[0], base.shape[-1]) if gated else (1, base.numel())
+    batch, channels = (base.shape[0], base.shape[-1]) if gated else (1, numel)
     tile_rows, columns = (tile.rows, tile.columns) if gated else (1, tile.block)
-    rows = base.numel() // (batch * channels)
-    grid = (-(-channels // columns) * -(-rows // tile_rows) * batch,)
-    history = orders, orders.stride(0), orders.stride(1), orders.shape[1]
-    sizes = batch, rows, channels
-    constants = {"TOP": orders.shape[0] - 1, "NUM_COEFFS": len(coeffs), "UPDATE": updating, "GATED": gated}
-    shape = {"ROWS": tile_rows, "COLUMNS": columns, "STAGES": tile.num_stages}
-    chosen = {**constants, **shape, **options(tile, updating)}
+    rows = numel // (batch * channels)
+    stride, feature_stride, _ = orders.stride()
     with _on(orders):
-        _gated_sum_kernel[grid](base, *history, gates, *sizes, inv_gap, coeffs.contiguous(), out, **chosen)
+        _GATED_SUM(
+            -(-channels // columns) * -(-rows // tile_rows) * batch,
+            (base, orders, gates, inv_gap, coeffs.contiguous(), out),
+            (stride, feature_stride, num_features, batch, rows, channels),
+            (num_orders - 1, num_coeffs, updating, gated, tile_rows, columns, tile.num_stages),
+            _frozen_options(tile, updating),
+        )

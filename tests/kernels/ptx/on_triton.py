@@ -99,10 +99,12 @@ class Launcher:
 
 
 def parameters(kernel: Kernel, kinds: tuple[str, ...], arguments: tuple[Any, ...]) -> bytes:
-    """Parameter space: pointers and integers, and null for the scratch memory that Triton puts last."""
+    """Parameter space: tensors or addresses, integers, and null for the scratch that Triton puts last."""
     data = bytearray(kernel.parameter_bytes)
     given = [
-        (struct.pack("<Q", value.data_ptr()) if kind[0] == "*" else struct.pack(f"<{_INTEGERS[kind]}", value))
+        struct.pack("<Q", getattr(value, "data_ptr", lambda value=value: value)())
+        if kind[0] == "*"
+        else struct.pack(f"<{_INTEGERS[kind]}", value)
         for kind, value in zip(kinds, arguments, strict=True)
         if kind != "constexpr"
     ]
