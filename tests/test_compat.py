@@ -107,13 +107,15 @@ def test_compiled_modules(layer: nn.Linear):
 
 def test_inside_a_compiled_call(layer: nn.Linear):
     seen: list[bool] = []
-    hook = torch.compiler.disable(lambda module, args: seen.append(compat.inside_compiled_call()))
+    hook = torch.compiler.disable(lambda module, args: seen.append(compat.inside_compiled_call(module)))
     layer.register_forward_pre_hook(hook)
     layer(torch.randn(1, 3))
     torch.compile(layer, backend="eager")(torch.randn(1, 3))
     assert seen == [False, True], moved(
         "compile_wrapper of torch/_dynamo/eval_frame.py", "inside_compiled_call"
     )
+    layer.compile(backend="eager")
+    assert compat.inside_compiled_call(layer), moved("Module._compiled_call_impl", "inside_compiled_call")
 
 
 def test_running_calls():
