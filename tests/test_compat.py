@@ -223,6 +223,33 @@ def test_calls_are_guarded(compiled: str):
     assert not failed
 
 
+@pytest.mark.parametrize("compiled", ["not", "before", "in place", "after"])
+def test_calls_are_left_out(compiled: str):
+    """By both ways into a module, before its hooks; whoever waits for its thread sees that it is called."""
+    model, hooked, seen = nn.Linear(3, 3), [], []
+    model.register_forward_pre_hook(torch.compiler.disable(lambda *_: hooked.append(True)))
+    called: nn.Module = model
+    if compiled == "before":
+        called = torch.compile(model, backend="eager")
+    if compiled == "in place":
+        model.compile(backend="eager")
+
+    @compat.passed_by
+    def make(call: Any, args: Any, kwargs: Any) -> Any:
+        seen.append(compat.is_calling(threading.get_ident(), model))
+        return args[0]
+
+    undo = compat.guard_calls(model, lambda: None, make)
+    if compiled == "after":
+        called = torch.compile(model, backend="eager")
+    given = torch.ones(1, 3)
+    assert called(given) is given
+    assert (seen, hooked) == ([True], []), moved("Module._call_impl", "guard_calls")
+    undo()
+    assert called(given) is not given
+    assert len(hooked) == 1
+
+
 def test_writes_are_counted():
     tensor = torch.zeros(2)
     before = compat.write_count(tensor)

@@ -527,7 +527,7 @@ def test_two_streams_are_two_features():
             assert torch.equal(outputs[stream], uncached[step][stream]) == (step in FULL_STEPS)
 
 
-UNETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "without text": (
         "UNet2DModel",
         {**WITHOUT_SCALE, "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2},
@@ -549,6 +549,11 @@ UNETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
         {"sample": torch.randn(1, 4, 2, 8, 8), "encoder_hidden_states": torch.randn(1, 6, 8)},
     ),
+    "whose lists of blocks take turns": (
+        "LatteTransformer3DModel",
+        refused_models.REFUSED["LatteTransformer3DModel"][0],
+        {"hidden_states": torch.randn(1, 4, 2, 8, 8), "encoder_hidden_states": torch.randn(1, 6, 8)},
+    ),
     "with motion": (
         "UNetMotionModel",
         {
@@ -565,24 +570,24 @@ UNETS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", UNETS)
-def test_other_unets(name: str):
+@pytest.mark.parametrize("name", OTHERS)
+def test_others(name: str):
     """Bare, by the timestep of a call, or by its scheduler."""
-    kind, settings, given = UNETS[name]
+    kind, settings, given = OTHERS[name]
     torch.manual_seed(0)
-    model = getattr(diffusers, kind)(**settings).eval()
+    model = randomize(getattr(diffusers, kind)(**settings)).eval()
     times = torch.linspace(900, 200, 12)
 
     def run() -> list[Tensor]:
         with torch.no_grad():
-            return [flat(model(**given, timestep=t, return_dict=False)) for t in times]
+            return [flat(model(**given, timestep=t[None], return_dict=False)) for t in times]
 
     uncached = run()
     with apply(model, HiCacheConfig(interval=1)):
         assert all(map(torch.equal, run(), uncached))
     with apply(model) as handle:
         found = run()
-        assert list(handle.stats.contexts) == ["unet[0]"]
+        assert list(handle.stats.contexts) == ["unet[0]" if "UNet" in kind else "transformer[0]"]
         same = [step for step in range(12) if torch.equal(found[step], uncached[step])]
     assert same == FULL_STEPS
 
