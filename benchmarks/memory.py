@@ -27,10 +27,10 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-HEADER = ("model", "calls", "features", "module bytes", "rank 1 bytes", "stack bytes", "auto")
+HEADER = ("model", "calls", "features", "module bytes", "rank 1 bytes", "stack bytes", "output bytes", "auto")
 
 
-def rows(order: int) -> list[tuple[str, int, int, int, int | None, int, str]]:
+def rows(order: int) -> list[tuple[str, int, int, int, int | None, int, int, str]]:
     """Return a row of :data:`HEADER` for every model: ``"auto"`` is the granularity that it takes.
 
     With gates of low rank, that is the highest rank that fits: a run takes the one that its gates need.
@@ -44,7 +44,16 @@ def rows(order: int) -> list[tuple[str, int, int, int, int | None, int, str]]:
         at_rank_1 = one.low_rank_bytes[0] if one.low_rank_bytes else None
         taken = f"{one.granularity}, rank {one.rank}" if one.rank else one.granularity
         found.append(
-            (name, one.contexts, one.num_features, one.module_bytes, at_rank_1, one.stack_bytes, taken)
+            (
+                name,
+                one.contexts,
+                one.num_features,
+                one.module_bytes,
+                at_rank_1,
+                one.stack_bytes,
+                one.output_bytes,
+                taken,
+            )
         )
     return found
 
@@ -54,7 +63,16 @@ def main() -> None:
     parser.add_argument("--order", type=int, default=2, choices=range(5))
     options = parser.parse_args()
     found = rows(options.order)
-    header = ["model, bf16", "calls a step", "features", "module", "rank 1", "stack", "`auto` takes"]
+    header = [
+        "model, bf16",
+        "calls a step",
+        "features",
+        "module",
+        "rank 1",
+        "stack",
+        "output",
+        "`auto` takes",
+    ]
     cells = [
         (
             name,
@@ -63,9 +81,10 @@ def main() -> None:
             f"{module / 1e9:.2f} GB",
             "" if at_rank_1 is None else f"{at_rank_1 / 1e9:.2f} GB",
             f"{stack / 1e6:.0f} MB",
+            f"{output / 1e6:.1f} MB",
             taken,
         )
-        for name, calls, features, module, at_rank_1, stack, taken in found
+        for name, calls, features, module, at_rank_1, stack, output, taken in found
     ]
     print(tables.markdown(header, cells))
     tables.save_csv(options.csv, HEADER, found)

@@ -6,9 +6,9 @@ Each says which name it reads and in which version that was read; tests/test_com
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import FrameType
 from typing import Any, Final
 
@@ -31,16 +31,17 @@ OUTPUT_HOOK: Final[Any] = "hicache"
 
 
 # what the compiler passes by, while what it calls is compiled as if it were not there
-_passed_by: Final = functools.partial(torch.compiler.disable, recursive=False)
+passed_by: Final = partial(torch.compiler.disable, recursive=False)
 _GUARD: Final = "_hicache_guard"
 
 
-@_passed_by
+@passed_by
 def _guarded(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
     try:
-        return call(module, *args, **kwargs)
+        _, make = module.__dict__.get(_GUARD, (None, None))
+        return call(module, *args, **kwargs) if make is None else make(partial(call, module), args, kwargs)
     except BaseException:
-        failed = module.__dict__.get(_GUARD)
+        failed, _ = module.__dict__.get(_GUARD, (None, None))
         if failed is not None:
             failed()
         raise
@@ -61,7 +62,7 @@ class _GuardedCalls(nn.Module):
     on to these functions after they are gone from the class.
     """
 
-    @_passed_by
+    @passed_by
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _guarded(_own(self, "__call__"), self, args, kwargs)
 
@@ -69,17 +70,21 @@ class _GuardedCalls(nn.Module):
         # its hooks reach into the pipeline, and a copy's would still reach into the original
         raise TypeError("hicache: a cached transformer cannot be copied or pickled; call remove() first")
 
-    @_passed_by
+    @passed_by
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         return _guarded(_own(self, "_call_impl"), self, args, kwargs)
 
 
-def guard_calls(module: nn.Module, failed: Callable[[], None]) -> Callable[[], None]:
+def guard_calls(
+    module: nn.Module, failed: Callable[[], None], make: Callable[..., Any] | None = None
+) -> Callable[[], None]:
     """Call ``failed()`` when a call of a module ends in any ``BaseException``; returns what undoes it.
 
-    Forward hooks with ``always_call`` are called for an ``Exception`` only (``Module._call_impl``).
+    Forward hooks with ``always_call`` are called for an ``Exception`` only (``Module._call_impl``). With
+    ``make``, ``make(call, args, kwargs)`` makes the calls or does not, outside of all hooks; it is
+    :data:`passed_by`. A call by one of both ways goes by the other one, too.
     """
-    return mix_in(module, _GuardedCalls, _GUARD, torch.compiler.disable(failed))
+    return mix_in(module, _GuardedCalls, _GUARD, (torch.compiler.disable(failed), make))
 
 
 def children_of_list(blocks: nn.ModuleList) -> list[nn.Module]:
@@ -126,11 +131,14 @@ def is_compiled(module: nn.Module) -> bool:
     )
 
 
-def inside_compiled_call() -> bool:
-    """Whether a compiled callable is on the stack: what it calls is compiled, whatever the stance.
+def inside_compiled_call(module: nn.Module) -> bool:
+    """Whether a module that is called is compiled as a whole: what it calls is, whatever the stance.
 
-    Its frame is ``compile_wrapper`` of ``torch/_dynamo/eval_frame.py``.
+    By itself (``_compiled_call_impl``), or by a callable on the stack, whose frame is ``compile_wrapper`` of
+    ``torch/_dynamo/eval_frame.py``.
     """
+    if module._compiled_call_impl is not None:
+        return True
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         code = frame.f_code
@@ -141,7 +149,7 @@ def inside_compiled_call() -> bool:
 
 
 def is_calling(thread: int, module: nn.Module) -> bool:
-    """Whether a thread is in a call of a module (``Module._call_impl``), or in a compiled one of any.
+    """Whether a thread is in a call of a module (``_call_impl``, ``__call__``), or in a compiled one of any.
 
     Compiled calls go on in functions called ``torch_dynamo_resume_in_...``.
     """
@@ -150,7 +158,7 @@ def is_calling(thread: int, module: nn.Module) -> bool:
         name = frame.f_code.co_name
         if name.startswith("torch_dynamo_resume") or name == "compile_wrapper":
             return True
-        if name == "_call_impl" and frame.f_locals.get("self") is module:
+        if name in ("_call_impl", "__call__") and frame.f_locals.get("self") is module:
             return True
         frame = frame.f_back
     return False

@@ -20,6 +20,8 @@ from hicache.config import HiCacheConfig
 from hicache.cuda_graphs.capture import CudaBackend
 from hicache.cuda_graphs.runner import CHOICES, GraphRunner
 from hicache.handle import BaseHandle
+from hicache.hooks.hooked import HookedModule
+from hicache.hooks.output import HookedOutput
 from hicache.hooks.transformer import HookedTransformer
 from hicache.pipeline import (
     GRANULARITIES,
@@ -126,7 +128,9 @@ def apply(
             ``"stack"``, the residual of all blocks together; ``"low-rank"``, a few weighed sums of modules
             that take the present's gates where the stack's forecast would miss them (docs/algorithm.md,
             "Gates of low rank"); ``"auto"``, the first of module, low-rank and stack that is known for the
-            model and fits ``memory_budget``. ``Handle.stats.choices`` says which.
+            model and fits ``memory_budget``. ``Handle.stats.choices`` says which. ``"output"``, what the
+            denoiser returns: nothing of it runs at a skipped step, and any denoiser can be cached, U-Nets
+            too.
         memory_budget: bytes a denoiser's histories may take for ``"auto"`` to choose modules or low rank.
         gate_tolerance: what gates of low rank may be off by, relative to all gates of a run's skipped steps:
             the least rank that keeps to it is taken.
@@ -152,13 +156,15 @@ def apply(
     check_tolerance(gate_tolerance)
     if not isinstance(cuda_graphs, bool):
         check_choice("cuda_graphs", cuda_graphs, CHOICES)
-    modules, controlnets = find_denoisers(pipe), find_controlnets(pipe)
+    whole = granularity == "output"
+    modules, controlnets = find_denoisers(pipe, unets=whole), find_controlnets(pipe)
     for module in modules.values():
         check_backend(backend, module)
         check_one_cache(module, Handle.owner)
     source = find_scheduler(pipe, scheduler)
     check_speedup(speedup, counted=source is not None)
-    hooked = {name: HookedTransformer(module) for name, module in modules.items()}
+    hook: type[HookedModule] = HookedOutput if whole else HookedTransformer
+    hooked = {name: hook(module) for name, module in modules.items()}
     adapters = {name: registry.find(module) for name, module in modules.items()}
     for name, adapter in adapters.items():
         if adapter is None and granularity in ("module", "low-rank"):

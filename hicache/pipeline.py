@@ -20,7 +20,7 @@ from hicache.checks import is_number, is_whole
 from hicache.config import HiCacheConfig
 from hicache_kernels import backend_status
 
-GRANULARITIES: Final = ("auto", "module", "low-rank", "stack")
+GRANULARITIES: Final = ("auto", "module", "low-rank", "stack", "output")
 # Of one denoiser's histories. Holds FLUX.1's modules at 1024² and order 2 (5.7 GB), not a video model's.
 # Fixed, and not a share of the card's memory: the same call draws the same picture on every card.
 MEMORY_BUDGET: Final = 8_000_000_000
@@ -34,30 +34,39 @@ _COMPONENTS: Final = ("transformer", "transformer_2", "unet", "controlnet")
 _SCHEDULER_METHODS: Final = ("set_timesteps", "step")
 
 
-def find_denoisers(pipe: Any) -> dict[str, nn.Module]:
-    """The transformers of a pipeline by the pipeline's names for them, each once, without compiled wrappers.
+def find_denoisers(pipe: Any, unets: bool = False) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline by the pipeline's names for them, each once, without compiled wrappers.
 
     Args:
-        pipe: a ``DiffusionPipeline``, any object with ``transformer``, or a transformer module, which is
-            called ``"transformer"``.
+        pipe: a ``DiffusionPipeline``, any object with ``transformer``, or a denoiser itself, which is called
+            ``"transformer"``, or ``"unet"`` where it is one.
+        unets: whether U-Nets are among those wanted. They have no stack of blocks.
 
     Raises:
         ValueError: there is none; the message names the parts there are.
     """
     if isinstance(pipe, nn.Module):
-        return {"transformer": compat.original_module(pipe)}
-    modules = _modules(pipe)
+        module = compat.original_module(pipe)
+        return {"unet" if unets and is_unet("", module) else "transformer": module}
+    modules = {name: compat.original_module(part) for name, part in _modules(pipe).items()}
+    others = [name for name, part in modules.items() if is_unet(name, part)]
     found: dict[str, nn.Module] = {}
     for name, part in modules.items():
-        if "transformer" in name and compat.original_module(part) not in found.values():
-            found[name] = compat.original_module(part)
+        if ("transformer" in name or (unets and name in others)) and part not in found.values():
+            found[name] = part
     if not found:
         present = ", ".join(f"{name} ({type(part).__name__})" for name, part in modules.items())
         raise ValueError(
-            f"hicache: nothing to hook in {type(pipe).__name__}: expected a component named 'transformer', "
-            f"got {present or 'no modules'}"
+            f"hicache: nothing to hook in {type(pipe).__name__}: expected a component named 'transformer'"
+            f"{' or a U-Net' if unets else ''}, got {present or 'no modules'}"
+            + (f"; hicache.fast.apply(pipe, granularity='output') caches {others[0]}" if others else "")
         )
     return found
+
+
+def is_unet(name: str, module: nn.Module) -> bool:
+    """Whether a part of a pipeline, by its name there or its class, is a U-Net that denoises."""
+    return "unet" in name or "UNet" in type(module).__name__
 
 
 def find_controlnets(pipe: Any) -> dict[str, nn.Module]:

@@ -82,6 +82,17 @@ class SkippedStep:
         return replace(self, sum=total, gates=gates, between=tuple(others))
 
 
+@dataclass(frozen=True)
+class OutputStep:
+    """Nothing of the denoiser runs: the forecast of what it returns is what a call of it gives.
+
+    Args:
+        output: that, whatever it is wrapped in.
+    """
+
+    output: Any
+
+
 @dataclass
 class CallResult:
     """What came of a call."""
@@ -117,6 +128,7 @@ class RunningCall:
     def clear(self) -> None:
         """A call ends, or never came to its end: let go of its tensors."""
         self.plan: FullStep | SkippedStep | None = None  # None: the call runs uncached, or has no plan yet
+        self.left_out: OutputStep | None = None  # the plan of a call that is not made at all
         self.result = CallResult()
         # full, the first of its form: shapes, layout and order are read and checked
         self.lesson: Lesson | None = None

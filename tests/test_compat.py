@@ -107,13 +107,15 @@ def test_compiled_modules(layer: nn.Linear):
 
 def test_inside_a_compiled_call(layer: nn.Linear):
     seen: list[bool] = []
-    hook = torch.compiler.disable(lambda module, args: seen.append(compat.inside_compiled_call()))
+    hook = torch.compiler.disable(lambda module, args: seen.append(compat.inside_compiled_call(module)))
     layer.register_forward_pre_hook(hook)
     layer(torch.randn(1, 3))
     torch.compile(layer, backend="eager")(torch.randn(1, 3))
     assert seen == [False, True], moved(
         "compile_wrapper of torch/_dynamo/eval_frame.py", "inside_compiled_call"
     )
+    layer.compile(backend="eager")
+    assert compat.inside_compiled_call(layer), moved("Module._compiled_call_impl", "inside_compiled_call")
 
 
 def test_running_calls():
@@ -219,6 +221,33 @@ def test_calls_are_guarded(compiled: str):
     with pytest.raises(KeyboardInterrupt):
         called(torch.ones(1, 3))
     assert not failed
+
+
+@pytest.mark.parametrize("compiled", ["not", "before", "in place", "after"])
+def test_calls_are_left_out(compiled: str):
+    """By both ways into a module, before its hooks; whoever waits for its thread sees that it is called."""
+    model, hooked, seen = nn.Linear(3, 3), [], []
+    model.register_forward_pre_hook(torch.compiler.disable(lambda *_: hooked.append(True)))
+    called: nn.Module = model
+    if compiled == "before":
+        called = torch.compile(model, backend="eager")
+    if compiled == "in place":
+        model.compile(backend="eager")
+
+    @compat.passed_by
+    def make(call: Any, args: Any, kwargs: Any) -> Any:
+        seen.append(compat.is_calling(threading.get_ident(), model))
+        return args[0]
+
+    undo = compat.guard_calls(model, lambda: None, make)
+    if compiled == "after":
+        called = torch.compile(model, backend="eager")
+    given = torch.ones(1, 3)
+    assert called(given) is given
+    assert (seen, hooked) == ([True], []), moved("Module._call_impl", "guard_calls")
+    undo()
+    assert called(given) is not given
+    assert len(hooked) == 1
 
 
 def test_writes_are_counted():

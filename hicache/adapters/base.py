@@ -186,6 +186,11 @@ class ModuleAdapter:
         config = self.module.config
         return int(config.num_attention_heads * config.attention_head_dim)
 
+    @property
+    def returned(self) -> int:
+        """Channels of a token as the model returns it, its patch and all; 0 where that is not known."""
+        return int(getattr(getattr(self.module, "proj_out", None), "out_features", 0))
+
     def tokens(self, latent_shape: Sequence[int]) -> int:
         """Image tokens for latents ``[frames, height, width]``; for :func:`hicache.fast.plan`."""
         patch = self.module.config.patch_size

@@ -31,6 +31,10 @@ class DiT(ModuleAdapter):
             found.append(ModuleOutput(block.ff, ((2 * index + 1, None),)))
         return found
 
+    @property
+    def returned(self) -> int:
+        return int(self.module.proj_out_2.out_features)
+
     def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
         def embedded(norm: Any) -> Tensor:
             timestep, label = block_kwargs["timestep"], block_kwargs["class_labels"]

@@ -24,7 +24,7 @@ from hicache.cuda_graphs.capture import CaptureBackend, describe
 from hicache.cuda_graphs.capture_safety import INSIDE, unsafe_ops
 from hicache.cuda_graphs.model_state import ModelState
 from hicache.cuda_graphs.scope import Scope
-from hicache.hooks.transformer import HookedTransformer
+from hicache.hooks.hooked import HookedModule
 from hicache.mixin import mix_in
 from hicache.stats import GraphStats
 from hicache.step_plan import FullStep, SkippedStep
@@ -61,7 +61,7 @@ class GraphRunner:
 
     def __init__(
         self,
-        transformer: HookedTransformer,
+        transformer: HookedModule,
         backend: CaptureBackend,
         choice: bool | str = "auto",
         limit: int = LIMIT,
@@ -78,7 +78,7 @@ class GraphRunner:
         self._undo: Callable[[], None] | None = None
         self.due = False  # whether the current call is to be replayed: set where it begins and ends
         self.stats = GraphStats()
-        self._scope = Scope(self.stats, skipped_only=choice == "skipped")
+        self._scope = Scope(self.stats, choice == "skipped", full_only=transformer.skips_whole)
         self._blocks = BlockGraphs(call, backend, self.stats, limit=8 * limit)
 
     def start_run(self, changed: bool) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from hicache.stats import GraphStats
+
+_NOTHING: Final = "nothing of the model runs at skipped steps"
 
 
 class Scope:
@@ -13,23 +17,35 @@ class Scope:
     Args:
         stats: tell the user.
         skipped_only: whether full steps are to run eagerly.
+        full_only: whether skipped steps have nothing to capture.
     """
 
-    def __init__(self, stats: GraphStats, skipped_only: bool) -> None:
+    def __init__(self, stats: GraphStats, skipped_only: bool, full_only: bool = False) -> None:
         self._stats = stats
+        self._full_only = full_only
         self.why_not_full: str | None = None
         self.why_not_whole: str | None = None  # calls as a whole; their blocks are tried alone
         self.why_not_at_all: str | None = None
-        if skipped_only:
+        if full_only and skipped_only:
+            self.leave_out_all(_NOTHING)
+        elif full_only:
+            stats.partly = f"only full steps are captured: {_NOTHING}"
+        elif skipped_only:
             self.leave_out_full("asked for")
 
     def leave_out_full(self, reason: str) -> None:
         """Full steps run eagerly: their intermediate results would take memory that others need."""
+        if self._full_only:
+            self.leave_out_all(reason)
+            return
         self.why_not_full = reason
         self._stats.partly = f"only skipped steps are captured: {reason}"
 
     def leave_out_surroundings(self, reason: str) -> None:
         """A call cannot be captured as a whole, maybe for what is before its blocks."""
+        if self._full_only:
+            self.leave_out_all(reason)
+            return
         self.why_not_whole = reason
         if self.why_not_full is None:
             self._stats.partly = f"only its blocks are captured: {reason}"

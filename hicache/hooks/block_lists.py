@@ -35,6 +35,8 @@ _IN_TURNS: Final = ("temporal_transformer_blocks",)
 # The first module after the blocks: its input is the hidden state the stack produced, text tokens cut off.
 HEADS: Final = ("norm_final", "norm_out", "final_layer", "all_final_layer", "final_norm", "head")
 
+_BY_OUTPUT: Final = "granularity='output' would cache what it returns"
+
 
 def find_lists(module: nn.Module) -> list[nn.ModuleList]:
     """The block lists of a transformer, in run order but that the hidden state enters the first.
@@ -45,12 +47,13 @@ def find_lists(module: nn.Module) -> list[nn.ModuleList]:
     children = dict(module.named_children())
     structure = structure_of(module)
     if structure.refusal is not None and structure.refused(module):
-        raise ValueError(f"hicache: {type(module).__name__} cannot be cached: {structure.refusal}")
+        instead = "" if structure.keeps else f"; {_BY_OUTPUT}"
+        raise ValueError(f"hicache: {type(module).__name__} cannot be cached: {structure.refusal}{instead}")
     turns = next((name for name in _IN_TURNS if name in children), None)
     if turns is not None:
         raise ValueError(
             f"hicache: {type(module).__name__} cannot be cached: its blocks take turns with those of {turns}"
-            ", so that no list of them can be skipped as a whole"
+            f", so that no list of them can be skipped as a whole; {_BY_OUTPUT}"
         )
     paths = dict(module.named_modules()) if structure.lists else children
     lists = [
@@ -61,7 +64,7 @@ def find_lists(module: nn.Module) -> list[nn.ModuleList]:
     if not lists:
         raise ValueError(
             f"hicache: nothing to hook in {type(module).__name__}: expected a non-empty ModuleList named "
-            f"{', '.join(BLOCK_LISTS)}; its children are {', '.join(children) or 'none'}"
+            f"{', '.join(BLOCK_LISTS)}; its children are {', '.join(children) or 'none'}; {_BY_OUTPUT}"
         )
     return lists
 

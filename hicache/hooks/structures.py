@@ -29,6 +29,7 @@ class Structure:
             entered the first block: on a skipped step it is for them that the stand-in is given.
         refusal: why its blocks cannot be skipped as a whole; None where they can.
         refused: whether ``refusal`` holds of this one.
+        keeps: whether ``refusal`` is that its calls do more than to return something: none can be left out.
     """
 
     lists: tuple[str, ...] = ()
@@ -37,6 +38,7 @@ class Structure:
     begins_again: Callable[[Any], bool] = lambda module: False
     refusal: str | None = None
     refused: Callable[[Any], bool] = lambda module: True
+    keeps: bool = False
 
 
 def _nothing(*args: Any, **kwargs: Any) -> Tensor:
@@ -52,7 +54,8 @@ def _no_hint(hidden: Tensor, text: Tensor, control: Tensor, *others: Any) -> tup
 
 _FROM_THE_LAST_BLOCK: Final = Structure(heads=())
 _KEYS_AND_VALUES: Final = Structure(
-    refusal="its blocks keep keys and values for the next part of the video, and a skipped step has none"
+    refusal="its blocks keep keys and values for the next part of the video, and a skipped step has none",
+    keeps=True,
 )
 _TWO_STREAMS: Final = Structure(
     refusal="two streams go through its blocks, the picture's and the sound's, and both are what it returns"

@@ -14,19 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hicache import compat
 from hicache.hooks import rotary
 from hicache.hooks.block_interface import UNCACHED, BlockInterface
 from hicache.hooks.block_lists import BlockListHook, find_heads, find_lists
+from hicache.hooks.hooked import Forecast, HookedModule
 from hicache.hooks.side_lists import SideLists
 from hicache.hooks.structures import structure_of
-from hicache.step_plan import FullStep, RunningCall, SkippedStep
-
-# the hidden state that would leave the last block on a skipped step, of the first block's arguments by name
-Forecast = Callable[[SkippedStep, Tensor, Mapping[str, Any]], Tensor]
+from hicache.step_plan import FullStep, SkippedStep
 
 
-class HookedTransformer:
+class HookedTransformer(HookedModule):
     """Finds the blocks and the head of a transformer, and carries out the plan of its running call.
 
     Args:
@@ -37,13 +34,11 @@ class HookedTransformer:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.name = type(module).__name__
+        super().__init__(module)
         self.lists = find_lists(module)
         self.heads = find_heads(module)
         self.first_block: nn.Module = next(iter(self.lists[0]))
         self.interface = BlockInterface(self.name, self.first_block)
-        self.call = RunningCall()
         self.returned: Tensor | None = None  # by a block, until the next one is seen to take it
         self.verified = False  # whether what the stand-in returned once reached the head
         self._expected: Tensor | None = None  # what the stand-in returned, until it is seen to reach the head
@@ -73,21 +68,6 @@ class HookedTransformer:
         while self._undo:
             self._undo.pop()()
         self._forecast = None
-
-    def fingerprint(self) -> list[Any]:
-        """What of the model is not weights: equal as long as nobody puts parts of it in others' places."""
-        return [
-            part
-            for module in self.module.modules()
-            for part in (
-                id(module),
-                id(module.__dict__.get("forward")),
-                id(module.__dict__.get("processor")),
-                type(module.__dict__.get("processor")),  # an id may be that of one long gone
-                compat.processor_attention_backend(module.__dict__.get("processor")),
-                *compat.hook_keys(module),
-            )
-        ]
 
     def refresh(self) -> None:
         """A full step begins: blocks may have been put in others' places since."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -14,22 +14,32 @@ from hicache.runtime.context import BegunCall, Context, Contexts
 from hicache.runtime.gate_rank import GATE_TOLERANCE
 from hicache.runtime.low_rank import LowRankRecorder
 from hicache.runtime.module_recorder import ModuleRecorder
+from hicache.runtime.output_recorder import OutputRecorder
 from hicache.runtime.recorders import Recorder, StackRecorder
 from hicache.runtime.session import StepClock
 from hicache.runtime.token_layout import layout_check, token_layout
 from hicache.stats import LowRankStats
+
+# what takes no modules → the recorder that is
+_COARSE: Final[dict[str, type[Recorder]]] = {"stack": StackRecorder, "output": OutputRecorder}
 
 
 @dataclass(frozen=True)
 class Policy:
     """What a user wants cached.
 
-    ``"module"``, ``"low-rank"``, ``"stack"``, or ``"auto"``: the first of them that fits the budget.
+    ``"module"``, ``"low-rank"``, ``"stack"``, or ``"auto"``: the first of them that fits the budget; or
+    ``"output"``.
     """
 
     granularity: str
     memory_budget: int  # bytes
     gate_tolerance: float = GATE_TOLERANCE  # what gates of low rank may be off by, relative
+
+    @property
+    def by_module(self) -> bool:
+        """Whether modules may be recorded, each or in weighed sums."""
+        return self.granularity not in _COARSE
 
 
 class RecorderChoice:
@@ -58,21 +68,19 @@ class RecorderChoice:
         self._policy = policy
         self._contexts = contexts
         self.warn = warn
-        self.stack = StackRecorder()
-        self.modules = None if policy.granularity == "stack" else modules
+        self.coarse = _COARSE.get(policy.granularity, StackRecorder)()  # where modules cannot be had
+        self.modules = modules if policy.by_module else None
         self.low_rank: LowRankRecorder | None = None
         if self.modules is not None and policy.granularity != "module":
             self.low_rank = LowRankRecorder(self.modules, policy.gate_tolerance)
-        self._why_stack = (
-            "asked for" if policy.granularity == "stack" else f"no adapter knows the modules of {model}"
-        )
+        self._why_coarse = f"no adapter knows the modules of {model}" if policy.by_module else "asked for"
         self._why_not_modules: str | None = None  # in this run, by "auto"
         self.recorder: Recorder = self._finest()
 
     def _finest(self) -> Recorder:
         """What is tried first."""
         wanted = self.low_rank if self._policy.granularity == "low-rank" else self.modules
-        return wanted or self.stack
+        return wanted or self.coarse
 
     def start_run(self) -> None:
         """A run starts: modules are tried anew."""
@@ -83,7 +91,7 @@ class RecorderChoice:
     @property
     def by_module(self) -> bool:
         """Whether modules are recorded at the moment, each or in weighed sums."""
-        return self.recorder is not self.stack
+        return self.recorder is not self.coarse
 
     def look_again(self, context: Context, model_kwargs: Mapping[str, Any]) -> None:
         """A context's first call in a run: its tokens may not be laid out as in an earlier run.
@@ -111,7 +119,7 @@ class RecorderChoice:
         """
         context, form = begun.context, begun.context.form
         assert form is not None
-        if self.recorder is self.stack or self.modules is None:
+        if self.recorder is self.coarse or self.modules is None:
             return
         context.prefetch.meet(self.modules.adapter, clock.rules, begun.step, begun.model_kwargs)
         refusal = None if form.refusal is None else f"{self._model}: {form.refusal}"
@@ -156,7 +164,7 @@ class RecorderChoice:
             raise RuntimeError(
                 f"hicache: granularity={wanted!r} cannot be had: {reason}; use granularity='stack' or 'auto'"
             )
-        self.recorder, self._why_stack = self.stack, reason
+        self.recorder, self._why_coarse = self.coarse, reason
         self.end()
         self._release_recorded()
         for context in self._contexts.current:
@@ -190,8 +198,8 @@ class RecorderChoice:
 
     def describe(self) -> str:
         """What is cached of the current run's calls, and why."""
-        if self.recorder is self.stack:
-            return f"stack: {self._why_stack}"
+        if self.recorder is self.coarse:
+            return f"{self.coarse.name}: {self._why_coarse}"
         planned, what = self._contexts.planned_nbytes, "module: "
         if self.recorder is self.low_rank:
             planned = self.low_rank.planned_nbytes(self._contexts.current)

@@ -75,6 +75,7 @@ class Context:
         self.check: LayoutCheck | None = None
         self.form: CallForm | None = None  # learned from its first call
         self.rotary: list[Any] = []  # embeddings of the call learned from
+        self.returned: Any = None  # the form of what it returned at its last full step, by output
 
     def restart(self, label: str, first_step: int, conditions: Conditions, session: Session) -> None:
         """A run of a session starts, in which this context's first call is made at ``first_step``."""
@@ -142,6 +143,7 @@ class Context:
         self.prefetch.forget()
         self.low_rank.release()
         self.rotary.clear()
+        self.returned = None
         self.unlearn()
 
     @property

@@ -15,7 +15,7 @@ from hicache.adapters.base import ModuleAdapter
 from hicache.cuda_graphs.runner import GraphRunner
 from hicache.handle import NotCopied
 from hicache.hooks.caller import CallName, find_caller
-from hicache.hooks.transformer import HookedTransformer
+from hicache.hooks.hooked import HookedModule
 from hicache.pipeline import check_one_cache
 from hicache.runtime.budget import Policy
 from hicache.runtime.context import MAX_CONTEXTS, BegunCall
@@ -53,7 +53,7 @@ class Denoiser(NotCopied):
     def __init__(
         self,
         name: str,
-        hooked: HookedTransformer,
+        hooked: HookedModule,
         adapter: ModuleAdapter | None,
         policy: Policy,
         sessions: Sessions,
@@ -65,7 +65,7 @@ class Denoiser(NotCopied):
         self.sessions = sessions
         self.graphs = graphs
         self._adapter = adapter
-        by_module = adapter is not None and policy.granularity != "stack"
+        by_module = adapter is not None and policy.by_module
         self._modules = ModuleRecorder(adapter, hooked.call) if adapter is not None and by_module else None
         self._policy = policy
         self.tracks: dict[Session, Track] = {}
@@ -83,13 +83,7 @@ class Denoiser(NotCopied):
         """Hook the transformer."""
         # outside of what torch.compile makes of the model: it takes up at the model's own forward
         before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
-        self._undo = [
-            # nothing of a call that was broken off may reach the next one, or stay switched off
-            compat.guard_calls(self.module, self._break_off),
-            self.module.register_forward_pre_hook(before, with_kwargs=True).remove,
-            self.module.register_forward_hook(after).remove,
-            self._name.install(),
-        ]
+        self._undo = [*self.hooked.watch(before, after, self._break_off), self._name.install()]
         self.hooked.install(self._forecast)
         if self._modules is not None:
             self._undo += self._modules.adapter.hooks()
@@ -151,12 +145,13 @@ class Denoiser(NotCopied):
             return None
         name = self._name.current or caller.name
         scale = scale_of(model_kwargs)
-        context = track.contexts.find(counter, (name, scale is None), model_kwargs, track.session)
+        key = name, scale is None, *self.hooked.wanted(model_kwargs)
+        context = track.contexts.find(counter, key, model_kwargs, track.session)
         if context is None:
             self._warn(_TOO_MANY_FORMS)
             return None
         context.follow(scale, counter.step, track.session)
-        compiled = compat.inside_compiled_call()
+        compiled = compat.inside_compiled_call(module)
         checked = not self.hooked.side_lists
         self._begun = BegunCall(context, counter.step, args, kwargs, model_kwargs, compiled, checked)
         full = track.planner.is_full(self._begun)

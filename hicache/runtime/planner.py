@@ -11,7 +11,7 @@ from torch import Tensor
 from hicache import compat
 from hicache.hooks.block_interface import UNCACHED
 from hicache.hooks.dynamo import CompilePause, OpenSizes
-from hicache.hooks.transformer import HookedTransformer
+from hicache.hooks.hooked import HookedModule
 from hicache.runtime.budget import RecorderChoice
 from hicache.runtime.context import BegunCall
 from hicache.runtime.finite import not_finite
@@ -30,7 +30,7 @@ class CallPlanner:
         session: what all denoisers of the pipeline share.
     """
 
-    def __init__(self, hooked: HookedTransformer, choice: RecorderChoice, session: Session) -> None:
+    def __init__(self, hooked: HookedModule, choice: RecorderChoice, session: Session) -> None:
         self._hooked = hooked
         self._choice = choice
         self._session = session

@@ -1,6 +1,6 @@
-"""What is a feature: the residual of the whole stack, or every module's output before its gate.
+"""What is a feature: the residual of the whole stack, every module's output before its gate, or the output.
 
-Both make a skipped step one sum over a history (docs/algorithm.md, "A skipped step is one sum"). They differ
+All make a skipped step one sum over a history (docs/algorithm.md, "A skipped step is one sum"). They differ
 in what a full step records and in the gates.
 """
 

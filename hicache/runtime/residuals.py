@@ -19,11 +19,13 @@ from hicache.hooks.deferred import real
 from hicache.runtime.context import BegunCall
 from hicache.token_view import TokenView
 
-# what transformers call the residuals of a ControlNet
+# what transformers and U-Nets call the residuals of a ControlNet
 _RESIDUALS: Final = (
     "controlnet_block_samples",
     "controlnet_single_block_samples",
     "block_controlnet_hidden_states",
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
 )
 # A list of residuals would be added a second time, and skip-layer guidance would leave out the stand-in.
 BLOCK_ONLY_ARGUMENTS: Final = (*_RESIDUALS, "skip_layers")

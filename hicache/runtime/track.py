@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from hicache.adapters.base import ModuleAdapter
-from hicache.hooks.transformer import HookedTransformer
+from hicache.hooks.hooked import HookedModule
 from hicache.runtime.budget import Policy, RecorderChoice
 from hicache.runtime.context import Context, Contexts
 from hicache.runtime.module_recorder import ModuleRecorder
+from hicache.runtime.output_planner import OutputPlanner
 from hicache.runtime.planner import CallPlanner
 from hicache.runtime.session import Session, StepCounter
+
+# what looks at something else than blocks → what plans its calls
+_PLANNERS: Final[dict[str, type[CallPlanner]]] = {"output": OutputPlanner}
 
 
 class Track:
@@ -18,7 +23,7 @@ class Track:
 
     Args:
         name: the pipeline's for the denoiser.
-        hooked: the transformer, watched.
+        hooked: the denoiser, watched.
         policy: what to cache.
         modules: records by module, in all sessions; None where nobody knows the modules.
         session: what all denoisers of the pipeline share in these runs.
@@ -29,7 +34,7 @@ class Track:
     def __init__(
         self,
         name: str,
-        hooked: HookedTransformer,
+        hooked: HookedModule,
         policy: Policy,
         modules: ModuleRecorder | None,
         session: Session,
@@ -40,7 +45,8 @@ class Track:
         self.counter = StepCounter(session)
         self.contexts = Contexts(name)
         self.choice = RecorderChoice(hooked.name, policy, modules, self.contexts, warn, adapter)
-        self.planner = CallPlanner(hooked, self.choice, session)
+        planner = _PLANNERS.get(policy.granularity, CallPlanner)
+        self.planner = planner(hooked, self.choice, session)
         self.learned_from = 0  # which of the model's versions
 
     def going_on(self) -> list[Context]:

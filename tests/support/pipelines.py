@@ -128,11 +128,13 @@ def _masks(mask: Tensor, negative: Tensor | None = None) -> Arguments:
     }
 
 
-def _picture(color: str = "teal", size: int = 64) -> Image.Image:
+def plain_picture(color: str = "teal", size: int = 64) -> Image.Image:
+    """A picture of one colour."""
     return Image.new("RGB", (size, size), color)
 
 
-def _autoencoder(latent_channels: int) -> diffusers.AutoencoderKL:
+def autoencoder(latent_channels: int) -> diffusers.AutoencoderKL:
+    """A small autoencoder of pictures."""
     return diffusers.AutoencoderKL(
         sample_size=32,
         block_out_channels=(4,) * 4,
@@ -148,8 +150,8 @@ def _autoencoder(latent_channels: int) -> diffusers.AutoencoderKL:
 def _controls(nets: int, size: int = 64) -> Arguments:
     """What ControlNets are given: a picture each, and how much each counts."""
     if nets == 1:
-        return {"control_image": _picture(size=size)}
-    pictures = [_picture(color, size) for color in ("teal", "red")]
+        return {"control_image": plain_picture(size=size)}
+    pictures = [plain_picture(color, size) for color in ("teal", "red")]
     return {"control_image": pictures, "controlnet_conditioning_scale": [0.7, 0.4]}
 
 
@@ -188,7 +190,7 @@ def flux_controlnet(xlabs: bool = False, kind: str = "FluxControlNetPipeline", n
     if xlabs:
         config |= {"conditioning_embedding_channels": 1, "patch_size": 2}
     made = [randomize(diffusers.FluxControlNetModel.from_config(config).eval()) for _ in range(nets)]
-    pipe = _pipeline(kind, model, vae=_autoencoder(1), controlnet=made[0] if nets == 1 else made)
+    pipe = _pipeline(kind, model, vae=autoencoder(1), controlnet=made[0] if nets == 1 else made)
     modes = {"control_mode": [0] * nets} if nets > 1 else {}
     return pipe, {**flux()[1], **_controls(nets), **modes}
 
@@ -202,13 +204,13 @@ def flux_controlnet_cfg() -> Built:
 def flux_controlnet_img2img() -> Built:
     """Begins with a given picture, in the middle of the scheduler's timesteps."""
     pipe, arguments = flux_controlnet(kind="FluxControlNetImg2ImgPipeline")
-    return pipe, {**arguments, "image": _picture("red"), "strength": 0.8}
+    return pipe, {**arguments, "image": plain_picture("red"), "strength": 0.8}
 
 
 def flux_controlnet_inpaint() -> Built:
     """Draws a part of a given picture anew."""
     pipe, arguments = flux_controlnet(kind="FluxControlNetInpaintPipeline")
-    given = {"image": _picture("red"), "mask_image": Image.new("L", (64, 64), 255), "strength": 0.8}
+    given = {"image": plain_picture("red"), "mask_image": Image.new("L", (64, 64), 255), "strength": 0.8}
     return pipe, {**arguments, **given}
 
 
@@ -234,7 +236,7 @@ def flux2(klein: bool = False, edit: bool = False) -> Built:
     )
     pipe = _pipeline("Flux2KleinPipeline" if klein else "Flux2Pipeline", model, vae=vae.eval())
     prompts = _prompts(1, 6, 8, negative=4)
-    more = {"image": [_picture("teal", 64), _picture("red", 64)]} if edit else {}
+    more = {"image": [plain_picture("teal", 64), plain_picture("red", 64)]} if edit else {}
     return pipe, {**(prompts if klein else _unguided(prompts)), **_latent(64, 4.0), **more}
 
 
@@ -286,14 +288,14 @@ def qwen_edit(plus: bool = False) -> Built:
     vae = _qwen_autoencoder()
     kind = "QwenImageEditPlusPipeline" if plus else "QwenImageEditPipeline"
     pipe = _pipeline(kind, _qwen_transformer(zero_cond_t=plus), vae=vae)
-    return pipe, {**_qwen_prompts(32), "image": _picture("black", 32)}
+    return pipe, {**_qwen_prompts(32), "image": plain_picture("black", 32)}
 
 
 def qwen_edit_2509() -> Built:
     """The first "plus": given pictures have the timestep of the one drawn; two are given."""
     pipe, arguments = qwen_edit(plus=True)
     pipe.register_modules(transformer=_qwen_transformer())
-    return pipe, {**arguments, "image": [_picture(color, 32) for color in ("teal", "red")]}
+    return pipe, {**arguments, "image": [plain_picture(color, 32) for color in ("teal", "red")]}
 
 
 def qwen_layered() -> Built:
@@ -305,7 +307,7 @@ def qwen_layered() -> Built:
     pipe = _pipeline("QwenImageLayeredPipeline", model, vae=vae, text_encoder=vae)
     arguments = {name: value for name, value in _qwen_prompts(32).items() if name not in ("height", "width")}
     # without a prompt it captions the picture, embeddings or not; latents it does not give
-    more = {"prompt": "layers", "image": _picture("teal", 32), "layers": 2, "output_type": "pt"}
+    more = {"prompt": "layers", "image": plain_picture("teal", 32), "layers": 2, "output_type": "pt"}
     return pipe, {**arguments, **more}
 
 
@@ -382,7 +384,7 @@ def sd3_controlnet(nets: int = 1) -> Built:
         for _ in range(nets)
     ]
     controlnets = [randomize(controlnet.eval()) for controlnet in controlnets]
-    parts = {"vae": _autoencoder(4), "controlnet": controlnets[0] if nets == 1 else controlnets}
+    parts = {"vae": autoencoder(4), "controlnet": controlnets[0] if nets == 1 else controlnets}
     pipe = _pipeline("StableDiffusion3ControlNetPipeline", pipe.transformer, **parts)
     return pipe, {**arguments, **_controls(nets)}
 
@@ -443,7 +445,7 @@ def wan_ti2v(picture: bool = False) -> Built:
     pipe, arguments = wan()
     parts = {"scheduler": flow_matching(shift=5.0), "vae": pipe.vae, "expand_timesteps": True}
     kind = "WanImageToVideoPipeline" if picture else "WanPipeline"
-    more = {"image": _picture("teal", 32)} if picture else {}
+    more = {"image": plain_picture("teal", 32)} if picture else {}
     return _pipeline(kind, pipe.transformer, **parts), {**arguments, **_latent(32), **more}
 
 
@@ -465,7 +467,7 @@ def hunyuan(token_replace: bool = False) -> Built:
         vae = diffusers.AutoencoderKLHunyuanVideo(
             latent_channels=16, block_out_channels=(4,) * 4, layers_per_block=1, norm_num_groups=1
         )
-        kind, more = "HunyuanVideoImageToVideoPipeline", {"image": _picture(size=16)}
+        kind, more = "HunyuanVideoImageToVideoPipeline", {"image": plain_picture(size=16)}
         parts = {"vae": vae.eval()}
     pipe = _pipeline(kind, model, scheduler=flow_matching(shift=7.0), **parts)
     mask = {"prompt_attention_mask": torch.ones(1, 6, dtype=torch.long)}
@@ -498,11 +500,11 @@ def ltx(given: int = 0) -> Built:
             layers_per_block=(1,) * 5,
             decoder_layers_per_block=(1,) * 5,
         )
-        kind, parts, more = "LTXImageToVideoPipeline", {"vae": vae.eval()}, {"image": _picture()}
+        kind, parts, more = "LTXImageToVideoPipeline", {"vae": vae.eval()}, {"image": plain_picture()}
     if given > 1:
         kind = "LTXConditionPipeline"
         more = {
-            "image": [_picture(), _picture("red")],
+            "image": [plain_picture(), plain_picture("red")],
             "video": [None, None],
             "frame_index": [0, 8],
             "strength": [1.0, 0.7],

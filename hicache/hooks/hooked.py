@@ -1,0 +1,95 @@
+"""A denoiser, watched: what the runtime uses of it, whatever of its inside is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from hicache import compat
+from hicache.step_plan import RunningCall, SkippedStep
+
+# the hidden state that would leave the last block on a skipped step, of the first block's arguments by name
+Forecast = Callable[[SkippedStep, Tensor, Mapping[str, Any]], Tensor]
+
+
+class Before(Protocol):
+    """A call of a module begins; returns its arguments, or None for those that it has."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> Any: ...
+
+
+class After(Protocol):
+    """A call of a module has ended, and gives ``output``."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any, /) -> None: ...
+
+
+class HookedModule:
+    """A denoiser and its running call; subclasses say how the plan of that is carried out.
+
+    Args:
+        module: the denoiser. It is only looked at until :meth:`watch` and :meth:`install`.
+    """
+
+    #: Lists of its blocks, which may be captured one by one.
+    lists: Sequence[nn.ModuleList] = ()
+    #: Lists whose modules make what is added between blocks.
+    side_lists: Any = ()
+    #: Whether nothing at all of it runs at a skipped step.
+    skips_whole = False
+    #: Whether nothing of it has to be checked at a first skipped step.
+    verified = True
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.name = type(module).__name__
+        self.call = RunningCall()
+
+    def watch(self, before: Before, after: After, failed: Callable[[], None]) -> list[Callable[[], None]]:
+        """Watch its calls; returns what undoes it.
+
+        Args:
+            before: a call begins.
+            after: it has ended, having returned something.
+            failed: it has ended in any ``BaseException``: nothing of it may reach the next one.
+        """
+        return [
+            compat.guard_calls(self.module, failed),
+            self.module.register_forward_pre_hook(before, with_kwargs=True).remove,
+            self.module.register_forward_hook(after).remove,
+        ]
+
+    def install(self, forecast: Forecast) -> None:
+        """Hook what is inside. :meth:`remove` undoes it exactly."""
+
+    def remove(self) -> None:
+        """Leave the inside as it was before :meth:`install`."""
+        self.end()
+
+    def refresh(self) -> None:
+        """A full step begins: parts of it may have been put in others' places since."""
+
+    def end(self) -> None:
+        """A call has ended, or never came to its end: let go of its tensors."""
+        self.call.clear()
+
+    def wanted(self, model_kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What of its arguments, besides their shapes, tells that a call is of another form."""
+        return ()
+
+    def fingerprint(self) -> list[Any]:
+        """What of it is not weights: equal as long as nobody puts parts of it in others' places."""
+        return [
+            part
+            for module in self.module.modules()
+            for part in (
+                id(module),
+                id(module.__dict__.get("forward")),
+                id(module.__dict__.get("processor")),
+                type(module.__dict__.get("processor")),  # an id may be that of one long gone
+                compat.processor_attention_backend(module.__dict__.get("processor")),
+                *compat.hook_keys(module),
+            )
+        ]
