@@ -50,7 +50,7 @@ def measure(pipe: ShapesPipeline, full: np.ndarray[Any, Any], granularity: str, 
     psnr = [peak_signal_noise_ratio(a, b, data_range=1.0) for a, b in zip(full, cached, strict=True)]
     return (
         granularity,
-        config.basis,
+        str(config.basis),
         config.sigma,
         config.interval,
         stats.full_steps,

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 from hicache.basis import Basis, Hermite, Named, ScaledTaylor, Taylor, get_basis
-from hicache.calibration.file import FORMAT
+from hicache.calibration.file import FORMAT, Calibration
 from hicache.calibration.reader import parse
 from hicache.calibration.rules import Fitted, FittedSteps
 from hicache.checks import check_positive, check_whole
@@ -138,6 +138,11 @@ class HiCacheConfig:
         return self.schedule in (None, "uniform") or isinstance(self.schedule, Interval)
 
     @property
+    def fitted_by(self) -> str | None:
+        """What was cached as the basis was fitted, where it was."""
+        return self.basis.calibration.granularity if isinstance(self.basis, Fitted) else None
+
+    @property
     def reads_sigmas(self) -> bool:
         """Whether the scheduler's noise levels matter."""
         return self.weighed_by.reads_sigmas or self.places_by.reads_sigmas
@@ -206,7 +211,11 @@ class HiCacheConfig:
         text = path.read_text(encoding="utf-8")
         if FORMAT not in text[:200]:
             return cls.from_json(text)
-        calibration = parse(path.name, text)
+        return cls.of(parse(path.name, text))
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> HiCacheConfig:
+        """A calibration's rows, full steps, order and warm-up."""
         first = calibration.entries[0]
         return cls(
             order=first.order,

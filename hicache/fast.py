@@ -16,6 +16,7 @@ from torch import nn
 
 from hicache.adapters import registry
 from hicache.calibration.matching import PipelineFacts
+from hicache.calibration.shipped import shipped
 from hicache.config import HiCacheConfig
 from hicache.cuda_graphs.capture import CudaBackend
 from hicache.cuda_graphs.runner import CHOICES, GraphRunner
@@ -118,7 +119,9 @@ def apply(
     Args:
         pipe: a ``DiffusionPipeline``, any object with ``transformer`` and ``scheduler``, or a transformer
             module.
-        config: the cache's settings; the defaults of :class:`HiCacheConfig` when None.
+        config: the cache's settings. None: in the runs it holds for, the calibration that comes with the
+            model (``hicache.json`` in the folder that the pipeline was loaded from; the bundled model has
+            one), else the defaults of :class:`HiCacheConfig`.
         speedup: bound to reach, steps / full steps, >= 1: picks the interval from each run's own step count,
             in place of the config's. A pipeline that changes denoisers in a run warms up with each of them,
             and stays below.
@@ -127,8 +130,9 @@ def apply(
         granularity: what is cached: ``"module"``, every attention and MLP before its gate, as in the paper;
             ``"stack"``, the residual of all blocks together; ``"low-rank"``, a few weighed sums of modules
             that take the present's gates where the stack's forecast would miss them (docs/algorithm.md,
-            "Gates of low rank"); ``"auto"``, the first of module, low-rank and stack that is known for the
-            model and fits ``memory_budget``. ``Handle.stats.choices`` says which. ``"output"``, what the
+            "Gates of low rank"); ``"auto"``, what a calibration was fitted by where there is one, else the
+            first of module, low-rank and stack that is known for the model and fits ``memory_budget``.
+            ``Handle.stats.choices`` says which. ``"output"``, what the
             denoiser returns: nothing of it runs at a skipped step, and any denoiser can be cached, U-Nets
             too.
         memory_budget: bytes a denoiser's histories may take for ``"auto"`` to choose modules or low rank.
@@ -149,7 +153,11 @@ def apply(
         TypeError, ValueError: bad arguments, or a pipeline with nothing to hook. The pipeline is left as it
             was.
     """
+    calibration = shipped(pipe) if config is None and granularity in ("auto", "stack") else None
+    offered = None if calibration is None else HiCacheConfig.of(calibration)
     config = check_config(config)
+    if granularity == "auto":
+        granularity = (offered or config).fitted_by or granularity
     check_choice("granularity", granularity, GRANULARITIES)
     check_choice("backend", backend, ("auto", *BACKENDS))
     check_budget(memory_budget)
@@ -175,11 +183,11 @@ def apply(
 
     # everything that can fail has been checked: from here on the pipeline is changed
     Handle.remove_from(modules.values())
-    facts = PipelineFacts(pipe, modules)
+    facts = PipelineFacts(pipe, modules, granularity)
     sessions = Sessions(
         source,
         callers=scheduler is None,
-        make=lambda clock: Session(clock, config, speedup, backend, facts),
+        make=lambda clock: Session(clock, config, speedup, backend, facts, offered),
         on_run=PartsCheck(pipe, {**modules, **controlnets}).warn,
     )
     policy = Policy(granularity, memory_budget, float(gate_tolerance))

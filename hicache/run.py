@@ -16,6 +16,7 @@ class Run:
     sigmas: tuple[float, ...] | None = None  # the scheduler's noise levels, one a step
     models: Mapping[str, ModelKey] = field(default_factory=dict)  # denoiser → its model
     guidance: str | None = None  # how the pipeline is guided: "none", "classifier-free"
+    granularity: str | None = None  # what is cached, where that was asked for
     full_steps: tuple[int, ...] | None = None  # once its schedule is settled
     order: int = 0  # highest difference that is kept
     warmup: int = 1  # no differences are taken before the last of so many steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import warnings
 
@@ -98,9 +99,9 @@ def test_geometric_gaps_grow_up_to_the_last_step(count: int, num_steps: int):
     assert len(places) == min(count, num_steps)
     assert places[:3] == [0, 1, 2]
     assert places[-1] == num_steps - 1
-    gaps = [new - old for old, new in zip(places[2:], places[3:], strict=False)]
+    gaps = [new - old for old, new in itertools.pairwise(places[2:])]
     # rounded to whole steps, a gap may be one shorter than the one before it
-    assert all(new >= old - 1 for old, new in zip(gaps, gaps[1:], strict=False))
+    assert all(new >= old - 1 for old, new in itertools.pairwise(gaps))
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -207,7 +208,7 @@ def test_objects_are_their_names_where_gaps_do_not_shrink():
 
 @pytest.mark.parametrize("basis", ["hermite", "taylor", "scaled_taylor"])
 def test_an_order_that_would_overshoot_is_left_out(basis: str):
-    """D2 is a derivative where gaps are equal, and (newer + older) / (2 newer) times one where they are not."""
+    """D2 is a derivative where gaps are equal, else (newer + older) / (2 newer) times one."""
     for newer, older in ((4, 4), (1, 7), (7, 1), (2, 5)):
         places, last = [0, older, older + newer], older + newer
         engine = Engine(HiCacheConfig(warmup=1, basis="taylor", schedule=None, interval=1))

@@ -65,6 +65,7 @@ class Calibration:
         prior: the basis it was fitted from, used where it does not hold.
         entries: what was fitted, the preferred first.
         settings: how, for whoever reads the file.
+        granularity: what was cached as it was fitted; None for any.
         source: its name, for messages.
     """
 
@@ -73,6 +74,7 @@ class Calibration:
     prior: Basis
     entries: tuple[Entry, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    granularity: str | None = None
     source: str = "a calibration"
 
     def save(self, path: str | Path) -> None:
@@ -89,6 +91,7 @@ class Calibration:
             "version": VERSION,
             "models": {name: key.to_plain() for name, key in self.models.items()},
             "guidance": self.guidance,
+            "granularity": self.granularity,
             "prior": to_plain(self.prior),
             "settings": dict(self.settings),
             "entries": [_plain_entry(entry) for entry in self.entries],
@@ -106,8 +109,10 @@ class Calibration:
             differs = None if given is None else key.differs(given)
             if differs is not None:
                 return [], differs
-        if None not in (self.guidance, run.guidance) and self.guidance != run.guidance:
-            return [], f"it is for guidance={self.guidance!r}, not {run.guidance!r}"
+        for name in ("guidance", "granularity"):
+            mine, given = getattr(self, name), getattr(run, name)
+            if None not in (mine, given) and mine != given:
+                return [], f"it is for {name}={mine!r}, not {given!r}"
         reasons = [entry.why_not(run) for entry in self.entries]
         found = [entry for entry, reason in zip(self.entries, reasons, strict=True) if reason is None]
         return found, None if found else str(reasons[0])

@@ -69,9 +69,9 @@ class _Reader:
         entries = self._take(data, [], "entries", list)
         if not entries:
             self._fail(["entries"], "at least one entry", entries)
-        guidance = data.get("guidance")
-        if guidance is not None and not isinstance(guidance, str):
-            self._fail(["guidance"], "a string or null", guidance)
+        for name in ("guidance", "granularity"):
+            if not isinstance(data.get(name), (str, type(None))):
+                self._fail([name], "a string or null", data[name])
         try:
             prior = from_plain(self._take(data, [], "prior", dict), Basis, "prior")
         except (TypeError, ValueError) as error:
@@ -79,10 +79,11 @@ class _Reader:
             raise CalibrationError(f"{self._name}: line {line}: {error}") from error
         return Calibration(
             models,
-            guidance,
+            data.get("guidance"),
             prior,
             tuple(self._entry(["entries", index], entry) for index, entry in enumerate(entries)),
             self._take(data, [], "settings", dict),
+            data.get("granularity"),
             self._name,
         )
 

@@ -200,7 +200,7 @@ class _Work:
     def file(self, prior: Basis, entries: Sequence[Entry], settings: Mapping[str, Any]) -> Calibration:
         """The file of some entries."""
         keys = model_keys(find_denoisers(self._pipe))
-        return Calibration(keys, guidance_of(self._pipe), prior, tuple(entries), settings)
+        return Calibration(keys, guidance_of(self._pipe), prior, tuple(entries), settings, "stack")
 
     def _fit(self, config: HiCacheConfig, layout: Layout, prior: Basis) -> Rows:
         with Replay(self._pipe) as replay:

@@ -59,6 +59,7 @@ class Session:
         speedup: bound to reach; None takes the config's.
         backend: of :mod:`hicache_kernels`.
         pipeline: says what else a fitted basis or schedule is to match; None for nothing.
+        offered: settings to take in place of ``config`` in the runs that they hold for.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Session:
         speedup: float | None,
         backend: str,
         pipeline: Callable[[Run], Run] | None = None,
+        offered: HiCacheConfig | None = None,
     ) -> None:
         self.clock = clock
         self.config = config  # of the current run
@@ -76,6 +78,7 @@ class Session:
         self.backend = backend
         self.watch = Stopwatch()
         self._asked = config
+        self._offered = offered
         self._pipeline = pipeline
         self._run = -1
         self._warned: set[str] = set()
@@ -86,30 +89,37 @@ class Session:
         Raises:
             ValueError: a speed-up is wanted and the number of steps is not known.
         """
-        run, num_steps = self.clock.run, self.clock.num_steps
+        run = self.clock.run
         if run == self._run:
             return
         self._run = run
         self.watch.reset()
-        known = Run(num_steps)
-        if self._asked.reads_sigmas:
-            known = Run(num_steps, self.clock.sigmas)
+        self.config = self._settled(self._asked)
+        for reason in self.config.fallbacks:
+            self._warn(reason)
+        if self._offered is not None:
+            offered = self._settled(self._offered)
+            self.config = self.config if offered.fallbacks else offered
+
+    def _settled(self, asked: HiCacheConfig) -> HiCacheConfig:
+        """Settings as they are in this run."""
+        known = Run(self.clock.num_steps)
+        if asked.reads_sigmas:
+            known = Run(self.clock.num_steps, self.clock.sigmas)
             if self._pipeline is not None:
                 known = self._pipeline(known)
         self.sigmas = known.sigmas
-        self.config = self._placed(known).for_run(known)
-        for reason in self.config.fallbacks:
-            self._warn(reason)
+        return self._placed(asked, known).for_run(known)
 
-    def _placed(self, run: Run) -> HiCacheConfig:
-        """The settings with as many full steps as the speed-up asks for."""
+    def _placed(self, asked: HiCacheConfig, run: Run) -> HiCacheConfig:
+        """Settings with as many full steps as the speed-up asks for."""
         if self.speedup is None:
-            return self._asked
+            return asked
         if run.num_steps is None:
             raise ValueError(
                 "hicache: speedup= needs a scheduler that has its `timesteps` after set_timesteps()"
             )
-        config = with_speedup(self._asked, self.speedup, run.num_steps, run)
+        config = with_speedup(asked, self.speedup, run.num_steps, run)
         reached = bound(config.for_run(run), run.num_steps)
         if round(reached, 2) < round(self.speedup, 2):
             self._warn(
