@@ -24,7 +24,7 @@ from torch import Tensor
 import hicache_kernels as kernels
 from hicache.basis import coefficients
 from hicache.config import HiCacheConfig
-from hicache.numbers import Numbers
+from hicache.numbers import Numbers, planned_nbytes
 from hicache.schedule import Schedule, is_full
 
 
@@ -147,6 +147,17 @@ class Engine:
     def nbytes(self) -> int:
         """Bytes of history held."""
         return 0 if self.history is None else self.history.nbytes
+
+    @property
+    def numbers_nbytes(self) -> int:
+        """Bytes of coefficients and gaps held on the device."""
+        return self._numbers.nbytes
+
+    def planned_numbers_nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of coefficients and gaps that the run, of known length, asks for at most."""
+        first = _Differences().after(0, self.config)
+        rows = first.coming(self.config, self.num_steps or 0, self.is_full)
+        return planned_nbytes(rows, self.config.history_dtype or dtype)
 
     def planned_nbytes(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
         """Bytes of history that features of these shapes and this dtype would take."""

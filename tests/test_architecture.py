@@ -39,6 +39,8 @@ LAYERS = [
     {"hicache.hooks", "hicache.handle"},
     {"hicache.cuda_graphs"},
     {"hicache.runtime"},
+    {"hicache.dry_run"},
+    {"hicache.planned_memory"},
     {"hicache.plan"},
     {"hicache.fast"},
     {"hicache.reference"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from hicache import HiCacheConfig, cli
 from hicache.cuda_graphs.model_state import ModelState
 from hicache.hooks.block_interface import BlockInterface
 from hicache.reference.timer import Timer
-from hicache.runtime import budget, finite
+from hicache.runtime import finite
 from hicache.runtime.denoiser import Denoiser
+from hicache.runtime.memory_room import MemoryRoom
 from hicache.stats import Stopwatch
 from hicache_kernels.backends import native, triton
 from tests.support import models, pipelines
@@ -81,17 +83,35 @@ def test_time_on_a_gpu_is_read_from_its_events():
 
 @pytest.mark.usefixtures("gpu")
 def test_free_memory_is_the_device_s_and_what_torch_holds_unused():
-    assert budget._free_bytes(GPU) == 1200
-    assert budget._free_bytes(torch.device("cpu")) is None
+    """Less what graphs work in, which torch counts as unused; those go before a history is made coarser."""
+
+    class Graphs:
+        memory = SimpleNamespace(scratch=250)
+
+        def drop(self) -> None:
+            self.memory = SimpleNamespace(scratch=0)
+
+    graphs, told = Graphs(), list[str]()
+    room = MemoryRoom(5000, graphs, told.append)
+    assert room.why_not("it", 950, 950, GPU) is None
+    assert graphs.memory.scratch == 250
+    assert room.why_not("it", 1200, 1200, GPU) is None
+    assert graphs.memory.scratch == 0
+    assert not told
+    assert room.why_not("it", 1201, 1201, GPU) == "it wants 1,201 bytes and 1,200 are free on cuda"
+    assert told == ["is cached more coarsely: it wants 1,201 bytes and 1,200 are free on cuda"]
+    assert room.why_not("it", 1201, 1201, torch.device("cpu")) is None
+    assert room.why_not("it", 5001, 0, GPU) == "it, 5,001 bytes or more, is over memory_budget=5,000"
 
 
 @pytest.mark.usefixtures("gpu")
 def test_too_little_free_memory_is_the_stack_and_is_told(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(budget, "_free_bytes", lambda device: 1000)
+    own = MemoryRoom.why_not
+    monkeypatch.setattr(MemoryRoom, "why_not", lambda room, *given: own(room, *given[:-1], GPU))
     pipe, arguments = pipelines.build("flux")
     with hicache.fast.apply(pipe) as handle, pytest.warns(RuntimeWarning, match="is cached more coarsely: "):
         pipelines.draw(pipe, arguments)
-    assert "and 1,000 are free on cpu" in handle.stats.choices["transformer"]
+    assert "and 1,200 are free on cuda" in handle.stats.choices["transformer"]
 
 
 @pytest.mark.usefixtures("gpu")
