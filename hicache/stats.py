@@ -157,19 +157,20 @@ class Stopwatch:
         self.stop(started)
 
     def start(self, device: torch.device) -> Any:
-        """A moment: of the host, or of a GPU's current stream."""
+        """A moment: of the host, or of a GPU's current stream, whichever GPU is current."""
         if device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        event.record(torch.cuda.current_stream(device))
+        return event, device
 
     def stop(self, started: Any) -> None:
         """Count what was done since :meth:`start`."""
         if isinstance(started, float):
             self._ms += (time.perf_counter() - started) * 1e3
         else:
-            self._events.append((started, self.start(torch.device("cuda"))))
+            event, device = started
+            self._events.append((event, self.start(device)[0]))
 
     def read(self) -> float:
         for started, stopped in self._events:

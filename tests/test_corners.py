@@ -27,7 +27,7 @@ from tests.support.graphs import FakeBackend, connect
 from tests.support.models import noise
 from tests.support.runs import trace
 
-GPU = torch.device("cuda")
+GPU = torch.device("cuda:1")
 
 
 # A device's clock, its memory, and what it has not come to yet.
@@ -43,6 +43,7 @@ class Event:
         self.waited = False
 
     def record(self, stream: Any = None) -> None:
+        assert stream == f"current one of {GPU}"  # the transformer's device is not the current one
         Event.now += 2.0
         self.at = Event.now
 
@@ -60,7 +61,7 @@ class Event:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"current one of {device}")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
@@ -98,8 +99,8 @@ def test_free_memory_is_the_device_s_and_what_torch_holds_unused():
     assert room.why_not("it", 1200, 1200, GPU) is None
     assert graphs.memory.scratch == 0
     assert not told
-    assert room.why_not("it", 1201, 1201, GPU) == "it wants 1,201 bytes and 1,200 are free on cuda"
-    assert told == ["is cached more coarsely: it wants 1,201 bytes and 1,200 are free on cuda"]
+    assert room.why_not("it", 1201, 1201, GPU) == "it wants 1,201 bytes and 1,200 are free on cuda:1"
+    assert told == ["is cached more coarsely: it wants 1,201 bytes and 1,200 are free on cuda:1"]
     assert room.why_not("it", 1201, 1201, torch.device("cpu")) is None
     assert room.why_not("it", 5001, 0, GPU) == "it, 5,001 bytes or more, is over memory_budget=5,000"
 
@@ -111,7 +112,7 @@ def test_too_little_free_memory_is_the_stack_and_is_told(monkeypatch: pytest.Mon
     pipe, arguments = pipelines.build("flux")
     with hicache.fast.apply(pipe) as handle, pytest.warns(RuntimeWarning, match="is cached more coarsely: "):
         pipelines.draw(pipe, arguments)
-    assert "and 1,200 are free on cuda" in handle.stats.choices["transformer"]
+    assert "and 1,200 are free on cuda:1" in handle.stats.choices["transformer"]
 
 
 @pytest.mark.usefixtures("gpu")
