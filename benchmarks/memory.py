@@ -1,7 +1,8 @@
-"""History bytes of well-known models at their true sizes: ``python -m benchmarks.memory``.
+"""Bytes that caching well-known models takes at their true sizes: ``python -m benchmarks.memory``.
 
 Transformers are built on the meta device, without weights; :func:`hicache.fast.plan` does the rest, and
-tests/test_plan.py holds it against what runs allocate. Prints a Markdown table and writes a CSV.
+tests/test_plan.py holds it against what runs allocate. What CUDA graphs take is an estimate, made without a
+GPU (:mod:`hicache.dry_run`). Prints two Markdown tables and writes a CSV.
 """
 
 from __future__ import annotations
@@ -27,15 +28,35 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-HEADER = ("model", "calls", "features", "module bytes", "rank 1 bytes", "stack bytes", "output bytes", "auto")
+HEADER = (
+    "model",
+    "calls",
+    "features",
+    "module bytes",
+    "rank 1 bytes",
+    "stack bytes",
+    "output bytes",
+    "auto",
+    "gates bytes",
+    "kept bytes",
+    "sums bytes",
+    "full-step graphs bytes, estimated",
+    "skipped-step graphs bytes, estimated",
+    "captured",
+    "all bytes, estimated",
+)
+Row = tuple[str, int, int, int, int | None, int, int, str, int, int, int, int, int, str, int]
 
 
-def rows(order: int) -> list[tuple[str, int, int, int, int | None, int, int, str]]:
+def rows(order: int) -> list[Row]:
     """Return a row of :data:`HEADER` for every model: ``"auto"`` is the granularity that it takes.
 
-    With gates of low rank, that is the highest rank that fits: a run takes the one that its gates need.
+    With gates of low rank, that is the highest rank that fits: a run takes the one that its gates need. What
+    comes after is of a run of 50 steps of that granularity: gates, what else is kept for the run, what a full
+    step adds features up in, CUDA graphs of full and skipped steps and of skipped steps alone, which of them
+    fit beside the history, and all that is held then.
     """
-    found = []
+    found: list[Row] = []
     for name, (model, changes, drawn) in MODELS.items():
         with torch.device("meta"):
             transformer = getattr(diffusers, model)(**changes)
@@ -43,18 +64,14 @@ def rows(order: int) -> list[tuple[str, int, int, int, int | None, int, int, str
         [one] = plan.denoisers.values()
         at_rank_1 = one.low_rank_bytes[0] if one.low_rank_bytes else None
         taken = f"{one.granularity}, rank {one.rank}" if one.rank else one.granularity
-        found.append(
-            (
-                name,
-                one.contexts,
-                one.num_features,
-                one.module_bytes,
-                at_rank_1,
-                one.stack_bytes,
-                one.output_bytes,
-                taken,
-            )
-        )
+        assert one.graphs is not None, one.not_estimated
+        assert one.kept_bytes is not None
+        assert one.sums_bytes is not None
+        history = (one.contexts, one.num_features, one.module_bytes, at_rank_1)
+        coarse = (one.stack_bytes, one.output_bytes, taken)
+        beside = (one.gates_bytes, one.kept_bytes, one.sums_bytes)
+        graphs = (one.graphs.full_nbytes, one.graphs.skipped_nbytes, one.graphs.captured)
+        found.append((name, *history, *coarse, *beside, *graphs, one.nbytes))
     return found
 
 
@@ -84,9 +101,20 @@ def main() -> None:
             f"{output / 1e6:.1f} MB",
             taken,
         )
-        for name, calls, features, module, at_rank_1, stack, output, taken in found
+        for name, calls, features, module, at_rank_1, stack, output, taken, *_ in found
     ]
     print(tables.markdown(header, cells))
+    header = ["so cached", "gates", "kept", "sums", "graphs", "of skipped steps", "captured", "all"]
+    beside = [
+        (
+            name,
+            *(f"{nbytes / 1e6:.0f} MB" for nbytes in (gates, kept, sums, full, skipped)),
+            captured,
+            f"{total / 1e9:.2f} GB",
+        )
+        for name, *_, gates, kept, sums, full, skipped, captured, total in found
+    ]
+    print(tables.markdown(header, beside))
     tables.save_csv(options.csv, HEADER, found)
 
 

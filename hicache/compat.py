@@ -346,3 +346,8 @@ def lora_scaled(module: nn.Module, scale: float) -> Iterator[None]:
     finally:
         if scaled:
             unscale_lora_layers(module, scale)
+
+
+def kept_in_fp32(model: Any) -> set[str]:
+    """Names of the parts of a model whose weights stay in fp32, whatever dtype it is loaded in."""
+    return set(getattr(model, "_keep_in_fp32_modules", None) or ())

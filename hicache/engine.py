@@ -15,17 +15,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import hicache_kernels as kernels
-from hicache.basis import evaluate
 from hicache.config import HiCacheConfig
-from hicache.numbers import Numbers
-from hicache.run import Position
+from hicache.differences import Differences, Span
+from hicache.numbers import Numbers, planned_nbytes
 from hicache.schedule import is_full
 
 
@@ -50,63 +49,6 @@ class Sum:
             filled=self.filled,
             backend=self.backend,
         )
-
-
-@dataclass(frozen=True)
-class _Span:
-    """What is known of the steps that an engine serves."""
-
-    num_steps: int | None = None
-    sigmas: tuple[float, ...] | None = None
-    context: str = ""
-
-
-@dataclass(frozen=True)
-class _Differences:
-    """Which differences exist after the full steps of a run so far."""
-
-    last_full: int | None = None
-    filled: int = 0  # how many, D0 included
-    gaps: tuple[int, ...] = ()  # behind them, newest first
-    taken: int = 0  # by the update of the last full step
-
-    def after(self, step: int, config: HiCacheConfig) -> _Differences:
-        """Those after one more full step."""
-        # Differences are taken from the last warm-up step on (docs/algorithm.md, "Finite differences").
-        if step <= config.warmup - 2 or self.last_full is None:
-            return _Differences(step, 1, self.gaps)
-        taken = min(self.filled, config.order)
-        gaps = (step - self.last_full, *self.gaps)[: config.order]
-        return _Differences(step, taken + 1, gaps, taken)
-
-    @property
-    def inv_gap(self) -> tuple[float]:
-        """What the update multiplies by."""
-        return (1.0 / self.gaps[0] if self.taken else 1.0,)
-
-    def position(self, step: int, span: _Span) -> Position:
-        """Where a forecast of a skipped step is made."""
-        assert self.last_full is not None
-        gaps = self.gaps[: self.filled - 1]
-        return Position(step, self.last_full, gaps, self.filled, span.num_steps, span.sigmas, span.context)
-
-    def coeffs(self, step: int, config: HiCacheConfig, span: _Span, padded: bool) -> tuple[float, ...]:
-        """Coefficients at a skipped step, of all orders if ``padded``."""
-        weights = evaluate(config.weighed_by, self.position(step, span))
-        return (*weights, *[0.0] * (config.order + 1 - len(weights) if padded else 0))
-
-    def coming(
-        self, config: HiCacheConfig, span: _Span, is_full: Callable[[int, int | None], bool]
-    ) -> Iterator[tuple[float, ...]]:
-        """The numbers of all steps to come."""
-        differences = self
-        for step in range((self.last_full or 0) + 1, span.num_steps or 0):
-            if is_full(step, differences.last_full):
-                differences = differences.after(step, config)
-                yield differences.inv_gap
-            else:
-                yield differences.coeffs(step, config, span, padded=False)
-                yield differences.coeffs(step, config, span, padded=True)
 
 
 class Engine:
@@ -143,11 +85,11 @@ class Engine:
         """
         if config is not None:
             self.config = config
-        self._span = _Span(num_steps, None if sigmas is None else tuple(sigmas), context)
+        self._span = Span(num_steps, None if sigmas is None else tuple(sigmas), context)
         self._begin()
 
     def _begin(self) -> None:
-        self._differences = _Differences()
+        self._differences = Differences()
         self._pending: int | None = None  # differences the waiting update takes; None: no update waits
         self._blank: int | None = None  # orders from this one on hold zeros
 
@@ -189,6 +131,17 @@ class Engine:
         orders = self.history.orders
         auto = kernels.auto_backend(orders.device, len(orders), orders.dtype)
         return str(auto) if self.backend == "auto" else self.backend
+
+    @property
+    def numbers_nbytes(self) -> int:
+        """Bytes of coefficients and gaps held on the device."""
+        return self._numbers.nbytes
+
+    def planned_numbers_nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of coefficients and gaps that the run, of known length, asks for at most."""
+        first = Differences().after(0, self.config)
+        rows = first.coming(self.config, self._span, self.is_full)
+        return planned_nbytes(rows, self.config.history_dtype or dtype)
 
     def planned_nbytes(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
         """Bytes of history that features of these shapes and this dtype would take."""
@@ -333,20 +286,3 @@ class Engine:
         assert self.history is not None
         coming = functools.partial(self._differences.coming, self.config, self._span, self.is_full)
         return self._numbers.of(values, self.history.orders, coming)
-
-
-def positions(config: HiCacheConfig, num_steps: int, context: str = "") -> dict[int, Position]:
-    """Where the forecasts of a run's skipped steps are made, by step.
-
-    Args:
-        config: settings of the run.
-        num_steps: of the run.
-        context: see :meth:`Engine.reset`.
-    """
-    differences, found, span = _Differences(), {}, _Span(num_steps, None, context)
-    for step in range(num_steps):
-        if is_full(config, step, differences.last_full, num_steps):
-            differences = differences.after(step, config)
-        else:
-            found[step] = differences.position(step, span)
-    return found

@@ -77,6 +77,8 @@ class Handle(BaseHandle[Denoiser]):
                 for context in track.contexts.current
             },
             history_bytes=sum(denoiser.nbytes for denoiser in denoisers),
+            gates_bytes=sum(denoiser.gates_nbytes for denoiser in denoisers),
+            kept_bytes=sum(denoiser.kept_nbytes for denoiser in denoisers),
             cache_ms=session.watch.read(),
             choices={name: track.choice.describe() for name, track in tracks.items()},
             backends={
@@ -132,18 +134,20 @@ def apply(
             that take the present's gates where the stack's forecast would miss them (docs/algorithm.md,
             "Gates of low rank"); ``"auto"``, what a calibration was fitted by where there is one, else the
             first of module, low-rank and stack that is known for the model and fits ``memory_budget``.
-            ``Handle.stats.choices`` says which. ``"output"``, what the
-            denoiser returns: nothing of it runs at a skipped step, and any denoiser can be cached, U-Nets
-            too.
-        memory_budget: bytes a denoiser's histories may take for ``"auto"`` to choose modules or low rank.
+            ``Handle.stats.choices`` says which. ``"output"``, what the denoiser returns: nothing of it runs
+            at a skipped step, and any denoiser can be cached, U-Nets too.
+        memory_budget: bytes that caching may take of a denoiser's memory. Histories come first: for
+            ``"auto"`` to choose modules or low rank, theirs must fit (of low rank with the gates of the run).
+            CUDA graphs get what histories, gates and the rest leave of it, and never make a history coarser;
+            where a granularity was asked for, the history is held in any case.
         gate_tolerance: what gates of low rank may be off by, relative to all gates of a run's skipped steps:
             the least rank that keeps to it is taken.
         cuda_graphs: capture steps and replay them: ``"auto"`` where it can be done (never off a GPU, under
             offload, with gradients or inside torch.compile; ``Handle.stats.graphs`` says why not), ``True``
             the same but with a warning where it cannot, ``False`` never. Full steps are captured where their
-            graphs take no more memory than they leave free; ``"full"`` does so in any case, ``"skipped"``
-            captures skipped steps alone. The environment variable ``HICACHE_CUDA_GRAPHS=0`` switches graphs
-            off.
+            graphs fit ``memory_budget`` and leave as much free as they take, skipped steps where theirs fit
+            the budget; ``"full"`` captures both in any case, ``"skipped"`` skipped steps alone. The
+            environment variable ``HICACHE_CUDA_GRAPHS=0`` switches graphs off.
         backend: of :mod:`hicache_kernels`: ``"auto"`` or a name; a name never falls back silently.
 
     Returns:

@@ -13,6 +13,7 @@ class Numbers:
 
     def __init__(self) -> None:
         self._known: dict[tuple[float, ...], Tensor] = {}
+        self.nbytes = 0  # of them on the device
 
     def of(
         self,
@@ -33,18 +34,33 @@ class Numbers:
         return self._known[values]
 
     def _add(self, rows: list[tuple[float, ...]], like: Tensor) -> None:
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        lane = 16 // dtype.itemsize  # where a tensor begins decides which code Triton makes for it
-        padded = [(*row, *[0.0] * (-len(row) % lane)) for row in rows]
+        dtype = _dtype(like.dtype)
+        padded = [(*row, *[0.0] * _padding(row, dtype)) for row in rows]
         with torch.inference_mode(False):  # outlives the mode of the run that made it
             numbers = torch.tensor([number for row in padded for number in row], dtype=dtype, device="cpu")
             moved = uploaded(numbers, like.device)
             parts = moved.split([len(row) for row in padded])
+        self.nbytes += moved.nbytes
         self._known.update({row: part[: len(row)] for row, part in zip(rows, parts, strict=True)})
 
     def clear(self) -> None:
         """Forget them: the history has moved."""
         self._known.clear()
+        self.nbytes = 0
+
+
+def planned_nbytes(rows: Iterable[tuple[float, ...]], dtype: torch.dtype) -> int:
+    """Bytes that numbers of a run take, for a history of this dtype."""
+    dtype = _dtype(dtype)
+    return sum(len(row) + _padding(row, dtype) for row in dict.fromkeys(rows)) * dtype.itemsize
+
+
+def _dtype(history: torch.dtype) -> torch.dtype:
+    return torch.float64 if history == torch.float64 else torch.float32
+
+
+def _padding(row: tuple[float, ...], dtype: torch.dtype) -> int:
+    return -len(row) % (16 // dtype.itemsize)  # where a tensor begins decides which code Triton makes for it
 
 
 def uploaded(numbers: Tensor, device: torch.device) -> Tensor:

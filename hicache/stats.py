@@ -28,9 +28,15 @@ class GraphStats:
 
     captures: int = 0
     replays: int = 0
-    nbytes: int = 0  # of device memory that captures took
+    pool_nbytes: int = 0  # of device memory that captures took
+    input_nbytes: int = 0  # beside that: copies of what captured calls are given
     eager: str | None = None  # why calls run without, if they do
     partly: str | None = None  # what is captured, and why not all, if only a part is
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the device that graphs hold."""
+        return self.pool_nbytes + self.input_nbytes
 
 
 @dataclass
@@ -64,12 +70,20 @@ class Stats:
     backend: str  # as asked for
     contexts: dict[str, ContextStats] = field(default_factory=dict)
     history_bytes: int = 0  # held, all contexts together, those the run no longer uses included
+    gates_bytes: int = 0  # of gates held: of steps to come, and of low rank of whole runs
+    kept_bytes: int = 0  # of what else is kept for a run: coefficients, rotary embeddings, prompts
     cache_ms: float = 0.0  # time in recording and forecasting
     choices: dict[str, str] = field(default_factory=dict)  # denoiser → what is cached of it, and why
     backends: dict[str, str] = field(default_factory=dict)  # denoiser → what runs, and why nothing better
     graphs: dict[str, GraphStats] = field(default_factory=dict)  # denoiser → captures, replays, or why none
     controlnets: dict[str, ControlNetStats] = field(default_factory=dict)  # by the pipeline's names for them
     low_rank: dict[str, LowRankStats] = field(default_factory=dict)  # denoiser → its gates, where so cached
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that caching holds: histories, gates, graphs, and what else is kept for a run."""
+        graphs = sum(one.nbytes for one in self.graphs.values())
+        return self.history_bytes + self.gates_bytes + self.kept_bytes + graphs
 
     @property
     def full_steps(self) -> int:
@@ -123,6 +137,8 @@ class Stats:
                 )
                 for name, net in self.controlnets.items()
             ),
+            f"  {self.nbytes:,} bytes held: history {self.history_bytes:,}, gates {self.gates_bytes:,}, else "
+            f"{self.kept_bytes:,}, graphs the rest",
             f"  bound {self.bound:.2f}x, cache {self.cache_ms:.2f} ms",
         ]
         return "\n".join(lines)
@@ -143,19 +159,20 @@ class Stopwatch:
         self.stop(started)
 
     def start(self, device: torch.device) -> Any:
-        """A moment: of the host, or of a GPU's current stream."""
+        """A moment: of the host, or of a GPU's current stream, whichever GPU is current."""
         if device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        event.record(torch.cuda.current_stream(device))
+        return event, device
 
     def stop(self, started: Any) -> None:
         """Count what was done since :meth:`start`."""
         if isinstance(started, float):
             self._ms += (time.perf_counter() - started) * 1e3
         else:
-            self._events.append((started, self.start(torch.device("cuda"))))
+            event, device = started
+            self._events.append((event, self.start(device)[0]))
 
     def read(self) -> float:
         for started, stopped in self._events:

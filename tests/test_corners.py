@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ from hicache import Engine, HiCacheConfig, cli
 from hicache.cuda_graphs.model_state import ModelState
 from hicache.hooks.block_interface import BlockInterface
 from hicache.reference.timer import Timer
-from hicache.runtime import budget
 from hicache.runtime.denoiser import Denoiser
+from hicache.runtime.memory_room import MemoryRoom
 from hicache.runtime.reading import reading
 from hicache.stats import Stopwatch
 from hicache_kernels.backends import native, triton
@@ -26,7 +27,7 @@ from tests.support.graphs import FakeBackend, connect
 from tests.support.models import noise
 from tests.support.runs import trace
 
-GPU = torch.device("cuda")
+GPU = torch.device("cuda:1")
 
 
 # A device's clock, its memory, and what it has not come to yet.
@@ -42,6 +43,7 @@ class Event:
         self.waited = False
 
     def record(self, stream: Any = None) -> None:
+        assert stream == f"current one of {GPU}"  # the transformer's device is not the current one
         Event.now += 2.0
         self.at = Event.now
 
@@ -59,7 +61,7 @@ class Event:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"current one of {device}")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
@@ -82,17 +84,35 @@ def test_time_on_a_gpu_is_read_from_its_events():
 
 @pytest.mark.usefixtures("gpu")
 def test_free_memory_is_the_device_s_and_what_torch_holds_unused():
-    assert budget._free_bytes(GPU) == 1200
-    assert budget._free_bytes(torch.device("cpu")) is None
+    """Less what graphs work in, which torch counts as unused; those go before a history is made coarser."""
+
+    class Graphs:
+        memory = SimpleNamespace(scratch=250)
+
+        def drop(self) -> None:
+            self.memory = SimpleNamespace(scratch=0)
+
+    graphs, told = Graphs(), list[str]()
+    room = MemoryRoom(5000, graphs, told.append)
+    assert room.why_not("it", 950, 950, GPU) is None
+    assert graphs.memory.scratch == 250
+    assert room.why_not("it", 1200, 1200, GPU) is None
+    assert graphs.memory.scratch == 0
+    assert not told
+    assert room.why_not("it", 1201, 1201, GPU) == "it wants 1,201 bytes and 1,200 are free on cuda:1"
+    assert told == ["is cached more coarsely: it wants 1,201 bytes and 1,200 are free on cuda:1"]
+    assert room.why_not("it", 1201, 1201, torch.device("cpu")) is None
+    assert room.why_not("it", 5001, 0, GPU) == "it, 5,001 bytes or more, is over memory_budget=5,000"
 
 
 @pytest.mark.usefixtures("gpu")
 def test_too_little_free_memory_is_the_stack_and_is_told(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(budget, "_free_bytes", lambda device: 1000)
+    own = MemoryRoom.why_not
+    monkeypatch.setattr(MemoryRoom, "why_not", lambda room, *given: own(room, *given[:-1], GPU))
     pipe, arguments = pipelines.build("flux")
     with hicache.fast.apply(pipe) as handle, pytest.warns(RuntimeWarning, match="is cached more coarsely: "):
         pipelines.draw(pipe, arguments)
-    assert "and 1,000 are free on cpu" in handle.stats.choices["transformer"]
+    assert "and 1,200 are free on cuda:1" in handle.stats.choices["transformer"]
 
 
 @pytest.mark.usefixtures("gpu")

@@ -21,6 +21,7 @@ from hicache import HiCacheConfig
 from hicache.cuda_graphs import model_state
 from hicache.cuda_graphs.block_graphs import BlockGraphs
 from hicache.cuda_graphs.call_graph import CallArguments
+from hicache.cuda_graphs.graph_memory import GraphMemory
 from hicache.engine import Sum
 from hicache.hooks.transformer import HookedTransformer
 from hicache.stats import GraphStats
@@ -208,7 +209,7 @@ def test_graphs_of_blocks_over_the_limit_leave_their_pool():
     """A pool whose graphs are gone is not captured into again."""
     fake, call = FakeBackend(), RunningCall()
     fake.call = call
-    blocks = BlockGraphs(call, fake, GraphStats(), limit=1)
+    blocks = BlockGraphs(call, fake, GraphMemory(GraphStats()), limit=1)
     block, before = torch.nn.Linear(2, 2), fake.drops
     for width in range(1, 6):
         blocks.begin()
@@ -220,7 +221,7 @@ def test_blocks_that_record_other_tokens_are_captured_anew():
     """Into the same memory, of the same block, given the same form of arguments."""
     fake, call, stats = FakeBackend(), RunningCall(), GraphStats()
     fake.call = call
-    blocks = BlockGraphs(call, fake, stats, limit=4)
+    blocks = BlockGraphs(call, fake, GraphMemory(stats), limit=4)
     block, hidden, slot = torch.nn.Linear(2, 2), torch.zeros(1, 4, 2), torch.zeros(1, 2, 2)
     captures = []
     for drawn in (range(2), range(2, 4)):
@@ -598,7 +599,7 @@ def test_full_steps_whose_graphs_leave_no_room_run_eagerly(choice, monkeypatch):
     }[choice]
     assert stats.partly == (partly and f"only skipped steps are captured: {partly}")
     assert stats.eager is None
-    assert stats.nbytes == 1000 * (3 if choice == "full" else 2)
+    assert stats.pool_nbytes == 1000 * (3 if choice == "full" else 2)
     assert FakeBackend.made[-1].captures == 3 if choice != "skipped" else 2
 
 
@@ -618,8 +619,10 @@ def test_released_graphs_take_no_memory():
     pipe, arguments = pipelines.build("flux")
     with apply(pipe) as handle:
         draw(pipe, arguments)
-        assert handle.stats.graphs["transformer"].nbytes == 3 * FakeBackend.room[0]
-        assert f"{3 * FakeBackend.room[0]:,} bytes" in str(handle.stats)
+        stats = handle.stats.graphs["transformer"]
+        assert stats.pool_nbytes == 3 * FakeBackend.room[0]
+        assert stats.nbytes > stats.input_nbytes > 0
+        assert f"{stats.nbytes:,} bytes" in str(handle.stats)
         handle.release()
         assert handle.stats.graphs["transformer"].nbytes == 0
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import hicache.fast
 from hicache.cuda_graphs.capture import CudaBackend
+from hicache.stats import GraphStats
 from tests.support import pipelines
 from tests.support.comparisons import close
 from tests.support.cuda.runtime import Runtime, Violation
@@ -83,7 +84,7 @@ def test_replays_equal_eager(name: str, number: int, granularity: str, runtime: 
         assert stats.partly is None
         assert stats.captures == runtime.captures
         assert stats.replays == runtime.replays > 0
-        assert stats.nbytes == 1000 * stats.captures
+        assert stats.pool_nbytes == 1000 * stats.captures
     for ours, theirs in zip(drawn, expected, strict=True):
         assert close(ours, theirs)
     assert runtime.device == 0
@@ -122,9 +123,8 @@ def test_a_capture_that_fails_leaves_streams_pools_and_device(runtime: Runtime, 
     assert (captured.output == 6).all()
 
 
-def test_a_failed_capture_of_a_whole_call_is_followed_by_blocks(runtime: Runtime):
-    """An embedding that waits for the device is found before its capture is begun."""
-    pipe, arguments = pipelines.build("flux")
+def _let_embedding_wait(pipe: Any) -> None:
+    """Have the embedding before the blocks read a number from the device."""
     embed = pipe.transformer.x_embedder.forward
 
     class Waiting(type(pipe.transformer.x_embedder)):  # type: ignore[misc]
@@ -132,6 +132,12 @@ def test_a_failed_capture_of_a_whole_call_is_followed_by_blocks(runtime: Runtime
             return super().forward(hidden) if hidden.sum().item() else embed(hidden)
 
     pipe.transformer.x_embedder.__class__ = Waiting
+
+
+def test_a_failed_capture_of_a_whole_call_is_followed_by_blocks(runtime: Runtime):
+    """An embedding that waits for the device is found before its capture is begun."""
+    pipe, arguments = pipelines.build("flux")
+    _let_embedding_wait(pipe)
     with hicache.fast.apply(pipe, CONFIG, cuda_graphs=False):
         expected = draw(pipe, arguments)
     with hicache.fast.apply(pipe, CONFIG) as handle:
@@ -172,3 +178,103 @@ def test_what_the_mock_finds(runtime: Runtime, backend: Backend, monkeypatch: py
         torch.cuda.CUDAGraph().capture_begin(torch.cuda.graph_pool_handle())
     with pytest.raises(RuntimeError, match="non-default stream"), torch.cuda.device(1):
         torch.cuda.CUDAGraph().capture_begin(torch.cuda.graph_pool_handle())
+
+
+# Memory.
+
+
+def _held(handle: Any) -> GraphStats:
+    [stats] = handle.stats.graphs.values()
+    return stats
+
+
+def test_release_frees_all_that_graphs_have_of_the_device(runtime: Runtime):
+    """Pools are the device's again, and so is what stands beside them."""
+    runtime.takes = None
+    pipe, arguments = pipelines.build("flux_cfg")
+    with hicache.fast.apply(pipe, CONFIG) as handle:
+        draw(pipe, arguments)
+        before = handle.stats
+        assert runtime.pool_nbytes == _held(handle).pool_nbytes > 0
+        assert before.nbytes == sum(
+            (before.history_bytes, before.gates_bytes, before.kept_bytes, _held(handle).nbytes)
+        )
+        assert min(before.gates_bytes, before.kept_bytes, _held(handle).input_nbytes) > 0
+        handle.release()
+        assert runtime.pool_nbytes == handle.stats.nbytes == 0
+        draw(pipe, arguments)
+        assert runtime.pool_nbytes > 0
+    assert runtime.pool_nbytes == 0
+
+
+def test_only_graphs_that_fit_the_budget_beside_the_history_are_made(runtime: Runtime):
+    """Full steps first go without, then skipped ones; the history and what is drawn stay the same."""
+    pipe, arguments = pipelines.build("flux")
+    with hicache.fast.apply(pipe, CONFIG, cuda_graphs=False) as handle:
+        expected = draw(pipe, arguments)
+        stats = handle.stats
+        cached = stats.history_bytes + stats.gates_bytes + stats.kept_bytes
+    runtime.takes = None
+    wanted = {}
+    for choice in ("auto", "skipped"):
+        with hicache.fast.apply(pipe, CONFIG, cuda_graphs=choice) as handle:
+            draw(pipe, arguments)
+            wanted[choice] = _held(handle).nbytes
+    assert wanted["skipped"] < wanted["auto"]
+    budgets = {
+        cached + wanted["auto"]: None,
+        # less by more than the gates that the next skipped steps are waiting for
+        cached + wanted["auto"] - 4096: "only skipped steps are captured: they would take about ",
+        cached + wanted["skipped"]: "only skipped steps are captured: they would take about ",
+        cached: "nothing more is captured in this run: they would take about ",
+    }
+    for budget, why in budgets.items():
+        with hicache.fast.apply(pipe, CONFIG, memory_budget=budget) as handle:
+            for _ in range(2):
+                assert close(draw(pipe, arguments), expected)
+                stats = handle.stats
+                assert (_held(handle).partly is None) if why is None else _held(handle).partly.startswith(why)
+                assert stats.granularity == "module"
+                assert runtime.pool_nbytes == _held(handle).pool_nbytes
+                assert stats.nbytes <= budget
+                assert (_held(handle).nbytes > 0) == (budget > cached)
+        if why is not None:
+            with hicache.fast.apply(pipe, CONFIG, memory_budget=budget, cuda_graphs="full") as handle:
+                draw(pipe, arguments)
+                assert _held(handle).partly is None
+                assert _held(handle).nbytes == wanted["auto"]
+
+
+def test_graphs_never_make_a_history_coarser(runtime: Runtime, monkeypatch: pytest.MonkeyPatch):
+    """Those of a small picture go when the history of a larger one wants their part of the budget."""
+    pipe, arguments = pipelines.build("flux")
+    larger = {**arguments, "height": 128}
+    with hicache.fast.apply(pipe, CONFIG, cuda_graphs=False) as handle:
+        expected = draw(pipe, larger)
+        stats = handle.stats
+        budget = stats.history_bytes + stats.gates_bytes + stats.kept_bytes + 100_000
+    runtime.takes = 36_000
+    with hicache.fast.apply(pipe, CONFIG, memory_budget=budget) as handle:
+        draw(pipe, arguments)
+        assert _held(handle).nbytes > 100_000
+        assert close(draw(pipe, larger), expected)
+        assert handle.stats.granularity == "module"
+        assert handle.stats.nbytes <= budget
+        assert runtime.pool_nbytes == _held(handle).pool_nbytes
+
+
+def test_blocks_alone_keep_to_the_budget(runtime: Runtime):
+    pipe, arguments = pipelines.build("flux")
+    _let_embedding_wait(pipe)
+    with hicache.fast.apply(pipe, CONFIG) as handle:
+        expected = draw(pipe, arguments)
+        assert "only its blocks are captured" in (_held(handle).partly or "")
+        stats = handle.stats
+        cached = stats.nbytes - _held(handle).nbytes
+    runtime.takes = None
+    with hicache.fast.apply(pipe, CONFIG, memory_budget=cached) as handle:
+        for _ in range(2):
+            assert close(draw(pipe, arguments), expected)
+            assert (_held(handle).partly or "").startswith("nothing more is captured in this run: ")
+            assert _held(handle).nbytes == runtime.pool_nbytes == 0
+            assert _held(handle).eager is None

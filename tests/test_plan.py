@@ -39,6 +39,90 @@ def test_plan_is_what_a_run_holds(name, order, granularity):
     assert one.launches == len(stats.contexts)
 
 
+@pytest.mark.parametrize("granularity", ["module", "low-rank", "stack"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_plan_counts_what_is_kept_beside_a_history(name, granularity):
+    """Gates to the byte; of coefficients all that a run may ask for."""
+    pipe, arguments = pipelines.build(name)
+    if granularity == "low-rank" and name in ("wan", "ltx", "pixart"):
+        pytest.skip("its gates are not taken in low rank")
+    given, text = size_of(name, pipe, arguments), None
+    if "prompt_embeds" in arguments:
+        text = arguments["prompt_embeds"].shape[1]
+    config = HiCacheConfig(interval=4)
+    plan = hicache.fast.plan(pipe, config, granularity=granularity, steps=14, text_tokens=text, **given)
+    [one] = plan.denoisers.values()
+    assert one.not_estimated is None
+    with hicache.fast.apply(pipe, config, granularity=granularity, gate_tolerance=0.999) as handle:
+        pipelines.draw(pipe, arguments, steps=14)
+        stats = handle.stats
+        assert stats.nbytes == stats.history_bytes + stats.gates_bytes + stats.kept_bytes
+        if granularity == "low-rank":  # of the rank that its gates need
+            rank = stats.low_rank["transformer"].rank
+            budget = one.low_rank_wanted[rank - 1]
+            more = {"granularity": granularity, "steps": 14, "memory_budget": budget, "text_tokens": text}
+            least = hicache.fast.plan(pipe, config, **more, **given)
+            one = least.denoisers["transformer"]
+            assert one.rank == rank
+        assert stats.gates_bytes == one.gates_bytes
+        assert (one.gates_bytes > 0) == (granularity != "stack" and name not in ("wan", "ltx", "pixart"))
+        assert 0.8 * one.kept_bytes <= stats.kept_bytes <= one.kept_bytes or text is None
+        handle.release()
+        assert handle.stats.nbytes == 0
+
+
+def test_graphs_get_what_histories_leave():
+    """And never change what is cached."""
+    pipe, _ = pipelines.build("flux")
+    size = {"height": 64, "width": 64}
+    [roomy] = hicache.fast.plan(pipe, **size).denoisers.values()
+    cached = roomy.history_bytes + roomy.gates_bytes + roomy.kept_bytes
+    assert roomy.graphs.captured == "full and skipped steps"
+    assert roomy.nbytes == cached + roomy.graphs_nbytes
+    assert roomy.graphs.nbytes == roomy.graphs.full_nbytes > roomy.graphs.skipped_nbytes > 0
+    for budget, choice, captured in (
+        (roomy.nbytes, "auto", "full and skipped steps"),
+        (roomy.nbytes - 1, "auto", "skipped steps"),
+        (roomy.nbytes, "skipped", "skipped steps"),
+        (cached + roomy.graphs.skipped_nbytes - 1, "auto", "nothing"),
+        (cached, True, "nothing"),
+        (cached, "full", "full and skipped steps"),
+        (roomy.nbytes, False, "nothing"),
+    ):
+        plan = hicache.fast.plan(pipe, **size, memory_budget=budget, cuda_graphs=choice)
+        [one] = plan.denoisers.values()
+        assert one.graphs.captured == captured
+        assert one.granularity == "module"
+        assert one.graphs_nbytes == (0 if captured == "nothing" else one.graphs.nbytes)
+        assert plan.nbytes == one.nbytes == cached + one.graphs_nbytes
+        assert f"about {one.graphs_nbytes:,} of CUDA graphs ({captured})" in str(plan)
+
+
+def test_blocks_alone_hold_what_each_gives():
+    pipe, _ = pipelines.build("chroma")
+    [chroma] = hicache.fast.plan(pipe, height=64, width=64).denoisers.values()
+    assert chroma.graphs.captured == "blocks"
+    assert "copy by _to_copy" in chroma.graphs.unsafe
+
+
+def test_what_cannot_be_estimated_is_said():
+    pipe, _ = pipelines.build("flux")
+    plan = hicache.fast.plan(pipe, height=64, width=64, more_tokens=16)
+    [one] = plan.denoisers.values()
+    assert (one.graphs, one.kept_bytes, one.sums_bytes) == (None, None, None)
+    assert one.not_estimated == "of calls with given pictures"
+    assert "what is not estimated" in str(plan)
+
+    class Odd(type(pipe.transformer)):
+        def __init__(self, needed: int) -> None:
+            raise AssertionError
+
+    pipe.transformer.__class__ = Odd
+    [one] = hicache.fast.plan(pipe, height=64, width=64).denoisers.values()
+    assert "missing 1 required positional argument: 'needed'" in one.not_estimated
+    assert one.history_bytes > 0
+
+
 def test_true_guidance_and_batches():
     pipe, arguments = pipelines.build("flux_cfg")
     plan = hicache.fast.plan(pipe, height=64, width=64, calls=2, batch=2)
@@ -61,21 +145,25 @@ def test_frames_are_padded_to_whole_patches(num_frames):
 
 def test_the_budget_decides_as_in_a_run():
     pipe, arguments = pipelines.build("qwen")
-    [whole] = hicache.fast.plan(pipe, height=64, width=64).denoisers.values()
-    least = whole.low_rank_bytes[0]
+    arguments |= {"height": 128, "width": 128}
+    size = {"height": 128, "width": 128, "steps": 5}
+    [whole] = hicache.fast.plan(pipe, **size).denoisers.values()
+    least = whole.low_rank_wanted[0]
+    assert whole.low_rank_bytes[0] < least < whole.module_bytes
     for budget, granularity in (
         (whole.module_bytes, "module"),
         (whole.module_bytes - 1, "low-rank"),
         (least, "low-rank"),
-        (least - 1, "stack"),
+        # a run may begin by module, and then has the gates of fewer steps
+        (whole.low_rank_bytes[0] - 1, "stack"),
     ):
-        plan = hicache.fast.plan(pipe, height=64, width=64, memory_budget=budget)
+        plan = hicache.fast.plan(pipe, **size, memory_budget=budget)
         with hicache.fast.apply(pipe, memory_budget=budget, gate_tolerance=0.999) as handle:
             pipelines.draw(pipe, arguments, steps=5)
             stats = handle.stats
         assert stats.granularity == plan.denoisers["transformer"].granularity == granularity
         # of the rank its gates need, up to the highest that fits
-        held = {least} if granularity == "low-rank" else {plan.history_bytes}
+        held = {whole.low_rank_bytes[0]} if granularity == "low-rank" else {plan.history_bytes}
         assert {stats.history_bytes} == held
         assert plan.history_bytes <= budget or granularity == "stack"
 
@@ -103,12 +191,25 @@ def test_flux_at_its_true_size():
     assert flux.stack_bytes == 3 * 4096 * 3072 * 2 <= 80e6
     assert flux.granularity == "module"
     assert "module, 5,737,807,872 bytes of history" in str(plan)
+    # spec: gates of the six skipped steps to come, and as much again to compute them in
+    assert flux.gates_bytes == (6 + 6 + 5 + 1) * 76 * 3072 * 2
+    assert flux.graphs.captured == "full and skipped steps"
+    assert plan.nbytes < 6.4e9
 
 
 def test_a_video_model_of_shared_gates_keeps_three_terms():
     plan = planned(diffusers.WanTransformer3DModel, {}, height=720, width=1280, num_frames=81)
     [wan] = plan.denoisers.values()
-    assert (wan.terms, wan.contexts, wan.hidden) == (3, 2, (1, 21 * 45 * 80, 5120))
+    tokens = 21 * 45 * 80
+    assert (wan.terms, wan.contexts, wan.hidden) == (3, 2, (1, tokens, 5120))
+    # their pool alone is more than the budget leaves beside the history of the stack
+    assert (wan.granularity, wan.graphs.captured) == ("stack", "nothing")
+    assert wan.graphs.full_nbytes > 8e9
+    by_module = planned(
+        diffusers.WanTransformer3DModel, {}, height=720, width=1280, num_frames=81, granularity="module"
+    ).denoisers["transformer"]
+    assert by_module.sums_bytes % (tokens * 5120 * 4) == 0
+    assert by_module.sums_bytes > 3e9
 
 
 def test_a_dense_video_model_takes_its_gates_in_low_rank():
@@ -138,6 +239,9 @@ def test_a_dense_video_model_takes_its_gates_in_low_rank():
         ({"calls": 0}, ValueError, "calls to be an int >= 1, got 0"),
         ({"more_tokens": -1}, ValueError, "more_tokens to be an int >= 0, got -1"),
         ({"granularity": "block"}, ValueError, "unknown granularity 'block'"),
+        ({"steps": 0}, ValueError, "steps to be an int >= 1, got 0"),
+        ({"text_tokens": 0}, ValueError, "text_tokens to be an int >= 1, got 0"),
+        ({"cuda_graphs": "yes"}, ValueError, "unknown cuda_graphs 'yes'"),
         ({"memory_budget": "8 GB"}, TypeError, "memory_budget to be a number of bytes, got '8 GB'"),
         ({"memory_budget": -1}, ValueError, "memory_budget >= 0 bytes, got -1"),
         ({"config": 7}, TypeError, "config to be a HiCacheConfig or None, got 7"),

@@ -90,6 +90,8 @@ class ModuleAdapter:
     guidance: tuple[int, int] = (1, 1)
     #: Frames a latent frame and pixels a latent pixel, of the family's usual autoencoder.
     compression: tuple[int, int] = (1, 8)
+    #: Tokens of a prompt, as the family's pipeline pads it or cuts it off.
+    text_tokens: int = 512
     #: Tensors among the model's arguments whose numbers :meth:`drawn` reads.
     drawn_arguments: tuple[str, ...] = ()
     #: Whether :meth:`drawn` leaves out the tokens of given pictures.
@@ -197,6 +199,21 @@ class ModuleAdapter:
         if not isinstance(patch, (tuple, list)):
             patch = (getattr(self.module.config, "patch_size_t", None) or 1, patch, patch)
         return math.prod(size // step for size, step in zip(latent_shape, patch, strict=True))
+
+    def example(self, latents: Sequence[int], batch: int, text: int, like: Tensor) -> dict[str, Any] | None:
+        """Arguments of the model as its pipeline gives them, without numbers: for :func:`hicache.fast.plan`.
+
+        Args:
+            latents: their frames, height and width.
+            batch: samples of one call.
+            text: tokens of the prompt.
+            like: makes them, ``new_empty``: of the model's dtype, on the device they are to be on.
+
+        Returns:
+            None: nobody has said what they are; then memory that only a run of the model tells is not
+            planned.
+        """
+        return None
 
 
 def repeated(value: Tensor | None, steps: int) -> Tensor | None:

@@ -71,5 +71,16 @@ class Chroma(ModuleAdapter):
     def between(self, model_kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
         return flux_controlnet(self.module, model_kwargs)
 
+    def example(self, latents: Sequence[int], batch: int, text: int, like: Tensor) -> dict[str, Any]:
+        config, tokens = self.module.config, packed(latents)
+        return {
+            "hidden_states": like.new_empty(batch, tokens, config.in_channels),
+            "timestep": like.new_empty(batch),
+            "encoder_hidden_states": like.new_empty(batch, text, config.joint_attention_dim),
+            "txt_ids": like.new_empty(text, 3),
+            "img_ids": like.new_empty(tokens, 3),
+            "attention_mask": like.new_empty(batch, text + tokens, dtype=torch.bool),
+        }
+
     def tokens(self, latent_shape: Sequence[int]) -> int:
         return packed(latent_shape)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hicache.adapters.base import ModuleOutput, repeated
@@ -18,6 +19,7 @@ class CogVideoX(ModulatedAdapter):
 
     guidance = (1, 2)
     compression = (4, 8)
+    text_tokens = 226
 
     gate_arguments = ("timestep_cond", "ofs")
     embedders = ("time_embedding", "ofs_embedding")
@@ -47,7 +49,23 @@ class CogVideoX(ModulatedAdapter):
         embedded: Tensor = temb
         return embedded
 
+    def example(self, latents: Sequence[int], batch: int, text: int, like: Tensor) -> dict[str, Any]:
+        config, frames = self.module.config, self._padded(latents[0])
+        rotary = like.new_empty(self.tokens(latents), config.attention_head_dim, dtype=torch.float32)
+        learned = not config.use_rotary_positional_embeddings
+        return {
+            "hidden_states": like.new_empty(batch, frames, config.in_channels, *latents[1:]),
+            "timestep": like.new_empty(batch, dtype=torch.int64),
+            "encoder_hidden_states": like.new_empty(batch, text, config.text_embed_dim),
+            "ofs": None if self.module.ofs_embedding is None else like.new_empty(1),
+            "image_rotary_emb": None if learned else (rotary, rotary.clone()),
+        }
+
     def tokens(self, latent_shape: Sequence[int]) -> int:
         frames, height, width = latent_shape
-        step = self.module.config.patch_size_t or 1  # the pipeline of CogVideoX 1.5 adds frames up to it
-        return super().tokens((math.ceil(frames / step) * step, height, width))
+        return super().tokens((self._padded(frames), height, width))
+
+    def _padded(self, frames: int) -> int:
+        """Latent frames that the pipeline draws: that of CogVideoX 1.5 adds some up to a whole patch."""
+        step = self.module.config.patch_size_t or 1
+        return math.ceil(frames / step) * step

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hicache.adapters.base import ModuleAdapter, ModuleOutput, repeated
@@ -54,3 +55,10 @@ class DiT(ModuleAdapter):
         like: Tensor,
     ) -> Mapping[str, Any]:
         return {"timestep": timesteps, "class_labels": repeated(model_kwargs["class_labels"], steps)}
+
+    def example(self, latents: Sequence[int], batch: int, text: int, like: Tensor) -> dict[str, Any]:
+        return {
+            "hidden_states": like.new_empty(batch, self.module.config.in_channels, *latents[1:]),
+            "timestep": like.new_empty(batch, dtype=torch.int64),
+            "class_labels": like.new_empty(batch, dtype=torch.int64),
+        }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from hicache.adapters import given_pictures
@@ -61,6 +62,18 @@ class Flux(ModulatedAdapter):
 
     def between(self, model_kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
         return flux_controlnet(self.module, model_kwargs)
+
+    def example(self, latents: Sequence[int], batch: int, text: int, like: Tensor) -> dict[str, Any]:
+        config, tokens = self.module.config, packed(latents)
+        return {
+            "hidden_states": like.new_empty(batch, tokens, config.in_channels),
+            "timestep": like.new_empty(batch),
+            "guidance": like.new_empty(batch, dtype=torch.float32) if config.guidance_embeds else None,
+            "pooled_projections": like.new_empty(batch, config.pooled_projection_dim),
+            "encoder_hidden_states": like.new_empty(batch, text, config.joint_attention_dim),
+            "txt_ids": like.new_empty(text, 3),
+            "img_ids": like.new_empty(tokens, 3),
+        }
 
     def tokens(self, latent_shape: Sequence[int]) -> int:
         return packed(latent_shape)

@@ -75,5 +75,17 @@ class Flux2(ModuleAdapter):
             return "its gates differ between the picture drawn and the pictures given (kv_cache_mode)"
         return None
 
+    def example(self, latents: Sequence[int], batch: int, text: int, like: Tensor) -> dict[str, Any]:
+        config = self.module.config
+        guided = getattr(config, "guidance_embeds", True)
+        return {
+            "hidden_states": like.new_empty(batch, packed(latents), config.in_channels),
+            "timestep": like.new_empty(batch),
+            "guidance": like.new_empty(batch, dtype=torch.float32) if guided else None,
+            "encoder_hidden_states": like.new_empty(batch, text, config.joint_attention_dim),
+            "txt_ids": like.new_empty(batch, text, 4, dtype=torch.int64),
+            "img_ids": like.new_empty(batch, packed(latents), 4, dtype=torch.int64),
+        }
+
     def tokens(self, latent_shape: Sequence[int]) -> int:
         return packed(latent_shape)

@@ -27,7 +27,7 @@ def deferred(adapter: object) -> Iterator[Later]:
     For weights that offloading brings to the device while their own block runs, and not for longer.
     """
     later: Later = []
-    found = [value for value in vars(adapter).values() if isinstance(value, Gates)]
+    found = _gates_of(adapter)
     for gates in found:
         gates.later = later
     try:
@@ -35,6 +35,26 @@ def deferred(adapter: object) -> Iterator[Later]:
     finally:
         for gates in found:
             gates.later = None
+
+
+def works_in_memory(adapter: object) -> bool:
+    """Whether an adapter's gates are computed in memory that it keeps."""
+    return bool(_gates_of(adapter))
+
+
+def held_nbytes(adapter: object) -> int:
+    """Bytes of the memory that an adapter's gates are computed in."""
+    return sum(gates.nbytes for gates in _gates_of(adapter))
+
+
+def let_go(adapter: object) -> None:
+    """Free that memory; no CUDA graph may be left that writes there."""
+    for gates in _gates_of(adapter):
+        gates.release()
+
+
+def _gates_of(adapter: object) -> list[Gates]:
+    return [value for value in vars(adapter).values() if isinstance(value, Gates)]
 
 
 class GateRows:
@@ -122,6 +142,15 @@ class Gates:
         self.later: Later | None = None  # where writes go that have to wait, see deferred()
         # of every form met: a CUDA graph goes on writing to the memory it was captured with
         self._buffers: dict[tuple[Any, ...], tuple[Tensor, list[Tensor]]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its memory, of every form of call so far."""
+        return sum(out.nbytes for out, _ in self._buffers.values())
+
+    def release(self) -> None:
+        """Free its memory."""
+        self._buffers.clear()
 
     @property
     def layers(self) -> list[nn.Module]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hicache.adapters.base import ModuleOutput, doubles_and_singles, repeated
@@ -16,6 +17,7 @@ class HunyuanVideo(ModulatedAdapter):
     """As Flux, with the image before the text."""
 
     compression = (4, 8)
+    text_tokens = 256
 
     gate_arguments = ("guidance", "pooled_projections")
 
@@ -53,3 +55,14 @@ class HunyuanVideo(ModulatedAdapter):
         ):
             return "the gates of its first frame are not those of the others (token_replace)"
         return None
+
+    def example(self, latents: Sequence[int], batch: int, text: int, like: Tensor) -> dict[str, Any]:
+        config = self.module.config
+        return {
+            "hidden_states": like.new_empty(batch, config.in_channels, *latents),
+            "timestep": like.new_empty(batch),
+            "encoder_hidden_states": like.new_empty(batch, text, config.text_embed_dim),
+            "encoder_attention_mask": like.new_empty(batch, text),
+            "pooled_projections": like.new_empty(batch, config.pooled_projection_dim),
+            "guidance": like.new_empty(batch, dtype=torch.float32) if config.guidance_embeds else None,
+        }

@@ -81,6 +81,15 @@ class QwenImage(ModulatedAdapter):
     def between(self, model_kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
         return spread(model_kwargs.get("controlnet_block_samples"), len(self.module.transformer_blocks))
 
+    def example(self, latents: Sequence[int], batch: int, text: int, like: Tensor) -> dict[str, Any]:
+        config, (frames, height, width) = self.module.config, latents
+        return {
+            "hidden_states": like.new_empty(batch, self.tokens(latents), config.in_channels),
+            "timestep": like.new_empty(batch),
+            "encoder_hidden_states": like.new_empty(batch, text, config.joint_attention_dim),
+            "img_shapes": [[(frames, height // 2, width // 2)]] * batch,
+        }
+
     def tokens(self, latent_shape: Sequence[int]) -> int:
         frames, height, width = latent_shape  # the pipeline packs 2 × 2 of them
         return frames * (height // 2) * (width // 2)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hicache.adapters.base import Features, ModuleOutput
@@ -15,6 +16,7 @@ class Sana(TableAdapter):
     """The feed-forward layer is a convolution over the picture: ``[batch, channels, height, width]``."""
 
     guidance = (1, 2)
+    text_tokens = 300
     compression = (1, 32)
 
     def shared(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
@@ -27,3 +29,12 @@ class Sana(TableAdapter):
 
     def mlp(self, block: Any, features: Features) -> ModuleOutput:
         return ModuleOutput(block.ff, features, view=lambda output: output.flatten(2, 3).permute(0, 2, 1))
+
+    def example(self, latents: Sequence[int], batch: int, text: int, like: Tensor) -> dict[str, Any]:
+        config = self.module.config
+        return {
+            "hidden_states": like.new_empty(batch, config.in_channels, *latents[1:]),
+            "timestep": like.new_empty(batch),
+            "encoder_hidden_states": like.new_empty(batch, text, config.caption_channels),
+            "encoder_attention_mask": like.new_empty(batch, text, dtype=torch.int64),
+        }

@@ -16,6 +16,7 @@ class SD3(ModulatedAdapter):
     """Blocks with two attentions have nine modulation vectors, the others six."""
 
     guidance = (1, 2)
+    text_tokens = 333  # of CLIP and of T5
 
     gate_arguments = ("pooled_projections",)
 
@@ -54,3 +55,12 @@ class SD3(ModulatedAdapter):
             return []
         every = len(self._controlled) / len(samples)
         return [samples[int(block / every)] for block, takes in enumerate(self._controlled) if takes]
+
+    def example(self, latents: Sequence[int], batch: int, text: int, like: Tensor) -> dict[str, Any]:
+        config = self.module.config
+        return {
+            "hidden_states": like.new_empty(batch, config.in_channels, *latents[1:]),
+            "timestep": like.new_empty(batch),
+            "encoder_hidden_states": like.new_empty(batch, text, config.joint_attention_dim),
+            "pooled_projections": like.new_empty(batch, config.pooled_projection_dim),
+        }

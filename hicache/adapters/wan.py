@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hicache.adapters.shared_gates import TableAdapter, of_groups
@@ -26,3 +27,11 @@ class Wan(TableAdapter):
     def token_timesteps(self, model_kwargs: Mapping[str, Any]) -> Tensor | None:
         timestep = model_kwargs.get("timestep")
         return timestep if isinstance(timestep, Tensor) and timestep.ndim == 2 else None
+
+    def example(self, latents: Sequence[int], batch: int, text: int, like: Tensor) -> dict[str, Any]:
+        config = self.module.config
+        return {
+            "hidden_states": like.new_empty(batch, config.in_channels, *latents),
+            "timestep": like.new_empty(batch, dtype=torch.float32),
+            "encoder_hidden_states": like.new_empty(batch, text, config.text_dim),
+        }

@@ -6,6 +6,7 @@ one's graph and is read where it stands; whatever else a block takes is copied i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,13 @@ from torch import Tensor, nn
 
 from hicache.compat import pytree
 from hicache.cuda_graphs.capture import CaptureBackend, Captured, describe, like, modes, tensors
-from hicache.stats import GraphStats
+from hicache.cuda_graphs.graph_memory import Expected, GraphMemory, expected, leaves
+from hicache.cuda_graphs.live_bytes import LiveBytes, nbytes
 from hicache.step_plan import FullStep, RunningCall
+
+
+class NoRoom(RuntimeError):
+    """The budget leaves too little memory for the graphs of all blocks; the message says how much."""
 
 
 @dataclass
@@ -31,17 +37,18 @@ class BlockGraphs:
     Args:
         call: the transformer's running call.
         backend: what captures.
-        stats: where to count.
+        memory: what graphs take, and may.
         limit: live graphs; when there are more, all are dropped.
     """
 
-    def __init__(self, call: RunningCall, backend: CaptureBackend, stats: GraphStats, limit: int) -> None:
+    def __init__(self, call: RunningCall, backend: CaptureBackend, memory: GraphMemory, limit: int) -> None:
         self._call = call
         self._backend = backend
-        self._stats = stats
+        self._memory = memory
         self._limit = limit
         self._graphs: dict[Any, _BlockGraph] = {}
         self._warmed: set[Any] = set()
+        self._coming: dict[Any, Expected] = {}  # of those warmed up that are not captured yet
         self._buffers: dict[Any, Tensor] = {}
         self.begin()
 
@@ -55,9 +62,10 @@ class BlockGraphs:
         """Forget all graphs, and the pool that they share with those of whole calls."""
         self._graphs.clear()
         self._warmed.clear()
+        self._coming.clear()
         self._buffers.clear()
         self._backend.drop()
-        self._stats.nbytes = 0
+        self._memory.clear()
         self.begin()
 
     def run(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -67,9 +75,10 @@ class BlockGraphs:
 
         Raises:
             TypeError: it takes or returns objects that may hold tensors nobody would copy.
+            NoRoom: the budget leaves too little memory for it and those to come.
         """
-        leaves, layout = pytree.tree_flatten((args, kwargs))
-        form = describe(leaves)
+        given, layout = pytree.tree_flatten((args, kwargs))
+        form = describe(given)
         if form is None:
             raise TypeError(f"{type(block).__name__} takes what cannot be told apart from call to call")
         plan, sums = self._call.plan, self._call.result.partial_sums
@@ -82,12 +91,13 @@ class BlockGraphs:
             if len(self._graphs) + len(self._warmed) > 2 * self._limit:
                 self.drop()
             self._warmed.add((place, targets))
-            return self._backend.warm(lambda: block(*args, **kwargs))
-        own = [self._own(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            return self._warm((place, targets), tensors(given), lambda: block(*args, **kwargs))
+        own = [self._own(leaf) if isinstance(leaf, Tensor) else leaf for leaf in given]
         read = [*tensors(own), *sums.values()]
         key = (place, targets, tuple(tensor.data_ptr() for tensor in read))
         graph = self._graphs.get(key)
         if graph is None:
+            self._make_room((place, targets))
             own_args, own_kwargs = pytree.tree_unflatten(own, layout)
             before = set(sums)
             captured = self._backend.capture(lambda: block(*own_args, **own_kwargs))
@@ -95,13 +105,36 @@ class BlockGraphs:
                 raise TypeError(f"{type(block).__name__} returns {type(captured.output).__name__}")
             begun = {feature: total for feature, total in sums.items() if feature not in before}
             graph = self._graphs[key] = _BlockGraph(captured, begun)
-            self._stats.captures += 1
-            self._stats.nbytes += captured.nbytes
+            self._memory.took(captured, [*leaves(captured.output), *begun.values()], inputs=0)
+            if (reason := self._memory.overdrawn()) is not None:  # more than was expected
+                raise NoRoom(reason)
         graph.captured.replay()
-        self._stats.replays += 1
+        self._memory.stats.replays += 1
         sums.update(graph.partial_sums)
-        self._made += tensors(pytree.tree_leaves(graph.captured.output))
+        self._made += leaves(graph.captured.output)
         return graph.captured.output
+
+    def _warm(self, place: Any, given: list[Tensor], run: Callable[[], Any]) -> Any:
+        before = [*self._call.result.partial_sums.values()]
+        with LiveBytes(given[0].device.type) as memory:
+            output = self._backend.warm(run)
+        sums = self._call.result.partial_sums.values()
+        begun = [total for total in sums if not any(total is known for known in before)]
+        self._coming[place] = expected(memory, output, begun)
+        return output
+
+    def _make_room(self, place: Any) -> None:
+        """A block is about to be captured: see whether it and those that will be fit the budget.
+
+        Raises:
+            NoRoom: they do not.
+        """
+        coming = self._coming.values()
+        held = sum(one.held for one in coming)
+        working = max((one.peak - one.held for one in coming), default=0)
+        if (reason := self._memory.why_not(Expected(held + working, held))) is not None:
+            raise NoRoom(reason)
+        self._coming.pop(place, None)
 
     def _own(self, given: Tensor) -> Tensor:
         """Memory that is at the same place in every call, with the numbers of this one."""
@@ -113,6 +146,7 @@ class BlockGraphs:
         key = (len(self._copied), given.shape, given.stride(), given.dtype, given.device)
         if key not in self._buffers:
             self._buffers[key] = like(given)
+            self._memory.stats.input_nbytes += nbytes(given)
         copy = self._buffers[key].copy_(given)
         self._copied.append((given, copy))
         return copy

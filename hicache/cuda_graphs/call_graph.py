@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hicache.compat import pytree
 from hicache.cuda_graphs.capture import CaptureBackend, Captured, describe, like, modes, tensors
+from hicache.cuda_graphs.graph_memory import leaves
+from hicache.cuda_graphs.live_bytes import nbytes
 from hicache.step_plan import CallResult, FullStep, RunningCall, SkippedStep
 
 
@@ -82,6 +84,16 @@ class CallGraph:
             return cls(captured, inputs, call.result)
         finally:
             call.plan, call.result, call.rotary_index = plan, result, 0
+
+    @property
+    def input_nbytes(self) -> int:
+        """Bytes of its memory for what a call is given."""
+        return sum(map(nbytes, self._inputs))
+
+    @property
+    def given(self) -> list[Tensor]:
+        """What it gives, in the memory of its pool."""
+        return [*leaves(self.captured.output), *self._result.partial_sums.values()]
 
     def replay(self, call: RunningCall, form: CallArguments) -> Any:
         """Run it with the numbers of this call; its output, which the next replay leaves alone."""

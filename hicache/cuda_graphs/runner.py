@@ -18,10 +18,12 @@ from torch import nn
 
 from hicache import compat
 from hicache.compat import pytree
-from hicache.cuda_graphs.block_graphs import BlockGraphs
-from hicache.cuda_graphs.call_graph import CallArguments, CallGraph, cloned
+from hicache.cuda_graphs.block_graphs import BlockGraphs, NoRoom
+from hicache.cuda_graphs.call_graph import CallArguments, CallGraph, cloned, plan_inputs
 from hicache.cuda_graphs.capture import CaptureBackend, describe
 from hicache.cuda_graphs.capture_safety import INSIDE, unsafe_ops
+from hicache.cuda_graphs.graph_memory import Expected, GraphMemory, expected, leaves
+from hicache.cuda_graphs.live_bytes import LiveBytes, nbytes
 from hicache.cuda_graphs.model_state import ModelState
 from hicache.cuda_graphs.scope import Scope
 from hicache.hooks.hooked import HookedModule
@@ -30,7 +32,7 @@ from hicache.stats import GraphStats
 from hicache.step_plan import FullStep, SkippedStep
 
 LIMIT: Final = 16  # live graphs of one transformer
-# What a user may ask for besides True and False: with "full", full steps whatever room their graphs leave.
+# What a user may ask for besides True and False: with "full", full steps whatever memory their graphs take.
 CHOICES: Final = ("auto", "full", "skipped")
 _KEY: Final = "_hicache_graphs"
 _COMPILED: Final = (
@@ -73,17 +75,22 @@ class GraphRunner:
         self._choice = choice
         self._limit = limit
         self._graphs: OrderedDict[Any, CallGraph] = OrderedDict()
-        self._warmed: set[Any] = set()
+        self._warmed: dict[Any, Expected] = {}
+        self._sums = 0  # bytes that a full step adds features up in
+        self._stale = False  # whether there are graphs of earlier runs
         self._model = ModelState(module, transformer.lists)
         self._undo: Callable[[], None] | None = None
         self.due = False  # whether the current call is to be replayed: set where it begins and ends
         self.stats = GraphStats()
         self._scope = Scope(self.stats, choice == "skipped", full_only=transformer.skips_whole)
-        self._blocks = BlockGraphs(call, backend, self.stats, limit=8 * limit)
+        self.memory = GraphMemory(self.stats, unlimited=choice == "full")
+        self._blocks = BlockGraphs(call, backend, self.memory, limit=8 * limit)
 
     def start_run(self, changed: bool) -> None:
         """A run starts; ``changed`` says that parts of the model are not what they were."""
         self._model.start_run()
+        self._scope.start_run()
+        self._stale = self.stats.nbytes > 0
         if changed:
             self.drop()
         before = self.stats.eager
@@ -133,9 +140,14 @@ class GraphRunner:
 
     def drop(self) -> None:
         """Forget all graphs, and free their memory."""
-        self._graphs.clear()
         self._warmed.clear()
+        self._drop_graphs()
+
+    def _drop_graphs(self) -> None:
+        """Free the memory of all graphs; their calls need not be warmed up again."""
+        self._graphs.clear()
         self._blocks.drop()  # and with it the backend's pool
+        self._stale = False
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the transformer: eagerly the first time in this form, captured the second, then replayed.
@@ -159,12 +171,12 @@ class GraphRunner:
         if graph is None:
             if key not in self._warmed:
                 return self._warm(key, lambda: forward(*args, **kwargs))
-            graph = self._capture(forward, form)
+            graph = self._capture(key, forward, form)
             if graph is None:
                 return forward(*args, **kwargs)
             self._graphs[key] = graph
             if len(self._graphs) > self._limit:
-                self._graphs.popitem(last=False)
+                self.memory.let_go(self._graphs.popitem(last=False)[1].input_nbytes)
         self._graphs.move_to_end(key)
         self.stats.replays += 1
         return graph.replay(self._call, form)
@@ -173,12 +185,18 @@ class GraphRunner:
         """The first call of a form, and whether it may be captured: best not to begin what will fail."""
         if len(self._warmed) > 8 * self._limit:
             self._warmed.clear()
-        self._warmed.add(key)
+        self._warmed[key] = Expected()
+        if self.memory.overdrawn() is not None:  # histories have grown
+            self._drop_graphs()
         if compat.is_compiled(self._module):  # compiled blocks have no operations to look at
             return self._backend.warm(run)
         output: list[Any] = []
         blocks = [block for blocks in self._block_lists for block in compat.children_of_list(blocks)]
-        found = unsafe_ops(lambda: output.append(self._backend.warm(run)), blocks)
+        with LiveBytes(next(self._module.parameters()).device.type) as memory:
+            found = unsafe_ops(lambda: output.append(self._backend.warm(run)), blocks)
+        sums = self._call.result.partial_sums.values()
+        self._warmed[key] = expected(memory, output, sums)
+        self._sums = max(self._sums, sum(map(nbytes, sums)))
         if any(op.place == INSIDE for op in found):
             self._give_up(str(next(op for op in found if op.place == INSIDE)))
         elif found:
@@ -194,19 +212,47 @@ class GraphRunner:
         return cloned(forward(*args, **kwargs))
 
     def _run_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._scope.why_not_at_all is None:
+        if self._scope.why_not_at_all is None and self._scope.no_room is None:
             result = self._call.result
             sums = dict(result.partial_sums)
             try:
                 return self._blocks.run(block, args, kwargs)
+            except NoRoom as error:
+                result.partial_sums = sums
+                self._scope.over_budget(str(error), all_of_it=True)
+                self._drop_graphs()
             except Exception as error:
                 result.partial_sums = sums
                 self._give_up(f"a capture failed: {_first_line(error)}")
         return block(*args, **kwargs)
 
-    def _capture(self, forward: Callable[..., Any], form: CallArguments) -> CallGraph | None:
+    def _why_no_room(self, key: Any, form: CallArguments) -> str | None:
+        """Why the budget has no room for a graph of this call; graphs of earlier runs are given up for it."""
+        beside = sum(map(nbytes, [*leaves(form.leaves), *plan_inputs(self._call)]))
+        if self._scope.why_not_full is not None:
+            beside += self._sums
+        reason = self.memory.why_not(self._warmed[key], beside)
+        if reason is not None and self._stale:
+            self._drop_graphs()
+            reason = self.memory.why_not(self._warmed[key], beside)
+        return reason
+
+    def _over_budget(self, full: bool, reason: str) -> None:
+        """There is no room for a graph: those of full steps are given up first."""
+        all_of_it = not full and self._scope.why_not_full is not None
+        if not full and not all_of_it:
+            self._drop_graphs()
+        self._scope.over_budget(reason, all_of_it)
+        if self._choice != "auto":
+            self._warn(self.stats.partly or reason)
+
+    def _capture(self, key: Any, forward: Callable[..., Any], form: CallArguments) -> CallGraph | None:
         """The graph of the current call; None where it cannot be had."""
         full = isinstance(self._call.plan, FullStep)
+        reason = self._scope.no_room or self._why_no_room(key, form)
+        if reason is not None:
+            self._over_budget(full, reason)
+            return None
         try:
             graph = CallGraph.capture(self._backend, self._call, forward, form)
         except torch.OutOfMemoryError as error:
@@ -229,8 +275,13 @@ class GraphRunner:
             taken = f"that of a full step takes {captured.nbytes:,} bytes, and {captured.free:,} are left"
             self._capture_skipped_only(taken)
             return None
-        self.stats.captures += 1
-        self.stats.nbytes += captured.nbytes
+        self.memory.took(captured, graph.given, graph.input_nbytes)
+        reason = self.memory.overdrawn()
+        if reason is not None:  # more than was expected
+            self._warmed[key].peak = max(captured.nbytes, self._warmed[key].peak)
+            self._drop_graphs()
+            self._over_budget(full, reason)
+            return None
         return graph
 
     def _capture_skipped_only(self, reason: str) -> None:

@@ -26,12 +26,28 @@ class Scope:
         self.why_not_full: str | None = None
         self.why_not_whole: str | None = None  # calls as a whole; their blocks are tried alone
         self.why_not_at_all: str | None = None
-        if full_only and skipped_only:
+        self._over_budget = False  # in this run
+        self.no_room: str | None = None  # in this run, for anything
+        self._skipped_only = skipped_only
+        self._choose()
+
+    def _choose(self) -> None:
+        self.why_not_full = None
+        if self._full_only and self._skipped_only:
             self.leave_out_all(_NOTHING)
-        elif full_only:
-            stats.partly = f"only full steps are captured: {_NOTHING}"
-        elif skipped_only:
+        elif self._full_only:
+            self._stats.partly = f"only full steps are captured: {_NOTHING}"
+        elif self._skipped_only:
             self.leave_out_full("asked for")
+
+    def start_run(self) -> None:
+        """A run starts: its histories may leave more of the budget."""
+        self.no_room = None
+        if self._over_budget:
+            self._over_budget, self._stats.partly = False, None
+            self._choose()
+            if self.why_not_whole is not None:
+                self.leave_out_surroundings(self.why_not_whole)
 
     def leave_out_full(self, reason: str) -> None:
         """Full steps run eagerly: their intermediate results would take memory that others need."""
@@ -40,6 +56,15 @@ class Scope:
             return
         self.why_not_full = reason
         self._stats.partly = f"only skipped steps are captured: {reason}"
+
+    def over_budget(self, reason: str, all_of_it: bool) -> None:
+        """For the rest of the run full steps run eagerly, or all do: there is no room in the budget."""
+        self._over_budget = True
+        if all_of_it or self._full_only:
+            self.no_room = reason
+            self._stats.partly = f"nothing more is captured in this run: {reason}"
+        else:
+            self.leave_out_full(reason)
 
     def leave_out_surroundings(self, reason: str) -> None:
         """A call cannot be captured as a whole, maybe for what is before its blocks."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hicache.basis import Basis, evaluate
 from hicache.config import HiCacheConfig
-from hicache.engine import positions
+from hicache.differences import positions
 from hicache.run import Position
 from hicache.schedule import full_steps
 from hicache.snapshots import differences_of_snapshots

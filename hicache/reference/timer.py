@@ -33,9 +33,9 @@ class Timer:
             self._seconds += time.perf_counter() - began
             return
         events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        events[0].record()
+        events[0].record(torch.cuda.current_stream(device))  # whichever GPU is current
         yield
-        events[1].record()
+        events[1].record(torch.cuda.current_stream(device))
         self._events.append(events)
 
     @property

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
-
 from hicache.adapters.base import ModuleAdapter
 from hicache.runtime.context import BegunCall, Context, Contexts
 from hicache.runtime.gate_rank import GATE_TOLERANCE
 from hicache.runtime.low_rank import LowRankRecorder
+from hicache.runtime.memory_room import Graphs, MemoryRoom
 from hicache.runtime.module_recorder import ModuleRecorder
 from hicache.runtime.output_recorder import OutputRecorder
 from hicache.runtime.recorders import Recorder, StackRecorder
@@ -52,6 +51,7 @@ class RecorderChoice:
         contexts: whose histories the budget is for.
         warn: tells the user, once.
         adapter: says which tokens are drawn, whatever is cached of them; None where nobody knows the model.
+        graphs: of the denoiser, if it has some.
     """
 
     def __init__(
@@ -62,12 +62,14 @@ class RecorderChoice:
         contexts: Contexts,
         warn: Callable[[str], None],
         adapter: ModuleAdapter | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self._model = model
         self.adapter = adapter
         self._policy = policy
         self._contexts = contexts
         self.warn = warn
+        self._room = MemoryRoom(policy.memory_budget, graphs, warn)
         self.coarse = _COARSE.get(policy.granularity, StackRecorder)()  # where modules cannot be had
         self.modules = modules if policy.by_module else None
         self.low_rank: LowRankRecorder | None = None
@@ -126,7 +128,7 @@ class RecorderChoice:
         if refusal is None and self.recorder is self.modules and self._policy.granularity == "auto":
             wanted = context.planned_nbytes - context.engine.nbytes
             planned = self._contexts.planned_nbytes
-            refusal = self._over_budget("its modules' history", planned, wanted, form.device)
+            refusal = self._room.why_not("its modules' history", planned, wanted, form.device)
             if refusal is not None and self.low_rank is not None:
                 self._release_recorded()
                 self.recorder, self._why_not_modules = self.low_rank, refusal
@@ -147,8 +149,9 @@ class RecorderChoice:
             planned = self.low_rank.planned_nbytes(self._contexts.current)
             basis = begun.context.low_rank.basis
             assert basis is not None
-            what, held = f"its history at rank {basis.rank}", self._contexts.current_nbytes
-            refusal = self._over_budget(what, planned, planned - held, begun.context.form.device)
+            what = f"its history at rank {basis.rank}"
+            held = self._contexts.current_nbytes + self._contexts.gates_nbytes
+            refusal = self._room.why_not(what, planned, planned - held, begun.context.form.device)
         if refusal is not None and self._why_not_modules is not None:
             refusal = f"{self._why_not_modules}; {refusal}"
         return refusal
@@ -221,25 +224,3 @@ class RecorderChoice:
         ranks = itertools.zip_longest(*(basis.errors for basis in bases), fillvalue=0.0)
         errors = [max(errors) for errors in ranks]
         return LowRankStats(max(basis.rank for basis in bases), errors)
-
-    def _over_budget(self, what: str, planned: int, wanted: int, device: torch.device) -> str | None:
-        """Why the histories of this run's contexts must not be held; None when they may."""
-        budget = self._policy.memory_budget
-        # Where the second context is too much, the first has been recorded in vain; in every such run anew,
-        # as nothing of an earlier run may change the picture.
-        if planned > budget:
-            return f"{what}, {planned:,} bytes or more, is over memory_budget={budget:,}"
-        free = _free_bytes(device) if wanted > 0 else None
-        if free is not None and wanted > free:
-            why = f"{what} wants {wanted:,} bytes and {free:,} are free on {device}"
-            self.warn(f"is cached more coarsely: {why}")
-            return why
-        return None
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Bytes that can be allocated on a GPU; None for other devices, which do not tell."""
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))

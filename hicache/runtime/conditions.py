@@ -30,8 +30,9 @@ class Conditions:
     """
 
     def __init__(self, model_kwargs: Mapping[str, Any]) -> None:
-        named = [value for name, value in model_kwargs.items() if name.startswith(_NAMES)]
-        self._given = [(weakref.ref(tensor), compat.write_count(tensor)) for tensor in _tensors(named)]
+        self._given = [
+            (weakref.ref(tensor), compat.write_count(tensor)) for tensor in conditioning(model_kwargs)
+        ]
         self._numbers: list[Tensor] = []
 
     @property
@@ -45,6 +46,15 @@ class Conditions:
         self._numbers = [tensor.detach().clone() for tensor in given]
         return self
 
+    def release(self) -> None:
+        """Free the numbers kept: from here on the tensors themselves have to come again."""
+        self._numbers = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers kept."""
+        return sum(tensor.nbytes for tensor in self._numbers)
+
     def are(self, later: Conditions) -> bool:
         """Whether a later call is given the same tensors, with nothing known to be written to them since."""
         pairs = list(zip(self._given, later._given, strict=True))
@@ -56,10 +66,19 @@ class Conditions:
         Where it is, its tensors are those that :meth:`are` looks for from then on.
         """
         given = [tensor for ref, _ in later._given if (tensor := ref()) is not None]
-        same = all(torch.equal(one, other) for one, other in zip(self._numbers, given, strict=True))
+        same = len(given) == len(self._numbers) and all(map(torch.equal, self._numbers, given))
         if same:
             self._given = later._given
         return same
+
+
+def conditioning(model_kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors among a call's arguments that say what is drawn.
+
+    Args:
+        model_kwargs: the transformer's arguments by name.
+    """
+    return _tensors([value for name, value in model_kwargs.items() if name.startswith(_NAMES)])
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from hicache.compat import pytree
 from hicache.engine import Engine
 from hicache.runtime.conditions import Conditions
 from hicache.runtime.finite import FiniteCheck
@@ -144,7 +145,21 @@ class Context:
         self.low_rank.release()
         self.rotary.clear()
         self.returned = None
+        self.conditions.release()
         self.unlearn()
+
+    @property
+    def gates_nbytes(self) -> int:
+        """Bytes of gates it holds: of steps to come, and with gates of low rank of the whole run."""
+        rows, basis = self.prefetch.rows, self.low_rank.basis
+        return (0 if rows is None else rows.nbytes) + (0 if basis is None else basis.nbytes)
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes of what else it keeps for a run: coefficients, rotary embeddings, copies of the prompt."""
+        embeddings = [leaf for leaf in pytree.tree_leaves(self.rotary) if isinstance(leaf, Tensor)]
+        kept = sum(tensor.nbytes for tensor in embeddings) + self.conditions.nbytes
+        return kept + self.engine.numbers_nbytes
 
     @property
     def planned_nbytes(self) -> int:
@@ -265,6 +280,16 @@ class Contexts:
     def current_nbytes(self) -> int:
         """The same, of this run's contexts alone."""
         return _held(self.current)
+
+    @property
+    def gates_nbytes(self) -> int:
+        """Bytes of gates that this run's contexts hold."""
+        return sum(context.gates_nbytes for context in self.current)
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes of what else they keep for the run."""
+        return sum(context.kept_nbytes for context in self.current)
 
     @property
     def planned_nbytes(self) -> int:

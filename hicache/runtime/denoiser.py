@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hicache import compat
 from hicache.adapters.base import ModuleAdapter
+from hicache.adapters.gates import held_nbytes, let_go
 from hicache.cuda_graphs.runner import GraphRunner
 from hicache.handle import NotCopied
 from hicache.hooks.caller import CallName, find_caller
@@ -78,6 +79,8 @@ class Denoiser(NotCopied):
         self._version = 0  # how often that was another
         self._warned: set[str] = set()
         self._undo: list[Callable[[], None]] = []
+        if graphs is not None:
+            graphs.memory.room = self._room_for_graphs
 
     def install(self) -> None:
         """Hook the transformer."""
@@ -107,12 +110,21 @@ class Denoiser(NotCopied):
                 track.contexts.release()
             if self.graphs is not None:
                 self.graphs.drop()
+            if self._adapter is not None:
+                let_go(self._adapter)
 
     def track(self, session: Session) -> Track:
         """What it has of a session."""
         if session not in self.tracks:
             self.tracks[session] = Track(
-                self.name, self.hooked, self._policy, self._modules, session, self._warn, self._adapter
+                self.name,
+                self.hooked,
+                self._policy,
+                self._modules,
+                session,
+                self._warn,
+                self._adapter,
+                self.graphs,
             )
         return self.tracks[session]
 
@@ -120,6 +132,25 @@ class Denoiser(NotCopied):
     def nbytes(self) -> int:
         """Bytes of history held, of all sessions together."""
         return sum(track.contexts.nbytes for track in tuple(self.tracks.values()))
+
+    @property
+    def gates_nbytes(self) -> int:
+        """Bytes of gates held, likewise."""
+        held = 0 if self._adapter is None else held_nbytes(self._adapter)
+        return held + sum(track.contexts.gates_nbytes for track in tuple(self.tracks.values()))
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes of what else is kept for a run, likewise."""
+        return sum(track.contexts.kept_nbytes for track in tuple(self.tracks.values()))
+
+    def _room_for_graphs(self) -> int | None:
+        """Bytes of the budget that the run at hand leaves for graphs."""
+        if self._track is None:
+            return None
+        contexts = self._track.contexts
+        gates = contexts.gates_nbytes + (0 if self._adapter is None else held_nbytes(self._adapter))
+        return self._policy.memory_budget - contexts.current_nbytes - gates - contexts.kept_nbytes
 
     # What a call of the transformer goes through, in order. From _before() to _after() it may be compiled.
 

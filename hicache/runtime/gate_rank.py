@@ -138,6 +138,20 @@ class GateBasis:
         )
 
     @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return sum(tensor.nbytes for tensor in (self.directions, self.levels, *self.gates))
+
+    @staticmethod
+    def planned_nbytes(
+        rank: int, num_steps: int, num_features: int, batch: int, channels: int, dtype: torch.dtype
+    ) -> int:
+        """Bytes one of these takes: ``num_steps`` from its first on, of gates of ``dtype``."""
+        summed = torch.promote_types(dtype, torch.float32).itemsize
+        directions = num_features * rank * batch * channels * summed
+        return directions + num_steps * batch * (rank * summed + (rank + 1) * channels * dtype.itemsize)
+
+    @property
     def rank(self) -> int:
         """How many directions there are."""
         return self.directions.shape[1]

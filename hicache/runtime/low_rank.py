@@ -84,7 +84,7 @@ class LowRankRecorder(Recorder):
         engine, num_steps = context.engine, begun.local_step + len(rows)
         misses, skipped = forecast_misses(engine, begun.local_step, num_steps)
         state.basis = GateBasis.of(rows, begun.step, misses, skipped, self.tolerance)
-        state.row = rows[0]
+        state.row = rows[0].clone()  # a view would hold those of all steps
         return None if state.basis is not None else "its gates are not finite"
 
     def _rows(self, begun: BegunCall, clock: StepClock, form: CallForm, learning: bool) -> Tensor | str:
@@ -113,9 +113,10 @@ class LowRankRecorder(Recorder):
         return prefetch.gates(self.modules.adapter, begun.step, begun.model_kwargs, read=True)
 
     def planned_nbytes(self, contexts: Iterable[Context]) -> int:
-        """Bytes these contexts want, what features are added up in included."""
+        """Bytes these contexts want, with the gates of the run and what features are added up in."""
         histories, memory = 0, {}
         for context in contexts:
+            histories += context.gates_nbytes  # they are there before the history is
             form, basis = context.form, context.low_rank.basis
             if form is not None and basis is not None:
                 rows = basis.rank + 1

@@ -9,6 +9,7 @@ from hicache.adapters.base import ModuleAdapter
 from hicache.hooks.hooked import HookedModule
 from hicache.runtime.budget import Policy, RecorderChoice
 from hicache.runtime.context import Context, Contexts
+from hicache.runtime.memory_room import Graphs
 from hicache.runtime.module_recorder import ModuleRecorder
 from hicache.runtime.output_planner import OutputPlanner
 from hicache.runtime.planner import CallPlanner
@@ -29,6 +30,7 @@ class Track:
         session: what all denoisers of the pipeline share in these runs.
         warn: tells the user, once.
         adapter: knows the model; None where nobody does.
+        graphs: of the denoiser, if it has some.
     """
 
     def __init__(
@@ -40,11 +42,12 @@ class Track:
         session: Session,
         warn: Callable[[str], None],
         adapter: ModuleAdapter | None,
+        graphs: Graphs | None,
     ) -> None:
         self.session = session
         self.counter = StepCounter(session)
         self.contexts = Contexts(name)
-        self.choice = RecorderChoice(hooked.name, policy, modules, self.contexts, warn, adapter)
+        self.choice = RecorderChoice(hooked.name, policy, modules, self.contexts, warn, adapter, graphs)
         planner = _PLANNERS.get(policy.granularity, CallPlanner)
         self.planner = planner(hooked, self.choice, session)
         self.learned_from = 0  # which of the model's versions

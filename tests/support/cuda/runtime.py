@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -53,12 +54,20 @@ class Stream:
 
 
 class Pool:
-    """Memory of graphs."""
+    """Memory of graphs: the device's again when all of them are gone, and all tensors that they gave."""
 
     def __init__(self) -> None:
         self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         self.used = False
         self.allocating = False
+        self.taken = 0  # bytes, since its first capture
+        self.made: list[StorageWeakRef] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it has of the device."""
+        held = len(self.graphs) > 0 or not all(storage.expired() for storage in self.made)
+        return self.taken if held else 0
 
 
 class Graph:
@@ -96,7 +105,10 @@ class Graph:
             raise RuntimeError("operation failed due to a previous error during capture")
         assert self.pool is not None
         self.pool.allocating = False
-        runtime.free -= runtime.takes
+        made = self.tape.made
+        self.pool.made += [StorageWeakRef(tensor.untyped_storage()) for tensor in made]
+        total = sum(tensor.untyped_storage().nbytes() for tensor in made)
+        self.pool.taken += total if runtime.takes is None else runtime.takes
         with runtime.quiet():
             self.tape.finish()
 
@@ -117,14 +129,13 @@ class Runtime(TorchDispatchMode):
 
     Args:
         tensors: index of the device that tensors count as being on; another one is current at first.
-        takes: bytes that a capture takes.
+        takes: bytes that a capture takes; None: of all tensors it makes, one beside the other.
     """
 
-    def __init__(self, tensors: int = 1, takes: int = 1000) -> None:
+    def __init__(self, tensors: int = 1, takes: int | None = 1000) -> None:
         super().__init__()
         self.tensors = tensors
         self.takes = takes
-        self.free = FREE
         self.device = 0
         self.graph: Graph | None = None
         self.replays = self.captures = 0
@@ -134,6 +145,16 @@ class Runtime(TorchDispatchMode):
         self.memory = Memory()
         self._writes: dict[int, tuple[Stream, int]] = {}  # by place
         self._quiet = False
+
+    @property
+    def pool_nbytes(self) -> int:
+        """Bytes that graphs have of the device."""
+        return sum(pool.nbytes for pool in self.pools)
+
+    @property
+    def free(self) -> int:
+        """Bytes of the device that are left."""
+        return FREE - self.pool_nbytes
 
     def default(self, device: int) -> Stream:
         if device not in self._defaults:

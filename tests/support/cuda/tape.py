@@ -168,6 +168,11 @@ class Tape:
             for tensor, numbers in zip(entry.made, new, strict=True):
                 tensor.copy_(numbers)
 
+    @property
+    def made(self) -> list[Tensor]:
+        """What the capture made."""
+        return list(self._mine.values())
+
     def outside(self, writes: bool) -> set[int]:
         """Places outside that a replay reads, or those it writes to."""
         found: set[int] = set()

@@ -1,0 +1,135 @@
+"""What a call holds at once is counted, on a device with numbers as on one without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hicache.adapters import registry
+from hicache.compat import pytree
+from hicache.cuda_graphs.live_bytes import LiveBytes, nbytes
+from hicache.dry_run import Recorded, dry_run
+from hicache.plan import _latent_shape
+from tests.support import pipelines
+
+FAMILIES = (
+    "flux",
+    "flux2",
+    "chroma",
+    "qwen",
+    "sd3",
+    "hunyuan",
+    "dit",
+    "cogvideox",
+    "wan",
+    "ltx",
+    "pixart",
+    "sana",
+)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_memory_counts_until_nothing_of_it_is_left(device: str):
+    with LiveBytes(device) as memory:
+        whole = torch.empty(1000, 1000, device=device)
+        view = whole.view(-1)
+        del whole
+        assert memory.live == memory.peak == 4_000_256  # in blocks of 512 bytes
+        other = view + 1
+        del view
+        other.add_(1)
+        first, second = other.split(500_000)
+        del other, first
+        assert (memory.live, memory.peak) == (4_000_256, 8_000_512)
+        del second
+        assert (memory.live, memory.mark()) == (0, 8_000_512)
+        assert memory.peak == 0
+
+
+def test_other_devices_do_not_count():
+    with LiveBytes("meta") as memory:
+        torch.empty(8) + torch.empty(8)
+    assert memory.peak == 0
+
+
+def called(name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """A pipeline, its arguments, and those of its transformer's first call."""
+    pipe, arguments = pipelines.build(name)
+    seen: list[dict[str, Any]] = []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append({**dict(zip(("hidden_states",), args, strict=False)), **kwargs})
+
+    remove = pipe.transformer.register_forward_pre_hook(look, with_kwargs=True).remove
+    pipelines.draw(pipe, arguments, 1)
+    remove()
+    return pipe, arguments, seen[0]
+
+
+def form(value: Any) -> Any:
+    return pytree.tree_map(lambda leaf: (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf, value)
+
+
+def latents(pipe: Any, arguments: dict[str, Any]) -> tuple[int, int, int]:
+    pixels = pipe.transformer.config.get("sample_size", 0) * 8  # what DiT draws
+    size = arguments.get("num_frames", 1), arguments.get("height", pixels), arguments.get("width", pixels)
+    return _latent_shape(pipe, registry.find(pipe.transformer), size)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_example_is_what_the_pipeline_gives(name: str):
+    """Of shapes and dtypes, and with nothing left out that has numbers."""
+    pipe, arguments, given = called(name)
+    text = given["encoder_hidden_states"].shape[1] if "encoder_hidden_states" in given else 1
+    like, batch = torch.empty((), device="meta"), len(given["hidden_states"])
+    example = registry.find(pipe.transformer).example(latents(pipe, arguments), batch, text, like)
+    assert {name: form(value) for name, value in example.items()} == {
+        name: form(given.get(name)) for name in example
+    }
+    assert not [name for name in given if name not in example and isinstance(given[name], Tensor)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_without_numbers_takes_what_one_with_numbers_does(name: str):
+    """But for kernels that are one operation on one device, and several on the other."""
+    pipe, arguments, given = called(name)
+    adapter = registry.find(pipe.transformer)
+    size = latents(pipe, arguments)
+    hidden = (len(given["hidden_states"]), adapter.tokens(size), adapter.channels)
+    text = given["encoder_hidden_states"].shape[1] if "encoder_hidden_states" in given else 1
+    recorded = Recorded("stack", adapter.num_features({}), hidden, 3)
+    told = dry_run(pipe.transformer, size, text, torch.float32, recorded)
+    with torch.no_grad(), LiveBytes("cpu") as memory:
+        output = pipe.transformer(**{**given, "return_dict": False})
+    assert told.full.held == nbytes(output[0])
+    assert 0.8 * memory.peak <= told.full.peak <= 1.25 * memory.peak
+    assert told.skipped.peak <= told.full.peak
+    assert bool(told.unsafe) == (name == "chroma")
+
+
+@pytest.mark.parametrize("granularity", ["module", "low-rank", "stack"])
+def test_blocks_alike_stand_for_each_other(granularity: str):
+    """A deep model takes what a shallow one does, but for what its blocks give when captured alone."""
+    told = []
+    for depth in (2, 5):
+        pipe, _ = pipelines.build("flux", doubles=depth, singles=depth)
+        recorded = Recorded(granularity, 3 * depth, (1, 16, 32), 3, 1)
+        told.append(dry_run(pipe.transformer, (1, 8, 8), 6, torch.float32, recorded))
+    shallow, deep = told
+    assert shallow.full.peak == deep.full.peak
+    assert deep.blocks.held == 5 * (shallow.blocks.held // 2)
+
+
+def test_what_features_are_added_up_in_is_counted():
+    pipe, _ = pipelines.build("wan")
+    told = {}
+    for granularity in ("module", "stack"):
+        hidden = (1, 12, registry.find(pipe.transformer).channels)
+        recorded = Recorded(granularity, 3, hidden, 3)
+        told[granularity] = dry_run(pipe.transformer, (3, 4, 4), 6, torch.float32, recorded)
+    assert told["module"].sums >= 512
+    assert told["stack"].sums == 0
+    assert told["module"].full.held == told["stack"].full.held + told["module"].sums
