@@ -157,6 +157,12 @@ def test_auto_takes_it_between_modules_and_the_stack(name: str):
     wanted = wanted_nbytes(told)  # of low rank, the last
     assert held["stack"] < held["low-rank"] < held["module"]
     assert wanted > held["low-rank"]  # with the gates of the run
+    if wanted >= held["module"]:  # which are more than a picture this small saves
+        budget = {"memory_budget": held["module"] - 1, **tolerance}
+        with apply(pipe, granularity="auto", **budget) as handle:
+            assert torch.equal(trace(pipe, arguments, 12), drawn["stack"])
+            assert handle.stats.granularity == "stack"
+        return
     with apply(pipe, granularity="auto", memory_budget=wanted, gate_tolerance=FAMILIES[name]) as handle:
         chosen = trace(pipe, arguments, 12)
         assert handle.stats.granularity == "low-rank"
@@ -169,7 +175,8 @@ def test_auto_takes_it_between_modules_and_the_stack(name: str):
     off = {granularity: relative_rms(drawn[granularity], drawn["module"]) for granularity in drawn}
     assert off["low-rank"] < 0.8 * off["stack"]
     assert relative_rms(chosen, drawn["module"]) < 0.8 * off["stack"]
-    with apply(pipe, granularity="auto", memory_budget=wanted - 1, gate_tolerance=FAMILIES[name]) as handle:
+    # where the second call of the first step is what does not fit, the first has the gates of a step less
+    with apply(pipe, granularity="auto", memory_budget=held["low-rank"] - 1, **tolerance) as handle:
         assert torch.equal(trace(pipe, arguments, 12), drawn["stack"])
         assert handle.stats.granularity == "stack"
         assert "its modules' history" in choice(handle)
