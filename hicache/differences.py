@@ -1,4 +1,4 @@
-"""Which differences exist at a step of a run, and the numbers that forecasts and updates need: on the host."""
+"""Which differences exist at a step of a run, and the numbers that forecasts and updates need."""
 
 from __future__ import annotations
 

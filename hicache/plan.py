@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from torch import nn
 
 from hicache.adapters import registry
 from hicache.adapters.base import ModuleAdapter
@@ -27,7 +25,14 @@ from hicache.pipeline import (
     find_denoisers,
     is_unet,
 )
-from hicache.planned_memory import GatesPlan, GraphsPlan, latent_shape, plan_gates, plan_graphs
+from hicache.planned_memory import (
+    GatesPlan,
+    GraphsPlan,
+    latent_shape,
+    plan_gates,
+    plan_graphs,
+    returned_by_unet,
+)
 from hicache.runtime.gate_rank import SumMemory, why_not
 
 #: Ranks whose bytes are planned: gates hardly ever need more.
@@ -205,7 +210,11 @@ def plan(
     size = num_frames, height, width
     for name, module in find_denoisers(pipe, unets=granularity == "output").items():
         if is_unet(name, module):
-            plans[name] = _of_unet(pipe, module, config, size, batch, guided, calls, dtype)
+            # latents in, latents out, in one call of both samples where it is guided
+            returned = returned_by_unet(pipe, module, size, batch * (1 if calls or not guided else 2))
+            nbytes = Engine(config).planned_nbytes([returned], dtype or next(module.parameters()).dtype)
+            contexts = calls or 1
+            plans[name] = DenoiserPlan("output", contexts, returned, 1, 0, 0, output_bytes=contexts * nbytes)
             continue
         adapter = registry.find(module)
         if adapter is None:
@@ -333,22 +342,3 @@ def _with_graphs(
     room = memory_budget - chosen.history_bytes - chosen.gates_bytes - kept
     graphs = plan_graphs(steps, call.contexts, order > 0, room, choice, steps.sums)
     return replace(chosen, kept_bytes=kept, sums_bytes=steps.sums, graphs=graphs)
-
-
-def _of_unet(
-    pipe: Any,
-    unet: nn.Module,
-    config: HiCacheConfig,
-    size: tuple[int, int, int],
-    batch: int,
-    guided: bool,
-    calls: int | None,
-    dtype: torch.dtype | None,
-) -> DenoiserPlan:
-    """The plan of a U-Net: it takes and returns latents, in one call of both samples where it is guided."""
-    latents = math.prod(latent_shape(pipe, (1, 8), size))
-    settings: Any = unet.config
-    returned = (batch * (1 if calls or not guided else 2), latents, int(settings.out_channels))
-    contexts = calls or 1
-    nbytes = Engine(config).planned_nbytes([returned], dtype or next(unet.parameters()).dtype)
-    return DenoiserPlan("output", contexts, returned, 1, 0, 0, output_bytes=contexts * nbytes)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from hicache.adapters.base import ModuleAdapter
 from hicache.adapters.gates import works_in_memory
@@ -140,3 +142,11 @@ def latent_shape(pipe: Any, compression: tuple[int, int], size: tuple[int, int, 
     for name in ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio"):
         spatial = getattr(pipe, name, None) or spatial
     return (frames - 1) // temporal + 1, height // spatial, width // spatial
+
+
+def returned_by_unet(
+    pipe: Any, unet: nn.Module, size: tuple[int, int, int], samples: int
+) -> tuple[int, int, int]:
+    """What a U-Net returns: samples, places and channels of latents."""
+    settings: Any = unet.config
+    return samples, math.prod(latent_shape(pipe, (1, 8), size)), int(settings.out_channels)
