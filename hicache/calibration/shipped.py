@@ -17,7 +17,7 @@ def shipped(pipe: Any) -> Calibration | None:
     Raises:
         CalibrationError: it is damaged.
     """
-    folder = getattr(getattr(pipe, "config", None), "_name_or_path", None)
+    folder = getattr(pipe, "name_or_path", None)
     if not isinstance(folder, (str, Path)) or not (Path(folder) / NAME).is_file():
         return None
     return load(Path(folder) / NAME)
