@@ -59,7 +59,6 @@ class Pool:
     def __init__(self) -> None:
         self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         self.used = False
-        self.allocating = False
         self.taken = 0  # bytes, since its first capture
         self.made: list[StorageWeakRef] = []
 
@@ -87,12 +86,13 @@ class Graph:
             raise Violation(f"a capture on cuda:{runtime.device} of tensors on cuda:{runtime.tensors}")
         if runtime.stream() is runtime.default(runtime.device):
             raise RuntimeError("CUDA graphs must be captured on a non-default stream")
-        if runtime.graph is not None or pool.allocating:
+        if runtime.graph is not None or pool in runtime.allocating:
             raise RuntimeError("a capture is under way already")
         if pool.used and not pool.graphs:
             raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED: the graphs of this pool are gone")
         self.pool, self.stream = pool, runtime.stream()
-        pool.used = pool.allocating = True
+        pool.used = True
+        runtime.allocating.append(pool)
         pool.graphs.add(self)
         runtime.graph = self
 
@@ -104,7 +104,7 @@ class Graph:
         if self.broken is not None:
             raise RuntimeError("operation failed due to a previous error during capture")
         assert self.pool is not None
-        self.pool.allocating = False
+        runtime.allocating.remove(self.pool)
         made = self.tape.made
         self.pool.made += [StorageWeakRef(tensor.untyped_storage()) for tensor in made]
         total = sum(tensor.untyped_storage().nbytes() for tensor in made)
@@ -140,6 +140,7 @@ class Runtime(TorchDispatchMode):
         self.graph: Graph | None = None
         self.replays = self.captures = 0
         self.pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+        self.allocating: list[Pool] = []  # which the allocator gives memory to, whoever has forgotten them
         self._defaults: dict[int, Stream] = {}
         self._current: dict[int, Stream] = {}
         self.memory = Memory()
@@ -235,7 +236,7 @@ class Runtime(TorchDispatchMode):
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
     def _empty_cache(self) -> None:
-        if any(pool.allocating for pool in self.pools):
+        if self.allocating:
             raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
 
     def _pool(self) -> Pool:
@@ -246,9 +247,9 @@ class Runtime(TorchDispatchMode):
     def _end_pool(self, device: int, pool: Pool) -> None:
         if device != self.tensors:
             raise Violation(f"the pool is of cuda:{self.tensors}, not of cuda:{device}")
-        if not pool.allocating:
+        if pool not in self.allocating:
             raise RuntimeError("no allocation to this pool")
-        pool.allocating = False
+        self.allocating.remove(pool)
 
     def _graph(self) -> Graph:
         self.captures += 1
