@@ -12,7 +12,7 @@ from hicache.adapters import registry
 from hicache.compat import pytree
 from hicache.cuda_graphs.live_bytes import LiveBytes, nbytes
 from hicache.dry_run import Recorded, dry_run
-from hicache.plan import _latent_shape
+from hicache.planned_memory import latent_shape
 from tests.support import pipelines
 
 FAMILIES = (
@@ -76,7 +76,7 @@ def form(value: Any) -> Any:
 def latents(pipe: Any, arguments: dict[str, Any]) -> tuple[int, int, int]:
     pixels = pipe.transformer.config.get("sample_size", 0) * 8  # what DiT draws
     size = arguments.get("num_frames", 1), arguments.get("height", pixels), arguments.get("width", pixels)
-    return _latent_shape(pipe, registry.find(pipe.transformer), size)
+    return latent_shape(pipe, registry.find(pipe.transformer).compression, size)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
