@@ -389,6 +389,15 @@ def test_a_pool_without_a_card_is_left_alone():
         )
 
 
+def test_parts_of_a_model_that_stay_in_fp32():
+    from diffusers import WanTransformer3DModel
+
+    with torch.device("meta"):
+        model = WanTransformer3DModel(num_layers=1, num_attention_heads=2, attention_head_dim=12)
+    assert "time_embedder" in compat.kept_in_fp32(model)
+    assert compat.kept_in_fp32(nn.Linear(2, 2)) == set()
+
+
 def test_every_entry_has_a_test():
     functions = {
         name
