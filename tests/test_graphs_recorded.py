@@ -251,22 +251,28 @@ def test_only_graphs_that_fit_the_budget_beside_the_history_are_made(runtime: Ru
                 assert _held(handle).nbytes == wanted["auto"]
 
 
-def test_graphs_never_make_a_history_coarser(runtime: Runtime, monkeypatch: pytest.MonkeyPatch):
-    """Those of a small picture go when the history of a larger one wants their part of the budget."""
+@pytest.mark.parametrize("takes", [36_000, 25_000], ids=["more than is left", "less"])
+def test_graphs_never_make_a_history_coarser(takes: int, runtime: Runtime):
+    """Those of a small picture go when a larger one wants their part of the budget, history or graphs."""
     pipe, arguments = pipelines.build("flux")
     larger = {**arguments, "height": 128}
     with hicache.fast.apply(pipe, CONFIG, cuda_graphs=False) as handle:
         expected = draw(pipe, larger)
         stats = handle.stats
-        budget = stats.history_bytes + stats.gates_bytes + stats.kept_bytes + 100_000
-    runtime.takes = 36_000
+        left = 100_000
+        budget = stats.history_bytes + stats.gates_bytes + stats.kept_bytes + left
+    runtime.takes = takes
     with hicache.fast.apply(pipe, CONFIG, memory_budget=budget) as handle:
         draw(pipe, arguments)
-        assert _held(handle).nbytes > 100_000
+        assert _held(handle).pool_nbytes == 3 * takes
+        assert (_held(handle).nbytes > left) == (takes == 36_000)
+        draw(pipe, larger, steps=2)  # before anything is captured anew
+        assert handle.stats.nbytes <= budget
         assert close(draw(pipe, larger), expected)
         assert handle.stats.granularity == "module"
         assert handle.stats.nbytes <= budget
         assert runtime.pool_nbytes == _held(handle).pool_nbytes
+        assert (_held(handle).partly is None) == (takes == 25_000)
 
 
 def test_blocks_alone_keep_to_the_budget(runtime: Runtime):
@@ -277,10 +283,11 @@ def test_blocks_alone_keep_to_the_budget(runtime: Runtime):
         assert "only its blocks are captured" in (_held(handle).partly or "")
         stats = handle.stats
         cached = stats.nbytes - _held(handle).nbytes
-    runtime.takes = None
+    runtime.takes, captures = None, runtime.captures
     with hicache.fast.apply(pipe, CONFIG, memory_budget=cached) as handle:
         for _ in range(2):
             assert close(draw(pipe, arguments), expected)
+            assert runtime.captures == captures  # what will not fit is not begun
             assert (_held(handle).partly or "").startswith("nothing more is captured in this run: ")
             assert _held(handle).nbytes == runtime.pool_nbytes == 0
             assert _held(handle).eager is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import hicache_kernels
 from hicache_kernels import BACKENDS, backends
@@ -69,3 +71,21 @@ def test_a_new_backend_is_a_module_and_a_line(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_backend_that_cannot_run_on_a_gpu_leaves_the_others_tested(monkeypatch: pytest.MonkeyPatch):
+    """Without nvcc, ``pytest -m gpu`` has Triton's numbers, graphs and launches all the same."""
+    status = {"reference": None, "triton": None, "native": "no nvcc"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(hicache_kernels, "backend_status", lambda device: status)
+    monkeypatch.delitem(sys.modules, "tests.kernels.test_gpu", raising=False)
+    module = importlib.import_module("tests.kernels.test_gpu")
+    monkeypatch.delitem(sys.modules, "tests.kernels.test_gpu")
+    skipped = {
+        parameter.values[0]: [mark.kwargs["reason"] for mark in parameter.marks if mark.args[0]]
+        for parameter in module.backends.args[1]
+    }
+    assert skipped == {"triton": [], "native": ["native: no nvcc"]}
+    for name in ("test_cascades", "test_gated_sum", "test_a_captured_step_replays_with_new_coefficients"):
+        assert module.backends.mark in getattr(module, name).pytestmark
+    assert module.pytestmark.name == "gpu"
