@@ -122,16 +122,15 @@ class HiCacheConfig:
         """
         if isinstance(self.basis, Basis):
             return self.basis
+        named = Named(self.basis, self.sigma)
+        if self._uniform:
+            return named
         careful = {
             "hermite": Hermite(self.sigma),
             "scaled_taylor": ScaledTaylor(self.sigma),
             "taylor": Taylor(),
         }
-        return (
-            Named(self.basis, self.sigma)
-            if self._uniform
-            else careful.get(self.basis, Named(self.basis, self.sigma))
-        )
+        return careful.get(self.basis, named)
 
     @property
     def _uniform(self) -> bool:

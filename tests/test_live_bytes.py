@@ -14,21 +14,7 @@ from hicache.cuda_graphs.live_bytes import LiveBytes, nbytes
 from hicache.dry_run import Recorded, dry_run
 from hicache.planned_memory import latent_shape
 from tests.support import pipelines
-
-FAMILIES = (
-    "flux",
-    "flux2",
-    "chroma",
-    "qwen",
-    "sd3",
-    "hunyuan",
-    "dit",
-    "cogvideox",
-    "wan",
-    "ltx",
-    "pixart",
-    "sana",
-)
+from tests.support.pipelines import FAMILIES
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])

@@ -24,7 +24,7 @@ from hicache.adapters.sana import Sana
 from hicache.adapters.wan import Wan
 from tests.support import models, pipelines
 from tests.support.comparisons import cast, relative_rms, snapshot
-from tests.support.pipelines import build_randomized
+from tests.support.pipelines import FAMILIES, build_randomized
 from tests.support.runs import (
     Run,
     blocks_of,
@@ -50,21 +50,6 @@ CONFIGS = {
     "scaled-taylor": HiCacheConfig(interval=4, order=1, sigma=0.7, warmup=2, basis="scaled_taylor"),
     "reuse": HiCacheConfig(interval=2, order=0, warmup=1, basis="reuse"),
 }
-# one pipeline a family
-FAMILIES = (
-    "flux",
-    "flux2",
-    "chroma",
-    "qwen",
-    "sd3",
-    "hunyuan",
-    "wan",
-    "ltx",
-    "cogvideox",
-    "dit",
-    "pixart",
-    "sana",
-)
 # Wan's blocks cast to float32 within, also those of a float64 model. The fast path does not run them on a
 # skipped step, so it is the more precise of the two.
 SINGLE_PRECISION = ("wan", "wan22", "wan_many", "wan_ti2v", "wan_ti2v_picture")

@@ -101,7 +101,7 @@ class _Reader:
         if not full or full != sorted(set(full)) or full[0] != 0 or full[-1] >= num_steps:
             self._fail([*path, "full_steps"], f"rising steps from 0 to {num_steps - 1}", full)
         rows: dict[str, dict[int, tuple[float, ...]]] = {}
-        for context, steps in self._take(data, path, "rows", dict).items():
+        for context in self._take(data, path, "rows", dict):
             own = rows[context] = {}
             for step, row in self._take(data["rows"], [*path, "rows"], context, dict).items():
                 place = [*path, "rows", context, step]
@@ -110,7 +110,6 @@ class _Reader:
                 if not isinstance(row, list) or not 1 <= len(row) <= order + 1:
                     self._fail(place, f"1 to {order + 1} coefficients", row)
                 own[int(step)] = self._numbers(place, row)
-            del steps
         sigmas = data.get("sigmas")
         return Entry(
             num_steps,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hicache.basis import Basis, Named, evaluate
+from hicache.basis import Basis, evaluate
 from hicache.calibration.file import Calibration, Entry
 from hicache.calibration.reader import load, parse
 from hicache.run import Position, Run
@@ -50,7 +50,7 @@ class Fitted(Basis):
         if found:
             return replace(self, entry=found[0], fallback=None)
         why = reason or str(reasons[0])
-        prior = f"{self.calibration.source} is not used, as {why}: {_name(self.calibration.prior)} is"
+        prior = f"{self.calibration.source} is not used, as {why}: {self.calibration.prior} is"
         return replace(self, entry=None, fallback=prior)
 
     def coefficients(self, at: Position) -> Sequence[float]:
@@ -135,7 +135,3 @@ class FittedSteps(Schedule):
     def from_plain(cls, file: str, text: str, count: int) -> FittedSteps:
         """For :mod:`hicache.plain_data`."""
         return cls(parse(file, text), count)
-
-
-def _name(basis: Basis) -> str:
-    return basis.name if isinstance(basis, Named) else str(basis)

@@ -148,6 +148,7 @@ class _Work:
         self._progress = progress
         self._target: trajectory.Target | None = None
         self._judge: Judge | None = None
+        self._keys = model_keys(find_denoisers(pipe))
         self._sigmas: tuple[float, ...] | None = None
         self.refusals: list[str] = []
 
@@ -199,8 +200,7 @@ class _Work:
 
     def file(self, prior: Basis, entries: Sequence[Entry], settings: Mapping[str, Any]) -> Calibration:
         """The file of some entries."""
-        keys = model_keys(find_denoisers(self._pipe))
-        return Calibration(keys, guidance_of(self._pipe), prior, tuple(entries), settings, "stack")
+        return Calibration(self._keys, guidance_of(self._pipe), prior, tuple(entries), settings, "stack")
 
     def _fit(self, config: HiCacheConfig, layout: Layout, prior: Basis) -> Rows:
         with Replay(self._pipe) as replay:

@@ -127,8 +127,9 @@ class Replay:
         if source is None:
             raise TypeError(f"hicache: expected a pipeline with a scheduler, got {type(pipe).__name__}")
         self._source = source
-        self._watched = [_Watched(name, module, self) for name, module in find_denoisers(pipe).items()]
-        self._modules = list(find_denoisers(pipe).values())
+        modules = find_denoisers(pipe)
+        self._watched = [_Watched(name, module, self) for name, module in modules.items()]
+        self._modules = list(modules.values())
 
     def __enter__(self) -> Replay:
         self._clock = SchedulerClock(self._source())

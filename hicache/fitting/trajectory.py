@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from hicache.basis import Basis
 from hicache.fitting.pictures import Pictures
-from hicache.fitting.replay import Replay, Trajectory
+from hicache.fitting.replay import Replay, Rule, Trajectory
 from hicache.fitting.rows import ByRows, InFull, Layout
 
 _EVERY: Final = 5  # steps between those on the way whose error counts
@@ -126,7 +126,7 @@ def _log_error(found: Tensor, wanted: Tensor, floor: float) -> Tensor:
 
 
 def _run(
-    replay: Replay, rule: Any, pictures: Pictures, chosen: list[int], gradients: bool, through: bool
+    replay: Replay, rule: Rule, pictures: Pictures, chosen: list[int], gradients: bool, through: bool
 ) -> tuple[Tensor, Tensor]:
     """Inputs ``[steps, pictures, ...]`` and final latents ``[pictures, ...]`` of some pictures."""
     run = replay.run(rule, pictures.arguments(chosen, "latent"), gradients, through)

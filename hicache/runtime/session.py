@@ -102,28 +102,24 @@ class Session:
             self.config = self.config if offered.fallbacks else offered
 
     def _settled(self, asked: HiCacheConfig) -> HiCacheConfig:
-        """Settings as they are in this run."""
+        """Settings as they are in this run, with as many full steps as the speed-up asks for."""
         known = Run(self.clock.num_steps)
         if asked.reads_sigmas:
             known = Run(self.clock.num_steps, self.clock.sigmas)
             if self._pipeline is not None:
                 known = self._pipeline(known)
         self.sigmas = known.sigmas
-        return self._placed(asked, known).for_run(known)
-
-    def _placed(self, asked: HiCacheConfig, run: Run) -> HiCacheConfig:
-        """Settings with as many full steps as the speed-up asks for."""
         if self.speedup is None:
-            return asked
-        if run.num_steps is None:
+            return asked.for_run(known)
+        if known.num_steps is None:
             raise ValueError(
                 "hicache: speedup= needs a scheduler that has its `timesteps` after set_timesteps()"
             )
-        config = with_speedup(asked, self.speedup, run.num_steps, run)
-        reached = bound(config.for_run(run), run.num_steps)
+        config = with_speedup(asked, self.speedup, known.num_steps, known).for_run(known)
+        reached = bound(config, known.num_steps)
         if round(reached, 2) < round(self.speedup, 2):
             self._warn(
-                f"speedup={self.speedup} is out of reach in {run.num_steps} steps with warmup="
+                f"speedup={self.speedup} is out of reach in {known.num_steps} steps with warmup="
                 f"{config.warmup}: this run's bound is {reached:.2f}"
             )
         return config

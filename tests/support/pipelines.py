@@ -628,6 +628,22 @@ CORE = tuple(_CORE)
 # whose transformer's modules an adapter knows, and can gate
 BY_MODULE = tuple(PIPELINES)
 
+# one pipeline a family
+FAMILIES = (
+    "flux",
+    "flux2",
+    "chroma",
+    "qwen",
+    "sd3",
+    "hunyuan",
+    "wan",
+    "ltx",
+    "cogvideox",
+    "dit",
+    "pixart",
+    "sana",
+)
+
 
 def build(name: str, **changes: Any) -> Built:
     """A pipeline from a fixed seed, and what it is called with."""
