@@ -87,7 +87,7 @@ def worker(method: Method, settings: list[float], given: Namespace) -> list[str]
         *(sys.executable, "-m", "benchmarks.peers.worker", "--model", given.model, "--method", method.name),
         *("--settings", *map(str, settings), "--pictures", str(pictures)),
         *("--rounds", str(0 if given.untimed else min(given.rounds, pictures))),
-        *("--csv", str(given.csv), "--full", f"build/peers/{given.model}.pt", *switches),
+        *("--csv", str(given.csv), "--kept", "build/peers", *switches),
     ]
 
 

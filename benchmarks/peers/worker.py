@@ -24,11 +24,13 @@ def main() -> None:
     parser.add_argument("--judge", action="store_true")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--full", type=Path, required=True)
+    parser.add_argument("--kept", type=Path, required=True, help="folder of pictures drawn in full")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    bench = Bench(options.model, subjects(options.pictures), options.full)
+    # the bits of a picture depend on the number of threads
+    full = options.kept / f"{options.model}-{torch.get_num_threads()}-threads.pt"
+    bench = Bench(options.model, subjects(options.pictures), full)
     method = METHODS[options.method]
     for setting in options.settings:
         table = rows.read(options.csv)

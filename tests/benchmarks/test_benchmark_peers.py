@@ -42,8 +42,8 @@ def short():
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    """The file of pictures drawn in full."""
-    return tmp_path_factory.mktemp("peers") / "full.pt"
+    """The file of pictures drawn in full, as the worker calls it."""
+    return tmp_path_factory.mktemp("peers") / f"bundled-{torch.get_num_threads()}-threads.pt"
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_the_worker_adds_rows_to_the_table(full, tmp_path, monkeypatch, capsys):
         model="bundled", pictures=2, rounds=1, untimed=False, timing_only=False, threads=None, csv=table
     )
     [_, _, _, *arguments] = command.worker(STACK, [5.0, 7.0], given)
-    monkeypatch.setattr(sys, "argv", ["worker", *arguments, "--full", str(full)])
+    monkeypatch.setattr(sys, "argv", ["worker", *arguments, "--kept", str(full.parent)])
     worker.main()
     before, *measured = rows.read(table).values()
     assert (before.setting, before.pictures) == (3.0, 48)
