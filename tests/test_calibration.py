@@ -338,6 +338,27 @@ def test_a_few_iterations_bring_fitted_pictures_nearer(tmp_path: Path):
         assert handle.stats.full_steps == len(entry.full_steps)
 
 
+@pytest.mark.parametrize("method", ["trajectory", "closed-form"])
+def test_every_config_gets_rows_and_noise_levels(method: str, monkeypatch: pytest.MonkeyPatch):
+    pipe = hicache.demo.load()
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(Verdict, "better", True)  # whatever the few pictures say
+    found = hicache.calibrate(
+        pipe,
+        random_prompts(2, 1),
+        configs=[HiCacheConfig(interval=4), HiCacheConfig(interval=3)],
+        num_inference_steps=8,
+        method=method,
+        search=Search(iterations=2, batch=2, rate=0.05),
+        held_out_pictures=2,
+    )
+    assert len(found.entries) == 2
+    for entry in found.entries:
+        assert entry.rows.keys() == {"transformer[0]"}
+        assert entry.sigmas is not None
+        assert len(entry.sigmas) == 8
+
+
 @pytest.mark.parametrize("method", ["heads", "closed-form"])
 def test_heads_alone_and_closed_form_move_rows(method: str, monkeypatch: pytest.MonkeyPatch):
     pipe = hicache.demo.load()
