@@ -216,12 +216,14 @@ def test_full_steps_come_from_the_file_and_speedup_chooses_among_them():
         entry_of(HiCacheConfig(schedule=Steps(*steps))) for steps in ((0, 1, 2, 6), (0, 1, 2, 4, 6, 8))
     ]
     schedule = FittedSteps(file_of(pipe, *entries))
-    for speedup, steps in ((None, entries[0]), (10 / 6, entries[1]), (2.5, entries[0]), (9.0, entries[0])):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # 9 is out of reach
-            with hicache.fast.apply(pipe, HiCacheConfig(schedule=schedule), speedup=speedup) as handle:
-                pipelines.draw(pipe, arguments, STEPS)
-                assert tuple(full_steps(handle.stats.config, STEPS)) == steps.full_steps
+    for speedup, steps in ((None, entries[0]), (10 / 6, entries[1]), (2.5, entries[0])):
+        with hicache.fast.apply(pipe, HiCacheConfig(schedule=schedule), speedup=speedup) as handle:
+            pipelines.draw(pipe, arguments, STEPS)
+            assert tuple(full_steps(handle.stats.config, STEPS)) == steps.full_steps
+    with pytest.warns(RuntimeWarning, match="it has no places for 3 full steps"):
+        with hicache.fast.apply(pipe, HiCacheConfig(schedule=schedule), speedup=3.3) as handle:
+            pipelines.draw(pipe, arguments, STEPS)
+            assert len(full_steps(handle.stats.config, STEPS)) == 3
     with pytest.warns(RuntimeWarning, match="full steps are as in Interval"):
         with hicache.fast.apply(pipe, HiCacheConfig(schedule=schedule)):
             pipelines.draw(pipe, arguments, STEPS + 2)
@@ -463,6 +465,9 @@ def test_a_file_beside_the_model_is_used_without_being_asked_for(tmp_path: Path)
         assert not torch.equal(found, plain)
         assert (stats.granularity, stats.full_steps) == ("stack", 4)
         assert drawn(STEPS, speedup=10 / 6)[1].full_steps == 6
+        # fewer full steps than the file has places for: what was asked for is had without the file
+        fewer = drawn(STEPS, speedup=3.3)[1]
+        assert (fewer.full_steps, fewer.config.basis) == (3, "hermite")
         # other steps than the file's: the defaults, without a word
         assert drawn(STEPS + 1)[1].config == HiCacheConfig()
         # and other settings are the user's own
