@@ -23,6 +23,7 @@ from hicache.calibration.rules import Fitted, FittedSteps
 from hicache.chebyshev import Chebyshev
 from hicache.config import HiCacheConfig
 from hicache.engine import Engine
+from hicache.input_change import InputChange
 from hicache.run import Position, Run
 from hicache.schedule import Geometric, Interval, Schedule, Steps, bound, full_steps
 from hicache.tables import Table
@@ -36,6 +37,7 @@ __all__ = [
     "Geometric",
     "Hermite",
     "HiCacheConfig",
+    "InputChange",
     "Interval",
     "Position",
     "Reuse",

@@ -70,6 +70,7 @@ class Handle(BaseHandle[Denoiser]):
             config=session.config,
             granularity=" and ".join(sorted({track.choice.recorder.name for track in tracks.values()})),
             backend=session.backend,
+            places=tuple(sorted(session.places)),
             contexts={
                 context.label: ContextStats(context.full_steps, context.skipped_steps, context.engine.nbytes)
                 for track in tracks.values()
@@ -188,10 +189,11 @@ def apply(
     # everything that can fail has been checked: from here on the pipeline is changed
     Handle.remove_from(modules.values())
     facts = PipelineFacts(pipe, modules, granularity)
+    decided: dict[Any, tuple[int, ...]] = {}
     sessions = Sessions(
         source,
         callers=scheduler is None,
-        make=lambda clock: Session(clock, config, speedup, backend, facts, offered),
+        make=lambda clock: Session(clock, config, speedup, backend, facts, offered, decided),
         on_run=PartsCheck(pipe, {**modules, **controlnets}).warn,
     )
     policy = Policy(granularity, memory_budget, float(gate_tolerance))

@@ -34,6 +34,7 @@ from hicache.planned_memory import (
     returned_by_unet,
 )
 from hicache.runtime.gate_rank import SumMemory, why_not
+from hicache.schedule import full_steps
 
 #: Ranks whose bytes are planned: gates hardly ever need more.
 RANKS: Final = 8
@@ -101,6 +102,8 @@ class Plan:
     """What caching a pipeline takes: the plans of its transformers by name."""
 
     denoisers: Mapping[str, DenoiserPlan]
+    steps: int = 0  # of a run
+    full_steps: int = 0  # of those; at most, where a schedule decides as it goes
 
     @property
     def history_bytes(self) -> int:
@@ -113,7 +116,8 @@ class Plan:
         return sum(plan.nbytes for plan in self.denoisers.values())
 
     def __str__(self) -> str:
-        return "\n".join(f"{name}: {_described(plan)}" for name, plan in self.denoisers.items())
+        lines = [f"{name}: {_described(plan)}" for name, plan in self.denoisers.items()]
+        return "\n".join([*lines, f"at most {self.full_steps} of {self.steps} steps are full"])
 
 
 def _described(plan: DenoiserPlan) -> str:
@@ -243,7 +247,7 @@ def plan(
             plans[name] = replace(chosen, not_estimated="of calls with given pictures")
         else:
             plans[name] = _with_graphs(chosen, call, latents, text, memory_budget, cuda_graphs)
-    return Plan(plans)
+    return Plan(plans, steps, len(full_steps(config, steps)))
 
 
 @dataclass(frozen=True)

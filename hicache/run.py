@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from hicache.model_key import ModelKey
 
@@ -20,6 +21,8 @@ class Run:
     full_steps: tuple[int, ...] | None = None  # once its schedule is settled
     order: int = 0  # highest difference that is kept
     warmup: int = 1  # no differences are taken before the last of so many steps
+    # full steps that earlier runs of the pipeline decided on, for schedules that keep them, by whatever key
+    decided: MutableMapping[Any, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,42 @@ A schedule is a class with settings of its own:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from torch import Tensor
+
 from hicache.checks import check_whole
 from hicache.run import Run
+
+
+class Online(Protocol):
+    """Decides which steps are full while a run goes on, from what the model is given.
+
+    Steps are those of the run. Until a step has come, the schedule's ``is_full`` says what is expected of it.
+    """
+
+    def measures(self, step: int) -> bool:
+        """Whether it matters how much the latents of a step have changed."""
+
+    def asks(self, step: int) -> bool:
+        """Whether the steps after this one, which is full, are to be decided now."""
+
+    def filtered(self, latents: Tensor, step: int) -> Tensor:
+        """What of latents is compared with those of the next step: another tensor, of a shape that stays."""
+
+    def ask(self, step: int, answer: Callable[[], Mapping[int, float]]) -> None:
+        """Full step ``step`` begins: ``answer`` gives changes, by step, and may wait for the device."""
+
+    def hear(self) -> None:
+        """Decide the steps after the one asked at, from its answer."""
+
+    def note(self, step: int) -> None:
+        """A step is full, whether that was decided or not."""
+
+    def end(self, step: int) -> None:
+        """A call of a step has ended."""
 
 
 class Schedule(ABC):
@@ -29,6 +60,11 @@ class Schedule(ABC):
     reads_sigmas: ClassVar[bool] = False
     #: Why another rule is followed in this run, if one is.
     fallback: str | None = None
+
+    @property
+    def online(self) -> Online | None:
+        """What decides while the run goes on; None where all is known before it."""
+        return None
 
     @abstractmethod
     def is_full(self, step: int, last_full: int | None, num_steps: int | None = None) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hicache.config import HiCacheConfig
+from hicache.schedule import Steps
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Stats:
     granularity: str  # "module", "low-rank", "stack", or several where denoisers differ
     backend: str  # as asked for
     contexts: dict[str, ContextStats] = field(default_factory=dict)
+    places: tuple[int, ...] = ()  # the full steps of the run, of any of its contexts
     history_bytes: int = 0  # held, all contexts together, those the run no longer uses included
     gates_bytes: int = 0  # of gates held: of steps to come, and of low rank of whole runs
     kept_bytes: int = 0  # of what else is kept for a run: coefficients, rotary embeddings, prompts
@@ -84,6 +86,15 @@ class Stats:
         """Bytes that caching holds: histories, gates, graphs, and what else is kept for a run."""
         graphs = sum(one.nbytes for one in self.graphs.values())
         return self.history_bytes + self.gates_bytes + self.kept_bytes + graphs
+
+    @property
+    def schedule(self) -> Steps:
+        """The full steps of the run as a schedule, for runs that are to have the same.
+
+        Raises:
+            ValueError: no step has been full yet.
+        """
+        return Steps(*self.places)
 
     @property
     def full_steps(self) -> int:
@@ -119,6 +130,7 @@ class Stats:
                 f"{context.history_bytes:,} bytes"
                 for name, context in self.contexts.items()
             ),
+            f"  full steps: {', '.join(map(str, self.places)) or 'none yet'}",
             *(f"  {name}: {choice}" for name, choice in self.choices.items()),
             *(f"  {name}: backend {taken}" for name, taken in self.backends.items()),
             *(

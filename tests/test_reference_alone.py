@@ -41,6 +41,7 @@ ALLOWED = {
     "hicache.mixin",
     "hicache.shadow",
     "hicache.config",
+    "hicache.input_filter",
     "hicache.schedule",
     "hicache.stats",
     "hicache.pipeline",

@@ -62,15 +62,6 @@ class Fading(Basis):
         return [share**self.strength, *[0.0] * (at.num_coeffs - 1)]
 
 
-def in_float64(name: str):
-    pipe, arguments = pipelines.build(name)
-    doubled = {
-        key: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for key, value in arguments.items()
-    }
-    return pipe.to(torch.float64), doubled
-
-
 # Places.
 
 
@@ -278,7 +269,7 @@ def test_a_basis_sees_the_scheduler_s_noise_levels_in_fast_and_reference():
     import hicache.reference
 
     config = HiCacheConfig(interval=3, basis=Fading())
-    pipe, arguments = in_float64("flux")
+    pipe, arguments = pipelines.in_float64("flux")
     with hicache.fast.apply(pipe, config, granularity="module"):
         fast = pipelines.draw(pipe, arguments, 10)
     with hicache.reference.apply(pipe, config):
@@ -297,7 +288,7 @@ def test_fast_and_reference_follow_a_schedule(schedule: Schedule | str, granular
     import hicache.reference
 
     config = HiCacheConfig(schedule=schedule)
-    pipe, arguments = in_float64("sd3")
+    pipe, arguments = pipelines.in_float64("sd3")
     with hicache.fast.apply(pipe, config, granularity=granularity) as handle:
         fast = pipelines.draw(pipe, arguments, 10)
         stats = handle.stats

@@ -32,6 +32,7 @@ from hicache.pipeline import (
 from hicache.reference.blocks import cached_parts
 from hicache.reference.controlnet import ControlNet
 from hicache.reference.denoiser import Denoiser
+from hicache.reference.run_settings import RunSettings
 from hicache.reference.steps import Steps, count_steps
 from hicache.reference.timer import Timer
 from hicache.stats import ControlNetStats, Stats
@@ -48,13 +49,13 @@ class Handle(BaseHandle[Denoiser]):
         self,
         denoisers: list[Denoiser],
         controlnets: dict[str, ControlNet],
-        config: HiCacheConfig,
+        settings: RunSettings,
         steps: Steps,
         timer: Timer,
     ) -> None:
         super().__init__(denoisers, steps, [*controlnets.values()])
         self._controlnets = controlnets
-        self._config = config
+        self._settings = settings
         self._timer = timer
 
     def _read_stats(self) -> Stats:
@@ -64,10 +65,11 @@ class Handle(BaseHandle[Denoiser]):
             for context in denoiser.contexts.values()
         }
         return Stats(
-            config=self._config,
+            config=self._settings.config,
             granularity="module",
             backend="reference",
             contexts=contexts,
+            places=tuple(sorted(self._settings.places)),
             history_bytes=sum(context.history_bytes for context in contexts.values())
             + sum(controlnet.nbytes for controlnet in self._controlnets.values()),
             cache_ms=self._timer.milliseconds,
@@ -107,14 +109,15 @@ def apply(pipe: Any, config: HiCacheConfig | None = None, *, scheduler: Any = No
     # everything that can fail has been checked: from here on the pipeline is changed
     Handle.remove_from(modules.values())
     steps, timer = count_steps(source), Timer()
+    settings = RunSettings(config, steps)
     controlnets = {
-        name: ControlNet(module, config, steps, timer) for name, module in find_controlnets(pipe).items()
+        name: ControlNet(module, settings, steps, timer) for name, module in find_controlnets(pipe).items()
     }
     denoisers = [
-        Denoiser(name, module, config, steps, timer, [*controlnets.values()])
+        Denoiser(name, module, settings, steps, timer, [*controlnets.values()])
         for name, module in modules.items()
     ]
-    handle = Handle(denoisers, controlnets, config, steps, timer)
+    handle = Handle(denoisers, controlnets, settings, steps, timer)
     handle.install()
     return handle
 

@@ -29,7 +29,7 @@ def form(named: Mapping[str, Any]) -> tuple[Any, ...]:
         Shape, dtype and device of every tensor, also of those in lists and dictionaries; whole numbers in
         lists (which layers to skip); and the dtype that autocast, if it is on, casts to.
     """
-    devices = sorted({tensor.device.type for tensor in _tensors(named)})
+    devices = sorted({tensor.device.type for tensor in tensors(named)})
     casts = tuple(
         torch.get_autocast_dtype(device)
         for device in devices
@@ -51,13 +51,14 @@ def _form(value: Any, in_list: bool = False) -> Any:
     return ("number", value) if in_list and isinstance(value, int) else None
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors in a value, however nested."""
     if isinstance(value, Tensor):
         return [value]
     parts = (
         value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
     )
-    return [tensor for part in parts for tensor in _tensors(part)]
+    return [tensor for part in parts for tensor in tensors(part)]
 
 
 def wants_gradients(named: Mapping[str, Any]) -> bool:

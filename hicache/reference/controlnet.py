@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hicache.config import HiCacheConfig
 from hicache.reference.context import Context, form, wants_gradients
+from hicache.reference.run_settings import RunSettings
 from hicache.reference.steps import Steps
 from hicache.reference.timer import Timer
 
@@ -26,17 +26,17 @@ class ControlNet:
 
     Args:
         module: the ControlNet, or several in one; its ``forward`` is another while it is hooked.
-        config: the cache's settings.
+        settings: of the pipeline's runs.
         steps: counts the steps of the pipeline.
         timer: of the pipeline.
     """
 
-    def __init__(self, module: nn.Module, config: HiCacheConfig, steps: Steps, timer: Timer) -> None:
+    def __init__(self, module: nn.Module, settings: RunSettings, steps: Steps, timer: Timer) -> None:
         self.module = module
         self.scale: Any = None  # of its last call
         self.calls = 0  # of this run
         self.runs = 0
-        self._config = config
+        self._settings = settings
         self._steps = steps
         self._timer = timer
         self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
@@ -108,6 +108,7 @@ class ControlNet:
         steps = self._steps
         if self._run != steps.run:
             self._run, self._step = steps.run, -1
+            self._settings.follow()
             self.calls = self.runs = 0
             self.release()
             self._timer.start_run(steps.run)
@@ -119,9 +120,14 @@ class ControlNet:
 
     def _context(self, key: Any) -> Context:
         if key not in self._contexts:
-            num_steps = self._steps.num_steps
-            coming = None if num_steps is None else num_steps - self._step
-            self._contexts[key] = Context(self._config, _PATH, self._step, coming)
+            num_steps, sigmas = self._steps.num_steps, self._settings.sigmas
+            self._contexts[key] = Context(
+                self._settings.config,
+                _PATH,
+                self._step,
+                None if num_steps is None else num_steps - self._step,
+                None if sigmas is None else sigmas[self._step :],
+            )
         return self._contexts[key]
 
 

@@ -11,13 +11,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from hicache.config import HiCacheConfig
 from hicache.reference.blocks import Part, cached_parts
 from hicache.reference.context import Context, Key, form, wants_gradients
 from hicache.reference.controlnet import ControlNet
+from hicache.reference.run_settings import RunSettings
 from hicache.reference.steps import Steps
 from hicache.reference.timer import Timer
-from hicache.run import Run
 
 # Calls of one transformer in one step; more means that the steps are not being counted.
 _MOST_CALLS: Final = 16
@@ -66,7 +65,7 @@ class Denoiser:
     Args:
         name: of the pipeline's component.
         module: the transformer.
-        config: the cache's settings.
+        settings: of the pipeline's runs.
         steps: counts the steps of all denoisers of the pipeline.
         timer: of all of them, too.
         controlnets: that the pipeline calls before it.
@@ -76,7 +75,7 @@ class Denoiser:
         self,
         name: str,
         module: nn.Module,
-        config: HiCacheConfig,
+        settings: RunSettings,
         steps: Steps,
         timer: Timer,
         controlnets: Sequence[ControlNet] = (),
@@ -84,13 +83,12 @@ class Denoiser:
         self.name = name
         self.module = module
         self.contexts: dict[Any, Context] = {}
-        self._asked = self._config = config
+        self._settings = settings
         self._steps = steps
         self._timer = timer
         self._controlnets = controlnets
         self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self._run = -1
-        self._sigmas: tuple[float, ...] | None = None
         self._step = -1
         self._ordinal = 0
         self._call: _Call | None = None
@@ -134,7 +132,10 @@ class Denoiser:
         context = self._context((self._ordinal, form(named)))
         scales = tuple(controlnet.scale for controlnet in self._controlnets)
         context.follow(scales, self._step, self._steps.num_steps)
+        self._settings.see(self._step, named.get(self._names[0]))
         self._call = _Call(context, self._step - context.first_step, self._timer)
+        if self._call.full:
+            self._settings.note(self._step)
         for part in cached_parts(module):  # looked up anew: adapters may have replaced some since
             self._undo.append(_replace_forward(part, self._call))
 
@@ -146,6 +147,7 @@ class Denoiser:
             return
         if call is None:
             return
+        self._settings.end(self._step)
         if not call.full:
             call.context.skipped_steps += 1
             return
@@ -168,8 +170,7 @@ class Denoiser:
         if self._run != steps.run:
             self._run, self._step = steps.run, -1
             self.contexts.clear()
-            self._sigmas = steps.sigmas if self._asked.reads_sigmas else None
-            self._config = self._asked.for_run(Run(steps.num_steps, self._sigmas))
+            self._settings.follow()
             self._timer.start_run(steps.run)
         if self._step != steps.step:
             self._step, self._ordinal = steps.step, 0
@@ -180,13 +181,13 @@ class Denoiser:
         if key not in self.contexts:
             label = f"{self.name}[{self._ordinal}]"
             twins = sum(context.label.split(" ")[0] == label for context in self.contexts.values())
-            num_steps = self._steps.num_steps
+            num_steps, sigmas = self._steps.num_steps, self._settings.sigmas
             self.contexts[key] = Context(
-                self._config,
+                self._settings.config,
                 f"{label} #{twins + 1}" if twins else label,
                 self._step,
                 None if num_steps is None else num_steps - self._step,
-                None if self._sigmas is None else self._sigmas[self._step :],
+                None if sigmas is None else sigmas[self._step :],
             )
         return self.contexts[key]
 

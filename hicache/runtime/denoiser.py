@@ -185,7 +185,11 @@ class Denoiser(NotCopied):
         compiled = compat.inside_compiled_call(module)
         checked = not self.hooked.side_lists
         self._begun = BegunCall(context, counter.step, args, kwargs, model_kwargs, compiled, checked)
+        if track.session.latents is not None:
+            track.session.latents.see(counter.step, model_kwargs.get(self._names[0]))
         full = track.planner.is_full(self._begun)
+        if full:
+            track.session.begin_full(counter.step)
         self._begun = begun = given_to_blocks(self._begun, self._names, full)
         args, kwargs = begun.args, begun.kwargs
         if full:
@@ -210,6 +214,8 @@ class Denoiser(NotCopied):
         begun, track = self._begun, self._track
         if begun is not None and track is not None:
             track.planner.commit(begun, output)
+            if track.session.latents is not None:
+                track.session.latents.end(begun.step)
         self._end()
 
     def _break_off(self) -> None:

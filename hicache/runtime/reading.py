@@ -9,21 +9,29 @@ import torch
 from torch import Tensor
 
 
-def reading(flags: Tensor) -> Callable[[], Any]:
-    """What gives the values of flags. Never waits for a CUDA device.
+def reading(values: Tensor) -> Callable[..., Any]:
+    """What gives the values of a tensor. Does not wait for a CUDA device unless it is told to.
 
     Args:
-        flags: of dtype bool, of any shape.
+        values: of dtype bool or fp32, of any shape.
 
     Returns:
-        A function of no arguments: as ``flags.tolist()``, or None while a CUDA device has not come to them.
+        A function: as ``values.tolist()``, or None while a CUDA device has not come to them; with
+        ``wait=True`` it waits for that.
     """
-    if flags.device.type != "cuda":
-        known = flags.tolist()
-        return lambda: known
-    host = torch.empty(flags.shape, dtype=torch.bool, device="cpu", pin_memory=True)
-    host.copy_(flags, non_blocking=True)
+    if values.device.type != "cuda":
+        known = values.tolist()
+        return lambda wait=False: known
+    host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+    host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(flags.device))
-    # the host's own memory, past torch: a mode that is active then may take it for the device's
-    return lambda: host.numpy().tolist() if copied.query() else None
+    copied.record(torch.cuda.current_stream(values.device))
+
+    def answer(wait: bool = False) -> Any:
+        there = copied.query()
+        if wait and not there:
+            copied.synchronize()
+        # the host's own memory, past torch: a mode that is active then may take it for the device's
+        return host.numpy().tolist() if there or wait else None
+
+    return answer

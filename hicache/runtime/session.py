@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from hicache.hooks.step_clock import SchedulerClock, TimestepClock
 from hicache.hooks.timesteps import Rule, timestep_of
 from hicache.pipeline import check_scheduler
 from hicache.run import Run
+from hicache.runtime.input_watch import InputWatch
 from hicache.runtime.reading import reading
 from hicache.schedule import bound, with_speedup
 from hicache.stats import Stopwatch
@@ -60,6 +62,7 @@ class Session:
         backend: of :mod:`hicache_kernels`.
         pipeline: says what else a fitted basis or schedule is to match; None for nothing.
         offered: settings to take in place of ``config`` in the runs that they hold for.
+        decided: what schedules keep of runs, for those of all sessions.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Session:
         backend: str,
         pipeline: Callable[[Run], Run] | None = None,
         offered: HiCacheConfig | None = None,
+        decided: MutableMapping[Any, tuple[int, ...]] | None = None,
     ) -> None:
         self.clock = clock
         self.config = config  # of the current run
@@ -77,9 +81,12 @@ class Session:
         self.speedup = speedup
         self.backend = backend
         self.watch = Stopwatch()
+        self.places: set[int] = set()  # steps of the current run that were full, of any denoiser
+        self.latents: InputWatch | None = None  # of the current run, where its schedule decides by them
         self._asked = config
         self._offered = offered
         self._pipeline = pipeline
+        self._decided = {} if decided is None else decided
         self._run = -1
         self._warned: set[str] = set()
 
@@ -100,12 +107,15 @@ class Session:
         if self._offered is not None:
             offered = self._settled(self._offered)
             self.config = self.config if offered.fallbacks else offered
+        self.places = set()
+        online = self.config.places_by.online
+        self.latents = None if online is None else InputWatch(online)
 
     def _settled(self, asked: HiCacheConfig) -> HiCacheConfig:
         """Settings as they are in this run, with as many full steps as the speed-up asks for."""
-        known = Run(self.clock.num_steps)
+        known = Run(self.clock.num_steps, decided=self._decided)
         if asked.reads_sigmas:
-            known = Run(self.clock.num_steps, self.clock.sigmas)
+            known = replace(known, sigmas=self.clock.sigmas)
             if self._pipeline is not None:
                 known = self._pipeline(known)
         self.sigmas = known.sigmas
@@ -123,6 +133,12 @@ class Session:
                 f"{config.warmup}: this run's bound is {reached:.2f}"
             )
         return config
+
+    def begin_full(self, step: int) -> None:
+        """A step of the run is full."""
+        self.places.add(step)
+        if self.latents is not None:
+            self.latents.note(step)
 
     def _warn(self, what: str) -> None:
         if what not in self._warned:

@@ -659,3 +659,13 @@ def build_randomized(name: str) -> Built:
     for denoiser in denoisers(pipe).values():
         randomize(denoiser)
     return pipe, arguments
+
+
+def in_float64(name: str) -> Built:
+    """A pipeline in float64, and what it is called with."""
+    pipe, arguments = build(name)
+    doubled = {
+        key: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for key, value in arguments.items()
+    }
+    return pipe.to(torch.float64), doubled
