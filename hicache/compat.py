@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any, Final
 
@@ -38,7 +38,7 @@ _GUARD: Final = "_hicache_guard"
 @_passed_by
 def _guarded(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
     try:
-        return call(module, *args, **kwargs)
+        return call(*args, **kwargs)
     except BaseException:
         failed = module.__dict__.get(_GUARD)
         if failed is not None:
@@ -48,9 +48,8 @@ def _guarded(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any
 
 def _own(module: nn.Module, name: str) -> Callable[..., Any]:
     """A method as the module's class has it, without what is mixed in below."""
-    classes = type(module).__mro__
-    rest = classes[classes.index(_GuardedCalls) + 1 :] if _GuardedCalls in classes else classes
-    found: Callable[..., Any] = next(vars(cls)[name] for cls in rest if name in vars(cls))
+    owner = super(_GuardedCalls, module) if isinstance(module, _GuardedCalls) else module
+    found: Callable[..., Any] = getattr(owner, name)
     return found
 
 
@@ -215,9 +214,19 @@ def write_count(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else int(tensor._version)
 
 
-def parts(module: nn.Module, weights: bool) -> tuple[Any, ...]:
-    """A module's children, and its weights if wanted (``Module._modules``, ``Module._parameters``)."""
-    return (*module._modules.values(), *(module._parameters.values() if weights else ()))
+def write_counts(tensors: Iterable[Tensor]) -> list[int]:
+    """How often tensors were written to, none of them in inference mode (``Tensor._version``)."""
+    return [tensor._version for tensor in tensors]
+
+
+def children_by_name(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's children as it has them: what is put in a place is in here (``Module._modules``)."""
+    return module._modules
+
+
+def weights_by_name(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own weights as it has them (``Module._parameters``)."""
+    return module._parameters
 
 
 # diffusers 0.37 – 0.42, accelerate 1.15

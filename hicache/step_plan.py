@@ -93,7 +93,7 @@ class CallResult:
 
     def copy(self) -> CallResult:
         """A result of the same tensors."""
-        return replace(self, partial_sums=dict(self.partial_sums))
+        return CallResult(self.entered, self.head_reached, dict(self.partial_sums))
 
 
 class Lesson(Protocol):

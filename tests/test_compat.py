@@ -330,8 +330,12 @@ def test_caches_of_diffusers_are_seen():
 
 
 def test_parts_of_a_module(layer: nn.Linear):
-    assert compat.parts(layer, weights=True) == (layer.weight, layer.bias), moved("_parameters", "parts")
-    assert compat.parts(nn.Sequential(layer), weights=False) == (layer,), moved("_modules", "parts")
+    held = compat.weights_by_name(layer)
+    assert held == {"weight": layer.weight, "bias": layer.bias}, moved("_parameters", "weights_by_name")
+    layer.weight = nn.Parameter(torch.zeros(2, 3))
+    assert held["weight"] is layer.weight, moved("_parameters", "weights_by_name")
+    outer = nn.Sequential(layer)
+    assert compat.children_by_name(outer) == {"0": layer}, moved("_modules", "children_by_name")
 
 
 def test_lora_layers(layer: nn.Linear):

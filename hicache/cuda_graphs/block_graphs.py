@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hicache.compat import pytree
-from hicache.cuda_graphs.capture import CaptureBackend, Captured, describe, like, modes, tensors
+from hicache.cuda_graphs.capture import CaptureBackend, Captured, describe, like, modes
 from hicache.stats import GraphStats
 from hicache.step_plan import FullStep, RunningCall
+from hicache.trees import leaves_of, put_together, take_apart, tensors_of
 
 
 @dataclass
@@ -68,7 +68,8 @@ class BlockGraphs:
         Raises:
             TypeError: it takes or returns objects that may hold tensors nobody would copy.
         """
-        leaves, layout = pytree.tree_flatten((args, kwargs))
+        leaves: list[Any] = []
+        layout = take_apart((args, kwargs), leaves)
         form = describe(leaves)
         if form is None:
             raise TypeError(f"{type(block).__name__} takes what cannot be told apart from call to call")
@@ -84,14 +85,14 @@ class BlockGraphs:
             self._warmed.add((place, targets))
             return self._backend.warm(lambda: block(*args, **kwargs))
         own = [self._own(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        read = [*tensors(own), *sums.values()]
+        read = [*(leaf for leaf in own if isinstance(leaf, Tensor)), *sums.values()]
         key = (place, targets, tuple(tensor.data_ptr() for tensor in read))
         graph = self._graphs.get(key)
         if graph is None:
-            own_args, own_kwargs = pytree.tree_unflatten(own, layout)
+            own_args, own_kwargs = put_together(layout, iter(own))
             before = set(sums)
             captured = self._backend.capture(lambda: block(*own_args, **own_kwargs))
-            if describe(pytree.tree_leaves(captured.output)) is None:
+            if describe(leaves_of(captured.output)) is None:
                 raise TypeError(f"{type(block).__name__} returns {type(captured.output).__name__}")
             begun = {feature: total for feature, total in sums.items() if feature not in before}
             graph = self._graphs[key] = _BlockGraph(captured, begun)
@@ -100,7 +101,7 @@ class BlockGraphs:
         graph.captured.replay()
         self._stats.replays += 1
         sums.update(graph.partial_sums)
-        self._made += tensors(pytree.tree_leaves(graph.captured.output))
+        self._made += tensors_of(graph.captured.output)
         return graph.captured.output
 
     def _own(self, given: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ coefficients and gates. So one graph of a skipped step serves every distance, on
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -17,7 +16,6 @@ import torch
 from torch import nn
 
 from hicache import compat
-from hicache.compat import pytree
 from hicache.cuda_graphs.block_graphs import BlockGraphs
 from hicache.cuda_graphs.call_graph import CallArguments, CallGraph, cloned
 from hicache.cuda_graphs.capture import CaptureBackend, describe
@@ -28,6 +26,7 @@ from hicache.hooks.transformer import HookedTransformer
 from hicache.mixin import mix_in
 from hicache.stats import GraphStats
 from hicache.step_plan import FullStep, SkippedStep
+from hicache.trees import leaves_of
 
 LIMIT: Final = 16  # live graphs of one transformer
 # What a user may ask for besides True and False: with "full", full steps whatever room their graphs leave.
@@ -72,7 +71,7 @@ class GraphRunner:
         self._backend = backend
         self._choice = choice
         self._limit = limit
-        self._graphs: OrderedDict[Any, CallGraph] = OrderedDict()
+        self._graphs: dict[Any, CallGraph] = {}
         self._warmed: set[Any] = set()
         self._model = ModelState(module, transformer.lists)
         self._undo: Callable[[], None] | None = None
@@ -151,8 +150,8 @@ class GraphRunner:
             self.drop()
         if self._scope.why_not_whole is not None:
             return self._run_blocks(forward, args, kwargs)
-        form = CallArguments.of(args, kwargs)
-        key = form.key(self._call)
+        form = CallArguments.of(self._call, args, kwargs)
+        key = form.key
         if key is None:
             return forward(*args, **kwargs)
         graph = self._graphs.get(key)
@@ -162,12 +161,16 @@ class GraphRunner:
             graph = self._capture(forward, form)
             if graph is None:
                 return forward(*args, **kwargs)
-            self._graphs[key] = graph
-            if len(self._graphs) > self._limit:
-                self._graphs.popitem(last=False)
-        self._graphs.move_to_end(key)
+            self._add(key, graph)
         self.stats.replays += 1
+        graph.used = self.stats.replays
         return graph.replay(self._call, form)
+
+    def _add(self, key: Any, graph: CallGraph) -> None:
+        """Keep a graph, in place of the one whose last replay is longest ago if there are too many."""
+        if len(self._graphs) == self._limit:
+            del self._graphs[min(self._graphs, key=lambda key: self._graphs[key].used)]
+        self._graphs[key] = graph
 
     def _warm(self, key: Any, run: Callable[[], Any]) -> Any:
         """The first call of a form, and whether it may be captured: best not to begin what will fail."""
@@ -220,7 +223,7 @@ class GraphRunner:
             return None
         captured = graph.captured
         if (
-            describe(pytree.tree_leaves(captured.output)) is None
+            describe(leaves_of(captured.output)) is None
         ):  # the next replay would overwrite its tensors
             given = type(captured.output).__name__
             self._give_up(f"a capture failed: TypeError: expected tensors, got {given}")

@@ -19,6 +19,11 @@ from hicache import compat
 _NAMES: Final = ("encoder_hidden_states", "pooled", "class_labels", "cap_feats")
 
 
+def is_condition(name: str) -> bool:
+    """Whether an argument of this name says what is drawn."""
+    return name.startswith(_NAMES)
+
+
 class Conditions:
     """The embeddings among the arguments of a call.
 
@@ -30,7 +35,7 @@ class Conditions:
     """
 
     def __init__(self, model_kwargs: Mapping[str, Any]) -> None:
-        named = [value for name, value in model_kwargs.items() if name.startswith(_NAMES)]
+        named = [value for name, value in model_kwargs.items() if is_condition(name)]
         self._given = [(weakref.ref(tensor), compat.write_count(tensor)) for tensor in _tensors(named)]
         self._numbers: list[Tensor] = []
 
@@ -47,7 +52,7 @@ class Conditions:
 
     def are(self, later: Conditions) -> bool:
         """Whether a later call is given the same tensors, with nothing known to be written to them since."""
-        pairs = list(zip(self._given, later._given, strict=True))
+        pairs = zip(self._given, later._given, strict=True)
         return all(one() is other() and count == now for (one, count), (other, now) in pairs)
 
     def equal(self, later: Conditions) -> bool:

@@ -14,7 +14,8 @@ from hicache.runtime.conditions import Conditions
 from hicache.runtime.finite import FiniteCheck
 from hicache.runtime.gate_prefetch import GatePrefetch
 from hicache.runtime.gate_rank import RunGates
-from hicache.runtime.session import Session, StepCounter
+from hicache.runtime.known_call import KnownCall
+from hicache.runtime.session import Session, StepClock, StepCounter
 from hicache.runtime.signature import signature
 from hicache.runtime.token_layout import LayoutCheck, TokenLayout
 from hicache.token_view import TokenView
@@ -91,7 +92,7 @@ class Context:
         self.check = None
         self.scale: tuple[float, ...] | None = None  # of the residuals it is given, see scale_of()
 
-    def follow(self, scale: tuple[float, ...] | None, step: int, num_steps: int | None) -> None:
+    def follow(self, scale: tuple[float, ...] | None, step: int, clock: StepClock) -> None:
         """A ControlNet counts as much from here on: where that is another number, all starts anew.
 
         Nothing is forecast across the jump that it makes in every feature, which is no function of time.
@@ -99,10 +100,10 @@ class Context:
         Args:
             scale: of its residuals; None where nobody knows whose they are.
             step: of the run.
-            num_steps: of the run, if known.
+            clock: counts it.
         """
         if scale != self.scale and self.scale is not None:
-            self.first_step = step
+            self.first_step, num_steps = step, clock.num_steps
             self.engine.reset(num_steps=None if num_steps is None else num_steps - step)
             self.prefetch.forget()
         self.scale = scale
@@ -176,11 +177,14 @@ class Contexts:
         self._denoiser = denoiser
         self.current: list[Context] = []
         self._idle: list[Context] = []  # of the last run: their memory is kept for one run
+        # by their order in the step: contexts met, and calls of theirs that none but them had the like of
+        self._known: dict[int, tuple[KnownCall, Context]] = {}
 
     def start_run(self) -> None:
         """A run starts: its contexts may be others."""
         self._idle = [context for context in self.current if context.full_steps]
         self.current = []
+        self._known = {}
 
     def forget_forms(self) -> None:
         """The model may have changed: what was learned from earlier runs does not hold."""
@@ -201,6 +205,11 @@ class Contexts:
         Returns:
             None: there are too many.
         """
+        known, context = self._known.get(counter.ordinal, (None, None))
+        if known is not None and context is not None and context.last_step != counter.step:
+            if known.is_like(name, model_kwargs):
+                context.last_step = counter.step
+                return context
         arguments, conditions = (name, *signature(model_kwargs)), Conditions(model_kwargs)
         context = self._met(counter.step, arguments, conditions)
         if context is None and len(self.current) < MAX_CONTEXTS:
@@ -209,6 +218,9 @@ class Contexts:
             label = f"{self._denoiser}[{counter.ordinal}]" + (f" #{twins + 1}" if twins else "")
             context.restart(label, counter.step, conditions)
             self.current.append(context)
+        alike = [other for other in self.current if other.arguments == arguments]
+        if [other for other in alike if other.conditions.are(conditions)] == [context]:
+            self._known[counter.ordinal] = KnownCall(name, model_kwargs), context
         return context
 
     def _met(self, step: int, arguments: tuple[Any, ...], conditions: Conditions) -> Context | None:
