@@ -6,7 +6,7 @@ those are taken apart here in a few microseconds. What else torch's trees know i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -23,16 +23,18 @@ Layout = Any
 def take_apart(value: Any, leaves: list[Any]) -> Layout:
     """Append the leaves of a tree to a list; what is equal for trees that differ in their leaves alone."""
     kind = type(value)
-    if kind in _LEAVES:
-        leaves.append(value)
-        return None
-    if kind is dict:
-        return dict, tuple(value), tuple([take_apart(part, leaves) for part in value.values()])
-    if kind is tuple or kind is list:
-        return kind, None, tuple([take_apart(part, leaves) for part in value])
-    found, spec = pytree.tree_flatten(value)
-    leaves += found
-    return None if len(found) == 1 and found[0] is value else spec
+    if kind is not dict and kind is not tuple and kind is not list:
+        found, spec = pytree.tree_flatten(value)
+        leaves += found
+        return None if len(found) == 1 and found[0] is value else spec
+    layouts: list[Layout] = []
+    for part in value.values() if kind is dict else value:
+        if type(part) in _LEAVES:  # most are: no call for each
+            leaves.append(part)
+            layouts.append(None)
+        else:
+            layouts.append(take_apart(part, leaves))
+    return kind, tuple(value) if kind is dict else None, tuple(layouts)
 
 
 def put_together(layout: Layout, leaves: Iterator[Any]) -> Any:
@@ -56,10 +58,3 @@ def leaves_of(value: Any) -> list[Any]:
 def tensors_of(value: Any) -> list[Tensor]:
     """The tensors among the leaves of a tree."""
     return [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]
-
-
-def with_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """A tree with what ``change`` makes of each of its tensors in their places."""
-    leaves: list[Any] = []
-    layout = take_apart(value, leaves)
-    return put_together(layout, iter([change(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]))

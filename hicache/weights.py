@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 from torch import Tensor, distributed, nn
 
@@ -45,10 +46,10 @@ class Places:
     """
 
     def __init__(self, modules: Sequence[nn.Module], weights: bool) -> None:
-        found = [compat.children_by_name(module) for module in modules]
+        found: list[Any] = [compat.children_by_name(module) for module in modules]
         if weights:
             found += [compat.weights_by_name(module) for module in modules]
-        self._places: list[dict[str, object]] = [places for places in found if places]
+        self._places: list[dict[str, Any]] = [places for places in found if places]
         self._sizes = list(map(len, self._places))
         self._held = self._now()
 
@@ -56,7 +57,7 @@ class Places:
         """Whether the same modules and weights are there."""
         return list(map(len, self._places)) == self._sizes and all(map(operator.is_, self._now(), self._held))
 
-    def _now(self) -> list[object]:
+    def _now(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._places)))
 
 

@@ -30,6 +30,7 @@ LAYERS = [
         "hicache.compat",
         "hicache.weights",
         "hicache.shadow",
+        "hicache.trees",
     },
     {"hicache.config"},
     {"hicache.schedule", "hicache.numbers"},

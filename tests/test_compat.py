@@ -226,6 +226,9 @@ def test_writes_are_counted():
     before = compat.write_count(tensor)
     tensor.add_(1)
     assert compat.write_count(tensor) != before, moved("Tensor._version", "write_count")
+    assert compat.write_counts([tensor]) == [compat.write_count(tensor)], moved(
+        "Tensor._version", "write_counts"
+    )
     with torch.inference_mode():
         assert compat.write_count(torch.zeros(2)) is None
 

@@ -3,18 +3,21 @@
 ``python -m benchmarks.host_time --against 3d7e2b6 --csv benchmarks/results/host-time.csv``
 
 FLUX.1 of its true depth (19 + 38 blocks) and of the least width runs on the CPU, in its pipeline, module by
-module and as a stack, eagerly and with graphs. Time is that of the thread, in microseconds:
+module and as a stack, eagerly and with graphs. Time is that of the thread:
 
 - ``step``: a skipped call of the cached transformer, from the call to its return.
-- ``own``: that less a call of the same transformer without its blocks and with its rotary embeddings at hand,
-  timed right after it: what the cache adds to what the model itself does before and after its blocks. A replay
+- ``own``: that less a call of the bare model, the same transformer without its blocks and with its rotary
+  embeddings at hand: what the cache adds to what the model itself does before and after its blocks. A replay
   runs none of that, so with graphs there is no such number.
 
 Left out: the sum's kernel (a small copy is in its place) and a graph's launch (a replay does nothing). Tensor
 operations are as small as can be; on a GPU a launch is in the place of each.
 
-With ``--against`` the same probe runs on a commit's tree, from a worktree made for it, in turns with this one,
-each time in a process of its own; a ratio is of one turn.
+A call of the bare model is timed after every step, and times are told in such calls, too: on a machine that
+does other things as well both take longer. Ratios are of those.
+
+With ``--against`` the same probe runs on a commit's tree, from a worktree made for it, in turns with this
+one, each time in a process of its own; a ratio is of one turn.
 """
 
 from __future__ import annotations
@@ -38,22 +41,33 @@ from benchmarks.common import command, machine, tables
 ROOT = Path(__file__).parents[2]
 PROBE = Path(__file__).with_name("probe.py")
 
-# case -> part -> microseconds, medians of a process
-Times = dict[str, dict[str, float]]
+
+@dataclass(frozen=True)
+class Time:
+    """Of one case and part: medians of one process."""
+
+    microseconds: float
+    models: float  # the same in calls of the bare model
+
+
+# case -> part -> time
+Times = dict[str, dict[str, Time]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case, and one part of its time."""
+    """One case, and one part of its time: medians over the turns."""
 
     case: str  # granularity, and how it runs
     part: str  # "step" or "own"
-    microseconds: float  # median of the processes' medians
+    microseconds: float
+    models: float
     against: str  # a commit; empty without
-    against_microseconds: float | None
-    ratio: float | None  # median over the turns, and the least and the most
-    least: float | None
-    most: float | None
+    against_microseconds: float | None = None
+    against_models: float | None = None
+    ratio: float | None = None  # of the models, and the least and the most of a turn
+    least: float | None = None
+    most: float | None = None
 
 
 def time_tree(tree: Path) -> Times:
@@ -70,10 +84,16 @@ def time_tree(tree: Path) -> Times:
         raise SystemExit(f"the probe failed on {tree}:\n{done.stderr}")
     found: Times = {}
     for case, pairs in json.loads(done.stdout.splitlines()[-1]).items():
-        found[case] = {"step": statistics.median(step for step, _ in pairs) / 1e3}
+        found[case] = {"step": _time(pairs, 0)}
         if case.endswith("eager"):
-            found[case]["own"] = statistics.median(step - model for step, model in pairs) / 1e3
+            found[case]["own"] = _time(pairs, 1)
     return found
+
+
+def _time(pairs: list[tuple[int, int]], less: int) -> Time:
+    """Of nanoseconds of steps and of the bare model's calls after them; ``less`` so many of those."""
+    microseconds = statistics.median(step - less * model for step, model in pairs) / 1e3
+    return Time(microseconds, statistics.median(step / model for step, model in pairs) - less)
 
 
 @contextmanager
@@ -106,26 +126,35 @@ def rows(ours: list[Times], theirs: list[Times], commit: str) -> list[Row]:
         commit: its name.
     """
     found = []
-    for case, parts in ours[0].items():
-        for part in parts:
-            mine = [times[case][part] for times in ours]
-            other = [times[case][part] for times in theirs]
-            ratios = [a / b for a, b in zip(mine, other, strict=True)] if other else []
-            spread = (statistics.median(ratios), min(ratios), max(ratios)) if ratios else (None, None, None)
-            median = statistics.median(other) if other else None
-            found.append(Row(case, part, statistics.median(mine), commit, median, *spread))
+    for case, part in [(case, part) for case, parts in ours[0].items() for part in parts]:
+        mine, other = ([times[case][part] for times in tree] for tree in (ours, theirs))
+        row = Row(case, part, *_medians(mine), commit)
+        if other:
+            ratios = [a.models / b.models for a, b in zip(mine, other, strict=True)]
+            spread = statistics.median(ratios), min(ratios), max(ratios)
+            row = Row(case, part, *_medians(mine), commit, *_medians(other), *spread)
+        found.append(row)
     return found
+
+
+def _medians(times: list[Time]) -> tuple[float, float]:
+    return (
+        statistics.median(time.microseconds for time in times),
+        statistics.median(time.models for time in times),
+    )
 
 
 def show(found: list[Row]) -> str:
     """A table."""
-    header = ["case", "part", "µs", "µs before", "ratio", "least – most"]
+    header = ["case", "part", "µs", "models", "µs before", "models before", "ratio", "least – most"]
     lines = [
         [
             row.case,
             row.part,
             f"{row.microseconds:.0f}",
+            f"{row.models:.2f}",
             tables.shown(row.against_microseconds, ".0f"),
+            tables.shown(row.against_models, ".2f"),
             tables.shown(row.ratio, ".2f"),
             "" if row.ratio is None else f"{row.least:.2f} – {row.most:.2f}",
         ]

@@ -62,7 +62,7 @@ def sum_of_nothing(
 
 def transformer(doubles: int, singles: int) -> nn.Module:
     """FLUX.1 of the least width."""
-    return diffusers.FluxTransformer2DModel(
+    model: nn.Module = diffusers.FluxTransformer2DModel(
         patch_size=1,
         in_channels=4,
         num_layers=doubles,
@@ -73,7 +73,8 @@ def transformer(doubles: int, singles: int) -> nn.Module:
         pooled_projection_dim=32,
         guidance_embeds=True,
         axes_dims_rope=(2, 2, 4),
-    ).eval()
+    )
+    return model.eval()
 
 
 class Recalled(nn.Module):
@@ -91,7 +92,7 @@ class Recalled(nn.Module):
         return self.known
 
 
-def bare() -> nn.Module:
+def bare() -> Any:
     """The model without its blocks: what is before and after them runs at every step, cached or not."""
     model: Any = transformer(1, 1)
     model.transformer_blocks, model.single_transformer_blocks = nn.ModuleList(), nn.ModuleList()
@@ -100,13 +101,17 @@ def bare() -> nn.Module:
 
 
 class Timed(nn.Module):
-    """Mixed into the cached transformer's class: times its calls, and one of the bare model after each."""
+    """Mixed into the cached transformer's class: times its calls, and one of the bare model after each.
+
+    The bare model is called before, too: what it has in the processor's caches then serves both alike.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model, found = self.__dict__["timed"]
+        model(*args, **kwargs)
         start = time.thread_time_ns()
         output = super().__call__(*args, **kwargs)
         done = time.thread_time_ns()
-        model, found = self.__dict__["timed"]
         again = time.thread_time_ns()
         model(*args, **kwargs)
         found.append((done - start, time.thread_time_ns() - again))
@@ -123,8 +128,8 @@ def measure(granularity: str, graphs: bool) -> list[tuple[int, int]]:
     import hicache.fast
     import hicache_kernels
 
-    hicache_kernels.BACKENDS["reference"].gated_sum = sum_of_nothing  # type: ignore[method-assign]
-    hicache.fast.CudaBackend = NothingReplayed  # type: ignore[misc, assignment]
+    vars(hicache_kernels.BACKENDS["reference"])["gated_sum"] = sum_of_nothing
+    vars(hicache.fast)["CudaBackend"] = NothingReplayed
     torch.manual_seed(0)
     pipe: Any = diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
@@ -140,7 +145,7 @@ def measure(granularity: str, graphs: bool) -> list[tuple[int, int]]:
         backend="reference",
     )
     found: list[tuple[int, int]] = []
-    cls = type(pipe.transformer)
+    cls: Any = type(pipe.transformer)
     pipe.transformer.__class__ = type(cls)(cls.__name__, (Timed, cls), {"__module__": cls.__module__})
     pipe.transformer.__dict__["timed"] = bare(), found
     prompt = {"prompt_embeds": torch.randn(1, 6, 32), "pooled_prompt_embeds": torch.randn(1, 32)}

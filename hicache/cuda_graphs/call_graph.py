@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from hicache.cuda_graphs.capture import CaptureBackend, Captured, describe, like, modes
-from hicache.step_plan import CallResult, FullStep, RunningCall, SkippedStep
-from hicache.trees import Layout, put_together, take_apart, tensors_of, with_tensors
+from hicache.step_plan import CallResult, RunningCall, SkippedStep
+from hicache.trees import Layout, put_together, take_apart, tensors_of
 
 
-@dataclass(frozen=True)
+@dataclass
 class CallArguments:
     """What a call is given: its arguments, as leaves of a tree, and the tensors of its plan.
 
@@ -65,6 +65,8 @@ class CallGraph:
     captured: Captured
     _inputs: list[Tensor]  # memory of the graph, for the call's tensors and its plan's
     _result: CallResult
+    _leaves: list[Any]  # of its output
+    _layout: Layout
     used: int = 0  # when it was replayed last: larger is later
 
     @classmethod
@@ -86,7 +88,9 @@ class CallGraph:
         call.result, call.rotary_index = CallResult(), 0
         try:
             captured = backend.capture(lambda: forward(*args, **kwargs))
-            return cls(captured, inputs, call.result)
+            leaves: list[Any] = []
+            layout = take_apart(captured.output, leaves)
+            return cls(captured, inputs, call.result, leaves, layout)
         finally:
             call.plan, call.result, call.rotary_index = plan, result, 0
 
@@ -96,9 +100,15 @@ class CallGraph:
             own.copy_(tensor)
         self.captured.replay()
         call.result = self._result.copy()
-        return cloned(self.captured.output)
+        return put_together(self._layout, map(_own, self._leaves))
 
 
 def cloned(output: Any) -> Any:
     """An output whose tensors no replay overwrites."""
-    return with_tensors(output, Tensor.clone)
+    leaves: list[Any] = []
+    layout = take_apart(output, leaves)
+    return put_together(layout, map(_own, leaves))
+
+
+def _own(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf

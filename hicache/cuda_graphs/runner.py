@@ -222,9 +222,7 @@ class GraphRunner:
             self._capture_blocks_only(_first_line(error))
             return None
         captured = graph.captured
-        if (
-            describe(leaves_of(captured.output)) is None
-        ):  # the next replay would overwrite its tensors
+        if describe(leaves_of(captured.output)) is None:  # the next replay would overwrite its tensors
             given = type(captured.output).__name__
             self._give_up(f"a capture failed: TypeError: expected tensors, got {given}")
             return None

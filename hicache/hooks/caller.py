@@ -27,6 +27,14 @@ class Caller(NamedTuple):
     name: str | None = None  # what a guider calls the prediction
 
 
+class _Found(NamedTuple):
+    """A pipeline that was found, held weakly."""
+
+    pipe: Callable[[], Any]
+    scheduler: Callable[[], Any]
+    places: list[tuple[str, Callable[[], Any]]]  # its attributes that are the modules looked for
+
+
 class CallerFinder:
     """Finds the pipeline that is calling a transformer, or another of its modules, if one is.
 
@@ -39,8 +47,7 @@ class CallerFinder:
 
     def __init__(self, *modules: nn.Module) -> None:
         self._modules = modules
-        # the pipeline found last, its scheduler, and where it has the modules: held weakly
-        self._last: tuple[Callable[[], Any], Callable[[], Any], list[tuple[str, Callable[[], Any]]]] | None = None
+        self._last: _Found | None = None
 
     def find(self) -> Caller:
         """Who is calling now."""
@@ -55,28 +62,29 @@ class CallerFinder:
 
     def _known(self, argument: Any) -> Any:
         """The scheduler of the pipeline found last, if this is that one and nothing of it has changed."""
-        if self._last is None:
-            return None
-        pipe, scheduler, places = self._last
-        if argument is None or argument is not pipe():
+        last = self._last
+        if last is None or argument is None or argument is not last.pipe():
             return None
         attributes = argument.__dict__
-        held = attributes.get("scheduler")
-        same = held is scheduler() and all(attributes.get(key) is module() for key, module in places)
-        return held if same else None
+        scheduler = attributes.get("scheduler")
+        if scheduler is not last.scheduler():
+            return None
+        return scheduler if all(attributes.get(key) is part() for key, part in last.places) else None
 
     def _look_at(self, argument: Any) -> Any:
         """The scheduler of a pipeline; None where it is none, or another's."""
-        attributes = getattr(argument, "__dict__", None)
+        attributes: Any = getattr(argument, "__dict__", None)
         scheduler = attributes.get("scheduler") if isinstance(attributes, dict) else None
         if scheduler is None:
             return None
         places = [_place(attributes, module) for module in self._modules]
         if None in places or not _can_be_watched(scheduler):
             return None
-        found = [(key, weakref.ref(attributes[key])) for key in places if key is not None]
+        found: list[tuple[str, Callable[[], Any]]] = [
+            (key, weakref.ref(attributes[key])) for key in places if key is not None
+        ]
         with suppress(TypeError):  # what cannot be held weakly is looked at every time
-            self._last = weakref.ref(argument), weakref.ref(scheduler), found
+            self._last = _Found(weakref.ref(argument), weakref.ref(scheduler), found)
         return scheduler
 
 

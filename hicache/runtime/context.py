@@ -205,11 +205,12 @@ class Contexts:
         Returns:
             None: there are too many.
         """
-        known, context = self._known.get(counter.ordinal, (None, None))
-        if known is not None and context is not None and context.last_step != counter.step:
-            if known.is_like(name, model_kwargs):
-                context.last_step = counter.step
-                return context
+        known = self._known.get(counter.ordinal)
+        if known is not None:
+            call, met = known
+            if met.last_step != counter.step and call.is_like(name, model_kwargs):
+                met.last_step = counter.step
+                return met
         arguments, conditions = (name, *signature(model_kwargs)), Conditions(model_kwargs)
         context = self._met(counter.step, arguments, conditions)
         if context is None and len(self.current) < MAX_CONTEXTS:
@@ -218,6 +219,8 @@ class Contexts:
             label = f"{self._denoiser}[{counter.ordinal}]" + (f" #{twins + 1}" if twins else "")
             context.restart(label, counter.step, conditions)
             self.current.append(context)
+        if context is None:
+            return None
         alike = [other for other in self.current if other.arguments == arguments]
         if [other for other in alike if other.conditions.are(conditions)] == [context]:
             self._known[counter.ordinal] = KnownCall(name, model_kwargs), context

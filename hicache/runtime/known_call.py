@@ -1,7 +1,7 @@
 """A call that is like the one before it, told in a few microseconds.
 
 Most calls of a run differ from those of the last step in their hidden state and timestep alone: the rest is
-the same objects. Such a call is of the same context; any other is taken apart (:mod:`hicache.runtime.context`).
+the same objects. Such a call is of the same context; any other is taken apart.
 """
 
 from __future__ import annotations
@@ -27,56 +27,44 @@ class KnownCall:
 
     def __init__(self, name: Hashable, model_kwargs: Mapping[str, Any]) -> None:
         self._name = name
-        self._count = len(model_kwargs)
-        self._tensors = [
-            _KnownTensor(key, value) for key, value in model_kwargs.items() if isinstance(value, Tensor)
+        self._names = list(model_kwargs)
+        tensors = {key: value for key, value in model_kwargs.items() if isinstance(value, Tensor)}
+        given = [(key, value) for key, value in model_kwargs.items() if key not in tensors]
+        # held weakly: a pipeline keeps them for as long as its run lasts
+        self._embeddings = [
+            (key, weakref.ref(tensor), compat.write_count(tensor))
+            for key, tensor in tensors.items()
+            if is_condition(key)
         ]
-        given = {key: value for key, value in model_kwargs.items() if not isinstance(value, Tensor)}
-        self._others, self._forms = tuple(given), forms(given)
-        self._kinds = kinds(tensor.device for tensor in self._tensors)
+        self._tensors = [
+            (key, weakref.ref(tensor), tensor.shape, tensor.dtype, tensor.device)
+            for key, tensor in tensors.items()
+            if not is_condition(key)
+        ]
+        self._others = [key for key, _ in given]
+        self._forms = forms(dict(given))
+        self._kinds = kinds(tensor.device for tensor in tensors.values())
         self._casts = casts(self._kinds)
-        # embeddings in lists and devices of tensors in them are for those who take calls apart
-        self._plain = not any(is_condition(key) and value is not None for key, value in given.items()) and all(
-            len(form) < 4 for form in self._forms
-        )
+        # tensors in lists are for those who take calls apart
+        self._plain = all(len(form) < 4 for form in self._forms)
 
     def is_like(self, name: Hashable, model_kwargs: Mapping[str, Any]) -> bool:
         """Whether a later call has the same form and is given the same embeddings, the same tensors."""
-        if not self._plain or len(model_kwargs) != self._count or name != self._name:
+        if not self._plain or name != self._name or list(model_kwargs) != self._names:
             return False
-        for known in self._tensors:
-            if not known.is_like(model_kwargs.get(known.key)):
+        for key, ref, writes in self._embeddings:
+            later = model_kwargs[key]
+            if not isinstance(later, Tensor) or later is not ref():
                 return False
-        try:
-            others = {key: model_kwargs[key] for key in self._others}
-        except KeyError:
-            return False
+            if compat.write_count(later) != writes:
+                return False
+        for key, ref, shape, dtype, device in self._tensors:
+            later = model_kwargs[key]
+            if not isinstance(later, Tensor):
+                return False
+            if later is not ref() and (
+                later.shape != shape or later.dtype != dtype or later.device != device
+            ):
+                return False
+        others = {key: model_kwargs[key] for key in self._others}
         return forms(others) == self._forms and casts(self._kinds) == self._casts
-
-
-class _KnownTensor:
-    """A tensor among the arguments, not kept alive.
-
-    Args:
-        key: the argument's name.
-        tensor: what was given.
-    """
-
-    def __init__(self, key: str, tensor: Tensor) -> None:
-        self.key = key
-        self.device = tensor.device
-        self._shape, self._dtype = tensor.shape, tensor.dtype
-        self._ref = weakref.ref(tensor)
-        self._condition = is_condition(key)
-        self._writes = compat.write_count(tensor)
-
-    def is_like(self, later: Any) -> bool:
-        if later is self._ref():
-            return not self._condition or compat.write_count(later) == self._writes
-        return (
-            not self._condition
-            and isinstance(later, Tensor)
-            and later.shape == self._shape
-            and later.dtype == self._dtype
-            and later.device == self.device
-        )
