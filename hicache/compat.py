@@ -39,7 +39,7 @@ _GUARD: Final = "_hicache_guard"
 def _guarded(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
     try:
         _, make = module.__dict__.get(_GUARD, (None, None))
-        return call(module, *args, **kwargs) if make is None else make(partial(call, module), args, kwargs)
+        return call(*args, **kwargs) if make is None else make(call, args, kwargs)
     except BaseException:
         failed, _ = module.__dict__.get(_GUARD, (None, None))
         if failed is not None:
