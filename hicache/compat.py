@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import FrameType
 from typing import Any, Final
@@ -39,7 +39,7 @@ _GUARD: Final = "_hicache_guard"
 def _guarded(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
     try:
         _, make = module.__dict__.get(_GUARD, (None, None))
-        return call(module, *args, **kwargs) if make is None else make(partial(call, module), args, kwargs)
+        return call(*args, **kwargs) if make is None else make(call, args, kwargs)
     except BaseException:
         failed, _ = module.__dict__.get(_GUARD, (None, None))
         if failed is not None:
@@ -49,9 +49,8 @@ def _guarded(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any
 
 def _own(module: nn.Module, name: str) -> Callable[..., Any]:
     """A method as the module's class has it, without what is mixed in below."""
-    classes = type(module).__mro__
-    rest = classes[classes.index(_GuardedCalls) + 1 :] if _GuardedCalls in classes else classes
-    found: Callable[..., Any] = next(vars(cls)[name] for cls in rest if name in vars(cls))
+    owner = super(_GuardedCalls, module) if isinstance(module, _GuardedCalls) else module
+    found: Callable[..., Any] = getattr(owner, name)
     return found
 
 
@@ -169,7 +168,7 @@ def running_calls() -> Iterator[tuple[list[Any], dict[str, Any]]]:
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "__call__":
+        if code.co_name == "__call__" and code.co_filename != __file__:  # not the guards above
             variables = frame.f_locals
             names = code.co_varnames[: min(2, code.co_argcount)]
             yield [variables[name] for name in names if name in variables], variables
@@ -223,9 +222,19 @@ def write_count(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else int(tensor._version)
 
 
-def parts(module: nn.Module, weights: bool) -> tuple[Any, ...]:
-    """A module's children, and its weights if wanted (``Module._modules``, ``Module._parameters``)."""
-    return (*module._modules.values(), *(module._parameters.values() if weights else ()))
+def write_counts(tensors: Iterable[Tensor]) -> list[int]:
+    """How often tensors were written to, none of them in inference mode (``Tensor._version``)."""
+    return [tensor._version for tensor in tensors]
+
+
+def children_by_name(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's children as it has them: what is put in a place is in here (``Module._modules``)."""
+    return module._modules
+
+
+def weights_by_name(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own weights as it has them (``Module._parameters``)."""
+    return module._parameters
 
 
 # diffusers 0.37 – 0.42, accelerate 1.15

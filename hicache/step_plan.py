@@ -70,8 +70,12 @@ class SkippedStep:
     @property
     def inputs(self) -> list[Tensor]:
         """The tensors whose numbers differ from step to step: the sum's, gates, what is added between."""
-        optional = (self.sum.inv_gap, self.gates)
-        return [self.sum.coeffs, *(tensor for tensor in optional if tensor is not None), *self.between]
+        found = [self.sum.coeffs]
+        if self.sum.inv_gap is not None:
+            found.append(self.sum.inv_gap)
+        if self.gates is not None:
+            found.append(self.gates)
+        return [*found, *self.between]
 
     def with_inputs(self, tensors: list[Tensor]) -> SkippedStep:
         """The same plan with other tensors in the places of :attr:`inputs`."""
@@ -104,7 +108,7 @@ class CallResult:
 
     def copy(self) -> CallResult:
         """A result of the same tensors."""
-        return replace(self, partial_sums=dict(self.partial_sums))
+        return CallResult(self.entered, self.head_reached, dict(self.partial_sums))
 
 
 class Lesson(Protocol):

@@ -35,6 +35,7 @@ LAYERS = [
         "hicache.weights",
         "hicache.shadow",
         "hicache.snapshots",
+        "hicache.trees",
     },
     {"hicache.model_key", "hicache.run"},
     {"hicache.basis", "hicache.chebyshev", "hicache.schedule", "hicache.tables"},

@@ -255,6 +255,9 @@ def test_writes_are_counted():
     before = compat.write_count(tensor)
     tensor.add_(1)
     assert compat.write_count(tensor) != before, moved("Tensor._version", "write_count")
+    assert compat.write_counts([tensor]) == [compat.write_count(tensor)], moved(
+        "Tensor._version", "write_counts"
+    )
     with torch.inference_mode():
         assert compat.write_count(torch.zeros(2)) is None
 
@@ -359,8 +362,12 @@ def test_caches_of_diffusers_are_seen():
 
 
 def test_parts_of_a_module(layer: nn.Linear):
-    assert compat.parts(layer, weights=True) == (layer.weight, layer.bias), moved("_parameters", "parts")
-    assert compat.parts(nn.Sequential(layer), weights=False) == (layer,), moved("_modules", "parts")
+    held = compat.weights_by_name(layer)
+    assert held == {"weight": layer.weight, "bias": layer.bias}, moved("_parameters", "weights_by_name")
+    layer.weight = nn.Parameter(torch.zeros(2, 3))
+    assert held["weight"] is layer.weight, moved("_parameters", "weights_by_name")
+    outer = nn.Sequential(layer)
+    assert compat.children_by_name(outer) == {"0": layer}, moved("_modules", "children_by_name")
 
 
 def test_lora_layers(layer: nn.Linear):

@@ -363,7 +363,7 @@ def test_a_smaller_history_in_the_same_place_is_another_form():
     for num_features in (3, 1):
         orders = torch.empty(0).set_(MEMORY, 0, (3, num_features, 8))
         transformer.call.plan = SkippedStep(Sum(orders, torch.zeros(3), None, 0, "reference"))
-        keys.append(CallArguments.of((), {}).key(transformer.call))
+        keys.append(CallArguments.of(transformer.call, (), {}).key)
     assert keys[0] != keys[1]
 
 

@@ -9,7 +9,6 @@ coefficients and gates. So one graph of a skipped step serves every distance, on
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -17,12 +16,11 @@ import torch
 from torch import nn
 
 from hicache import compat
-from hicache.compat import pytree
 from hicache.cuda_graphs.block_graphs import BlockGraphs, NoRoom
-from hicache.cuda_graphs.call_graph import CallArguments, CallGraph, cloned, plan_inputs
+from hicache.cuda_graphs.call_graph import CallArguments, CallGraph, cloned
 from hicache.cuda_graphs.capture import CaptureBackend, describe
 from hicache.cuda_graphs.capture_safety import INSIDE, unsafe_ops
-from hicache.cuda_graphs.graph_memory import Expected, GraphMemory, expected, leaves
+from hicache.cuda_graphs.graph_memory import Expected, GraphMemory, expected
 from hicache.cuda_graphs.live_bytes import LiveBytes, nbytes
 from hicache.cuda_graphs.model_state import ModelState
 from hicache.cuda_graphs.scope import Scope
@@ -30,6 +28,7 @@ from hicache.hooks.hooked import HookedModule
 from hicache.mixin import mix_in
 from hicache.stats import GraphStats
 from hicache.step_plan import FullStep, SkippedStep
+from hicache.trees import leaves_of
 
 LIMIT: Final = 16  # live graphs of one transformer
 # What a user may ask for besides True and False: with "full", full steps whatever memory their graphs take.
@@ -74,7 +73,7 @@ class GraphRunner:
         self._backend = backend
         self._choice = choice
         self._limit = limit
-        self._graphs: OrderedDict[Any, CallGraph] = OrderedDict()
+        self._graphs: dict[Any, CallGraph] = {}
         self._warmed: dict[Any, Expected] = {}
         self._sums = 0  # bytes that a full step adds features up in
         self._stale = False  # whether there are graphs of earlier runs
@@ -163,8 +162,8 @@ class GraphRunner:
             self.drop()
         if self._scope.why_not_whole is not None:
             return self._run_blocks(forward, args, kwargs)
-        form = CallArguments.of(args, kwargs)
-        key = form.key(self._call)
+        form = CallArguments.of(self._call, args, kwargs)
+        key = form.key
         if key is None:
             return forward(*args, **kwargs)
         graph = self._graphs.get(key)
@@ -174,12 +173,17 @@ class GraphRunner:
             graph = self._capture(key, forward, form)
             if graph is None:
                 return forward(*args, **kwargs)
-            self._graphs[key] = graph
-            if len(self._graphs) > self._limit:
-                self.memory.let_go(self._graphs.popitem(last=False)[1].input_nbytes)
-        self._graphs.move_to_end(key)
+            self._add(key, graph)
         self.stats.replays += 1
+        graph.used = self.stats.replays
         return graph.replay(self._call, form)
+
+    def _add(self, key: Any, graph: CallGraph) -> None:
+        """Keep a graph, in place of the one whose last replay is longest ago if there are too many."""
+        if len(self._graphs) == self._limit:
+            oldest = min(self._graphs, key=lambda key: self._graphs[key].used)
+            self.memory.let_go(self._graphs.pop(oldest).input_nbytes)
+        self._graphs[key] = graph
 
     def _warm(self, key: Any, run: Callable[[], Any]) -> Any:
         """The first call of a form, and whether it may be captured: best not to begin what will fail."""
@@ -228,7 +232,7 @@ class GraphRunner:
 
     def _why_no_room(self, key: Any, form: CallArguments) -> str | None:
         """Why the budget has no room for a graph of this call; graphs of earlier runs are given up for it."""
-        beside = sum(map(nbytes, [*leaves(form.leaves), *plan_inputs(self._call)]))
+        beside = sum(map(nbytes, form.inputs))
         if self._scope.why_not_full is not None:
             beside += self._sums
         reason = self.memory.why_not(self._warmed[key], beside)
@@ -265,9 +269,7 @@ class GraphRunner:
             self._capture_blocks_only(_first_line(error))
             return None
         captured = graph.captured
-        if (
-            describe(pytree.tree_leaves(captured.output)) is None
-        ):  # the next replay would overwrite its tensors
+        if describe(leaves_of(captured.output)) is None:  # the next replay would overwrite its tensors
             given = type(captured.output).__name__
             self._give_up(f"a capture failed: TypeError: expected tensors, got {given}")
             return None

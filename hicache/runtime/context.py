@@ -15,6 +15,7 @@ from hicache.runtime.conditions import Conditions
 from hicache.runtime.finite import FiniteCheck
 from hicache.runtime.gate_prefetch import GatePrefetch
 from hicache.runtime.gate_rank import RunGates
+from hicache.runtime.known_call import KnownCall
 from hicache.runtime.session import Session, StepCounter
 from hicache.runtime.signature import signature
 from hicache.runtime.token_layout import LayoutCheck, TokenLayout
@@ -202,11 +203,14 @@ class Contexts:
         self._denoiser = denoiser
         self.current: list[Context] = []
         self._idle: list[Context] = []  # of the last run: their memory is kept for one run
+        # by their order in the step: contexts met, and calls of theirs that none but them had the like of
+        self._known: dict[int, tuple[KnownCall, Context]] = {}
 
     def start_run(self) -> None:
         """A run starts: its contexts may be others."""
         self._idle = [context for context in self.current if context.full_steps]
         self.current = []
+        self._known = {}
 
     def forget_forms(self) -> None:
         """The model may have changed: what was learned from earlier runs does not hold."""
@@ -227,6 +231,12 @@ class Contexts:
         Returns:
             None: there are too many.
         """
+        known = self._known.get(counter.ordinal)
+        if known is not None:
+            call, met = known
+            if met.last_step != counter.step and call.is_like(name, model_kwargs):
+                met.last_step = counter.step
+                return met
         arguments, conditions = (name, *signature(model_kwargs)), Conditions(model_kwargs)
         context = self._met(counter.step, arguments, conditions)
         if context is None and len(self.current) < MAX_CONTEXTS:
@@ -235,6 +245,11 @@ class Contexts:
             label = f"{self._denoiser}[{counter.ordinal}]" + (f" #{twins + 1}" if twins else "")
             context.restart(label, counter.step, conditions, session)
             self.current.append(context)
+        if context is None:
+            return None
+        alike = [other for other in self.current if other.arguments == arguments]
+        if [other for other in alike if other.conditions.are(conditions)] == [context]:
+            self._known[counter.ordinal] = KnownCall(name, model_kwargs), context
         return context
 
     def _met(self, step: int, arguments: tuple[Any, ...], conditions: Conditions) -> Context | None:

@@ -19,7 +19,7 @@ from torch import nn
 from hicache import compat
 from hicache.checks import is_number
 from hicache.handle import NotCopied
-from hicache.hooks.caller import find_caller
+from hicache.hooks.caller import CallerFinder
 from hicache.hooks.deferred import OutputForm
 from hicache.hooks.watched_calls import watch_calls
 from hicache.runtime.context import Context
@@ -123,7 +123,7 @@ class ControlNet(NotCopied):
         Whoever else calls it, a loop of one's own or a pipeline that is not cached, gets what it gives now.
         """
         for denoiser in self._denoisers:
-            caller = find_caller(self.module, denoiser.module)
+            caller = CallerFinder(self.module, denoiser.module).find()
             if caller.scheduler is not None:
                 return self._sessions.of_call(caller.scheduler, named)
         return None

@@ -15,7 +15,7 @@ from hicache.adapters.base import ModuleAdapter
 from hicache.adapters.gates import held_nbytes, let_go
 from hicache.cuda_graphs.runner import GraphRunner
 from hicache.handle import NotCopied
-from hicache.hooks.caller import CallName, find_caller
+from hicache.hooks.caller import CallerFinder, CallName
 from hicache.hooks.hooked import HookedModule
 from hicache.pipeline import check_one_cache
 from hicache.runtime.budget import Policy
@@ -72,6 +72,7 @@ class Denoiser(NotCopied):
         self.tracks: dict[Session, Track] = {}
         self._names = tuple(inspect.signature(type(self.module).forward).parameters)[1:]
         self._name = CallName(self.module)
+        self._caller = CallerFinder(self.module)
         self._turns = Turns(self.module)
         self._track: Track | None = None  # of the call whose turn it is
         self._begun: BegunCall | None = None
@@ -164,7 +165,7 @@ class Denoiser(NotCopied):
         if torch.is_grad_enabled() and (module.training or requires_grad(model_kwargs)):
             self._warn("is called for its gradients: it runs uncached")
             return None
-        caller = find_caller(module)
+        caller = self._caller.find()
         track = self._track = self.track(self.sessions.of_call(caller.scheduler, model_kwargs))
         counter = track.counter
         if counter.tick(module, model_kwargs):
@@ -203,8 +204,11 @@ class Denoiser(NotCopied):
         """See :func:`~hicache.runtime.planner.forecast`; maybe compiled, and then nothing is timed."""
         if self.hooked.call.opaque or self._track is None:
             return forecast(plan, self._modules, base, block_kwargs)
-        with self._track.session.watch.measure(base.device):
-            return forecast(plan, self._modules, base, block_kwargs)
+        watch = self._track.session.watch
+        started = watch.start(base.device)
+        hidden = forecast(plan, self._modules, base, block_kwargs)
+        watch.stop(started)
+        return hidden
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         begun, track = self._begun, self._track

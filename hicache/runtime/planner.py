@@ -85,7 +85,9 @@ class CallPlanner:
         call, context = self._hooked.call, begun.context
         assert context.form is not None
         call.rotary = context.rotary
-        with self._session.watch.measure(context.form.device), torch.no_grad():
+        watch = self._session.watch
+        started = watch.start(context.form.device)
+        with torch.no_grad():
             total = context.engine.prepare(
                 begun.local_step, fixed=replayed or begun.compiled, fused=not begun.compiled
             )
@@ -94,6 +96,7 @@ class CallPlanner:
                 self._sizes.hold()
                 call.plan = call.plan.of_any_size()
                 call.rotary = [compat.of_any_size(embedding) for embedding in context.rotary]
+        watch.stop(started)
         if self._hooked.verified:
             return
         call.verifying = True

@@ -43,6 +43,9 @@ class StepClock(Steps, Protocol):
     def sigmas(self) -> tuple[float, ...] | None:
         """The scheduler's noise levels in the run, one a step, where it has them; reads the device."""
 
+    def counts_alone(self, scheduler: Any) -> bool:
+        """Whether a scheduler's calls can only be of its run, if it is the only clock."""
+
     def tick(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
         """A call of a transformer begins, with these arguments by name."""
 
@@ -191,6 +194,8 @@ class Sessions:
         return self._add(TimestepClock())
 
     def _by_scheduler(self, scheduler: Any, model_kwargs: Mapping[str, Any]) -> Session:
+        if len(self._sessions) == 1 and self.latest.clock.counts_alone(scheduler):
+            return self.latest
         clocks = [(s, s.clock) for s in self._sessions if isinstance(s.clock, SchedulerClock)]
         held = {clock: session for session, clock in clocks if clock.scheduler is scheduler}
         # runs that were begun, and have had no call
