@@ -1,6 +1,6 @@
 """Times what the host does in a skipped step, beside an earlier commit.
 
-``python -m benchmarks.host_time --against 3d7e2b6 --csv benchmarks/results/host-time.csv``
+``python -m benchmarks.host_time --against 3d7e2b6``
 
 FLUX.1 of its true depth (19 + 38 blocks) and of the least width runs on the CPU, in its pipeline, module by
 module and as a stack, eagerly and with graphs. Time is that of the thread:
