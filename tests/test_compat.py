@@ -1,11 +1,13 @@
 """Private names of torch, diffusers and accelerate that hicache reads are where it looks for them.
 
-One test a name: when a release moves one, the test names it and the function of hicache/compat.py to mend.
+One test a name: when a release moves one, the test names it and the function of hicache/compat to mend.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -408,9 +410,12 @@ def test_parts_of_a_model_that_stay_in_fp32():
 def test_every_entry_has_a_test():
     functions = {
         name
-        for name, value in vars(compat).items()
-        if inspect.isfunction(value) and value.__module__ == compat.__name__ and not name.startswith("_")
+        for module in pkgutil.iter_modules(compat.__path__, f"{compat.__name__}.")
+        for name, value in vars(importlib.import_module(module.name)).items()
+        if inspect.isfunction(value) and value.__module__ == module.name and not name.startswith("_")
     }
+    assert len(functions) > 20
+    assert functions <= set(compat.__all__)
     source = inspect.getsource(inspect.getmodule(moved))
     assert {
         name for name in functions if f"compat.{name}" not in source and f'"{name}"' not in source
