@@ -43,7 +43,10 @@ class Basis(ABC):
 
     @abstractmethod
     def coefficients(self, at: Position) -> Sequence[float]:
-        """``at.num_coeffs`` coefficients, lowest order first."""
+        """``at.num_coeffs`` coefficients, lowest order first.
+
+        They follow from the settings and the place: asked for once, and used in later runs as well.
+        """
 
     def for_run(self, run: Run) -> Basis:
         """What is used in a run; itself, unless it depends on the run."""

@@ -337,7 +337,7 @@ def _with_graphs(
     if steps is None:
         kind = type(call.adapter).__name__
         return replace(chosen, not_estimated=f"{kind}.example() does not say what the model is called with")
-    numbers = call.engine.planned_numbers_nbytes(call.dtype)
+    numbers = call.engine.numbers.planned_nbytes(call.dtype)
     kept = call.contexts * (steps.kept + numbers)
     room = memory_budget - chosen.history_bytes - chosen.gates_bytes - kept
     graphs = plan_graphs(steps, call.contexts, order > 0, room, choice, steps.sums)

@@ -42,6 +42,7 @@ LAYERS = [
     {"hicache.calibration"},
     {"hicache.config"},
     {"hicache.differences"},
+    {"hicache.run_numbers"},
     {"hicache.engine"},
     {"hicache"},
     {"hicache.token_view", "hicache.step_plan", "hicache.stats", "hicache.adapters", "hicache.pipeline"},

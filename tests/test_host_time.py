@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +16,8 @@ from torch.utils import _pytree as pytree
 
 import hicache.fast
 from benchmarks.host_time.probe import NothingReplayed
+from hicache import Engine, HiCacheConfig, register_basis
+from hicache.basis import unregister_basis
 from hicache.hooks.caller import CallerFinder
 from hicache.runtime.known_call import KnownCall
 from hicache.trees import leaves_of, put_together, take_apart, tensors_of
@@ -216,3 +220,64 @@ def test_layouts_are_equal_where_trees_differ_in_leaves_alone():
     assert hash(layouts[0]) == hash(layouts[1])
     others = [{"a": [1, None]}, {"b": (1, None)}, {"a": (1,)}, {"a": OrderedDict(a=1)}, ({"a": (1, None)},)]
     assert all(take_apart(other, []) != layouts[0] for other in others)
+
+
+# Coefficients.
+
+
+@pytest.fixture
+def asked() -> Iterator[list[float]]:
+    """The distances that a basis was asked about."""
+    distances: list[float] = []
+
+    @register_basis("counting")
+    def counting(gaps: Any, distance: float, num_coeffs: int, sigma: float) -> list[float]:
+        distances.append(distance)
+        return [distance, *[0.0] * (num_coeffs - 1)]
+
+    yield distances
+    unregister_basis("counting")
+
+
+def forecasts(engine: Engine, steps: int = 12) -> list[float]:
+    """Of a whole run whose features are all of ones."""
+    found = []
+    for step in range(steps):
+        if engine.is_full(step):
+            engine.record(step, [torch.ones(1)])
+        else:
+            found.append(engine.forecast(step)[0].item())
+    return found
+
+
+def test_a_basis_is_asked_once_about_a_place(asked: list[float]):
+    """By the first skipped step about all of the run, and in later runs about what is another place there."""
+    config = HiCacheConfig(interval=5, order=1, warmup=3, basis="counting")
+    engine = Engine(config)
+    engine.reset(num_steps=12)
+    first = forecasts(engine)
+    assert first == [1, 2, 3, 4] * 2
+    assert len(asked) <= 1 + 2 * len(first)
+    for change in (
+        {},
+        {"num_steps": 13},
+        {"num_steps": 12, "context": "b"},
+        {"num_steps": 12, "sigmas": [1.0] * 12},
+    ):
+        asked.clear()
+        engine.reset(**({"num_steps": 12} | change))
+        assert forecasts(engine) == first
+        assert bool(asked) is bool(change)
+    asked.clear()
+    engine.reset(dataclasses.replace(config, sigma=0.25), num_steps=12)
+    assert forecasts(engine) == first
+    assert asked
+
+
+def test_of_a_run_of_unknown_length_it_is_asked_step_by_step(asked: list[float]):
+    engine = Engine(HiCacheConfig(interval=5, order=1, warmup=3, basis="counting"))
+    assert forecasts(engine) == [1, 2, 3, 4] * 2
+    assert asked == [1, 2, 3, 4] * 2
+    engine.reset()
+    assert forecasts(engine) == [1, 2, 3, 4] * 2
+    assert len(asked) == 8

@@ -160,7 +160,7 @@ class Context:
         """Bytes of what else it keeps for a run: coefficients, rotary embeddings, copies of the prompt."""
         embeddings = [leaf for leaf in pytree.tree_leaves(self.rotary) if isinstance(leaf, Tensor)]
         kept = sum(tensor.nbytes for tensor in embeddings) + self.conditions.nbytes
-        return kept + self.engine.numbers_nbytes
+        return kept + self.engine.numbers.nbytes
 
     @property
     def planned_nbytes(self) -> int:
