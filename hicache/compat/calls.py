@@ -47,7 +47,10 @@ class _GuardedCalls(nn.Module):
 
     @passed_by
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _guarded(_own(self, "__call__"), self, args, kwargs)
+        call = _own(self, "__call__")
+        if self._compiled_call_impl is None:  # goes by _call_impl, below
+            return call(*args, **kwargs)
+        return _guarded(call, self, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # its hooks reach into the pipeline, and a copy's would still reach into the original
@@ -119,12 +122,15 @@ def is_calling(thread: int, module: nn.Module) -> bool:
 
 
 def running_calls() -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """The first two arguments of every ``__call__`` of Python that goes on, and its variables, inside out."""
+    """The first two arguments of every ``__call__`` of Python that goes on, and its variables, inside out.
+
+    None for one that is gone from its variables.
+    """
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__call__" and code.co_filename != __file__:  # not the guards above
             variables = frame.f_locals
             names = code.co_varnames[: min(2, code.co_argcount)]
-            yield [variables[name] for name in names if name in variables], variables
+            yield list(map(variables.get, names)), variables
         frame = frame.f_back

@@ -69,7 +69,10 @@ class CallerFinder:
         scheduler = attributes.get("scheduler")
         if scheduler is not last.scheduler():
             return None
-        return scheduler if all(attributes.get(key) is part() for key, part in last.places) else None
+        for key, part in last.places:
+            if attributes.get(key) is not part():
+                return None
+        return scheduler
 
     def _look_at(self, argument: Any) -> Any:
         """The scheduler of a pipeline; None where it is none, or another's."""

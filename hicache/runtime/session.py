@@ -275,7 +275,8 @@ class StepCounter:
         self.step = -1
         self.ordinal = 0  # of the call in the step
         self._timestep: Any = None  # of the step's first call
-        self._moved: Callable[[], Any] = lambda: None  # whether a later one had another; None: not known yet
+        # whether a later one had another, which may not be known yet; None: there was none
+        self._moved: Callable[[], Any] | None = None
 
     @property
     def outdated(self) -> bool:
@@ -289,7 +290,7 @@ class StepCounter:
         clock.tick(module, model_kwargs)
         started = self.run != clock.run
         if started:
-            self.run, self.step, self._moved = clock.run, -1, lambda: None
+            self.run, self.step, self._moved = clock.run, -1, None
         if self.step != clock.step:
             self.step, self.ordinal = clock.step, 0
             self._timestep = None if self.step else timestep_of(model_kwargs)
@@ -306,4 +307,4 @@ class StepCounter:
             timestep = timestep_of(model_kwargs)
             moved = timestep is not None and timestep != self._timestep
             self._moved = reading(moved) if isinstance(moved, Tensor) else lambda: moved
-        return bool(self._moved())
+        return self._moved is not None and bool(self._moved())
