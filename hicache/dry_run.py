@@ -53,7 +53,7 @@ class StepBytes:
     blocks: GraphBytes  # where only they can be captured
     skipped: GraphBytes
     sums: int  # by module: what a full step adds features up in while it runs
-    kept: int  # for the run: rotary embeddings, and copies of the prompt that tell calls apart
+    kept: int  # for the run: embeddings that only blocks read, and copies of the prompt that tell calls apart
     unsafe: tuple[UnsafeOp, ...]  # operations of a full step that cannot be captured
 
 
@@ -121,7 +121,7 @@ def dry_run(
         _begin(call, plan)
         full = _Watched(model, hooked, given, standing_for)
         sums = sum(map(nbytes, call.result.partial_sums.values()))
-        kept = sum(tensor.nbytes for tensor in [*tensors_of(call.rotary), *conditioning(given)])
+        kept = sum(tensor.nbytes for tensor in [*tensors_of(call.recalled), *conditioning(given)])
         outputs.remove()
         _begin(call, _skipped_step(recorded, hidden))
         skipped = _Watched(model, hooked, given, standing_for)
@@ -263,7 +263,7 @@ def _shorten(model: nn.Module) -> dict[nn.Module, int]:
 
 
 def _begin(call: RunningCall, plan: FullStep | SkippedStep) -> None:
-    call.plan, call.result, call.rotary_index = plan, CallResult(), 0
+    call.plan, call.result, call.recall_index = plan, CallResult(), 0
 
 
 def _full_step(recorded: Recorded, hidden: Tensor, outputs: ModuleOutputs) -> FullStep:

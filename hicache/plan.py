@@ -59,7 +59,7 @@ class DenoiserPlan:
     low_rank_wanted: tuple[int, ...] = ()  # what must fit the budget at every rank: with the gates of a run
     gates_bytes: int = 0  # of all contexts: gates of steps to come, of low rank of the whole run
     # where the family's adapter says what the model is called with; else None
-    kept_bytes: int | None = None  # coefficients, rotary embeddings and copies of prompts
+    kept_bytes: int | None = None  # coefficients, embeddings and copies of prompts
     sums_bytes: int | None = None  # by module: what a full step adds features up in, while it runs
     graphs: GraphsPlan | None = None  # CUDA graphs on a GPU; an estimate
     not_estimated: str | None = None  # why these three are None

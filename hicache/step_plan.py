@@ -144,9 +144,9 @@ class RunningCall:
         self.opaque = False  # compiled, captured or replayed: nothing inside can be timed or compared
         # runs a block, given it and its arguments, where blocks are captured one by one
         self.run_block: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any] | None = None
-        # rotary embeddings of the context's first full step, and how many this call has asked for
-        self.rotary: list[Any] = []
-        self.rotary_index = 0
+        # what only blocks read, as the context's first full step had it, and how much this call has asked for
+        self.recalled: list[Any] = []
+        self.recall_index = 0
 
     @property
     def recording(self) -> bool:

@@ -48,7 +48,7 @@ def _form(call: RunningCall) -> tuple[Any, ...]:
     view = None if plan is None or plan.view is None else plan.view.form
     if isinstance(plan, SkippedStep):
         # the history, and what the first full step left for skipped ones
-        fixed: Sequence[Tensor | None] = [plan.sum.orders, *tensors_of(call.rotary)]
+        fixed: Sequence[Tensor | None] = [plan.sum.orders, *tensors_of(call.recalled)]
         # compute gates or read them, update so many differences or none
         does: tuple[Any, ...] = plan.gates is None, plan.ones, plan.sum.inv_gap is None, plan.sum.filled
     else:
@@ -86,14 +86,14 @@ class CallGraph:
         args, kwargs = put_together(form.layout, iter(own))
         if isinstance(plan, SkippedStep):
             call.plan = plan.with_inputs(list(queue))
-        call.result, call.rotary_index = CallResult(), 0
+        call.result, call.recall_index = CallResult(), 0
         try:
             captured = backend.capture(lambda: forward(*args, **kwargs))
             leaves: list[Any] = []
             layout = take_apart(captured.output, leaves)
             return cls(captured, inputs, call.result, leaves, layout)
         finally:
-            call.plan, call.result, call.rotary_index = plan, result, 0
+            call.plan, call.result, call.recall_index = plan, result, 0
 
     @property
     def input_nbytes(self) -> int:

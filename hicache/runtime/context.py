@@ -9,7 +9,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from hicache.compat import pytree
 from hicache.engine import Engine
 from hicache.runtime.conditions import Conditions
 from hicache.runtime.finite import FiniteCheck
@@ -20,6 +19,7 @@ from hicache.runtime.session import Session, StepCounter
 from hicache.runtime.signature import signature
 from hicache.runtime.token_layout import LayoutCheck, TokenLayout
 from hicache.token_view import TokenView
+from hicache.trees import tensors_of
 
 MAX_CONTEXTS: Final = 16  # of one denoiser in a run; more means that steps or calls are not what they seem
 
@@ -76,7 +76,7 @@ class Context:
         self.finite = FiniteCheck()
         self.check: LayoutCheck | None = None
         self.form: CallForm | None = None  # learned from its first call
-        self.rotary: list[Any] = []  # embeddings of the call learned from
+        self.recalled: list[Any] = []  # what only blocks read, of the call learned from
         self.returned: Any = None  # the form of what it returned at its last full step, by output
 
     def restart(self, label: str, first_step: int, conditions: Conditions, session: Session) -> None:
@@ -144,7 +144,7 @@ class Context:
         self.engine.release()
         self.prefetch.forget()
         self.low_rank.release()
-        self.rotary.clear()
+        self.recalled.clear()
         self.returned = None
         self.conditions.release()
         self.unlearn()
@@ -157,9 +157,8 @@ class Context:
 
     @property
     def kept_nbytes(self) -> int:
-        """Bytes of what else it keeps for a run: coefficients, rotary embeddings, copies of the prompt."""
-        embeddings = [leaf for leaf in pytree.tree_leaves(self.rotary) if isinstance(leaf, Tensor)]
-        kept = sum(tensor.nbytes for tensor in embeddings) + self.conditions.nbytes
+        """Bytes of what else it keeps for a run: coefficients, embeddings, copies of the prompt."""
+        kept = sum(tensor.nbytes for tensor in tensors_of(self.recalled)) + self.conditions.nbytes
         return kept + self.engine.numbers.nbytes
 
     @property
