@@ -90,7 +90,7 @@ class Engine:
 
     def distrust(self) -> None:
         """What is recorded is not to be forecast from: the run goes on with a full step."""
-        self._differences = Differences()
+        self.differences = Differences()  # those that exist
         self._pending: int | None = None  # differences the waiting update takes; None: no update waits
         self._blank: int | None = None  # orders from this one on hold zeros
 
@@ -99,16 +99,6 @@ class Engine:
         self.history = None
         self.numbers.clear()
         self.distrust()
-
-    @property
-    def last_full(self) -> int | None:
-        """The last full step."""
-        return self._differences.last_full
-
-    @property
-    def filled(self) -> int:
-        """Differences that exist, D0 included."""
-        return self._differences.filled
 
     @property
     def nbytes(self) -> int:
@@ -130,7 +120,7 @@ class Engine:
 
     def is_full(self, step: int, last_full: int | None = None) -> bool:
         """Whether the transformer runs at this step; after ``last_full``, where that is not recorded yet."""
-        last_full = self._differences.last_full if last_full is None else last_full
+        last_full = self.differences.last_full if last_full is None else last_full
         return is_full(self.config, step, last_full, self.num_steps)
 
     def open(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -159,10 +149,10 @@ class Engine:
         Raises:
             ValueError: ``step`` is not later than the last full step.
         """
-        self._differences.check_before(step)
-        self._differences = self._differences.after(step, self.config)
+        self.differences.check_before(step)
+        self.differences = self.differences.after(step, self.config)
         # at order 0 the inbox is D0 itself: nothing waits
-        self._pending = self._differences.taken if self.config.order else None
+        self._pending = self.differences.taken if self.config.order else None
 
     def record(self, step: int, features: Sequence[Tensor]) -> None:
         """Record the features of a full step: tensors of any shapes, of one dtype and device.
@@ -191,8 +181,7 @@ class Engine:
         """Every feature at a skipped step, in its shape, of the history's dtype.
 
         Raises:
-            RuntimeError: nothing is recorded to forecast from.
-            ValueError: ``step`` is not after the last full step.
+            RuntimeError, ValueError: as :meth:`gated_sum`.
         """
         history, coeffs = self._ahead(step)
         if self._pending is None:
@@ -240,7 +229,7 @@ class Engine:
         if fixed and self._pending is not None and not (fused and self._pending == self.config.order):
             self.flush()
         history, coeffs = self._ahead(step, padded=fixed)
-        filled = self._differences.filled
+        filled = self.differences.filled
         if fixed and self._blank != filled:
             # weighed with zero, which makes nothing of numbers but not of what an earlier run overflowed to
             history.orders[filled:].zero_()
@@ -253,11 +242,11 @@ class Engine:
         self._pending = None
 
     def _ahead(self, step: int, padded: bool = False) -> tuple[kernels.History, Tensor]:
-        if self.history is None or self._differences.last_full is None:
+        if self.history is None or self.differences.last_full is None:
             raise RuntimeError(f"Engine: expected a full step recorded before step {step}, got none")
-        self._differences.check_before(step)
-        return self.history, self.numbers.coeffs(self._differences, step, padded, self.history.orders)
+        self.differences.check_before(step)
+        return self.history, self.numbers.coeffs(self.differences, step, padded, self.history.orders)
 
     def _inv_gap(self) -> Tensor:
         assert self.history is not None
-        return self.numbers.inv_gap(self._differences, self.history.orders)
+        return self.numbers.inv_gap(self.differences, self.history.orders)

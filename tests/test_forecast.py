@@ -37,7 +37,7 @@ def series(values, config, dtype=torch.float64, backend="auto"):
         if engine.is_full(step):
             engine.record(step, [torch.tensor([value], dtype=dtype)])
             engine.flush()
-            yield step, True, [engine.history.slot(0, k).item() for k in range(engine.filled)]
+            yield step, True, [engine.history.slot(0, k).item() for k in range(engine.differences.filled)]
         else:
             yield step, False, engine.forecast(step)[0].item()
 

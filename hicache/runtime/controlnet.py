@@ -130,8 +130,7 @@ class ControlNet(NotCopied):
 
     def _coming(self, session: Session) -> list[Context]:
         """The contexts that were given residuals in the last step, and most likely are in this."""
-        tracks = [denoiser.tracks[session] for denoiser in self._denoisers if session in denoiser.tracks]
-        contexts = [context for track in tracks for context in track.going_on()]
+        contexts = [context for denoiser in self._denoisers for context in denoiser.tracks.going_on(session)]
         return [context for context in contexts if context.scale != NO_RESIDUALS]
 
 
