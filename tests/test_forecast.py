@@ -203,7 +203,7 @@ def test_engine_of_many_features_and_uneven_gaps():
                 torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     assert together.nbytes == together.history.nbytes > 0
     together.release()
-    assert (together.nbytes, together.last_full) == (0, None)
+    assert (together.nbytes, together.differences.last_full) == (0, None)
 
 
 def test_lazy_update_equals_an_immediate_one():
