@@ -57,7 +57,7 @@ def table(features: Sequence[int] = FEATURES, order: int = 2) -> list[tuple[str,
         op = OPS[name]
         for number in features:
             problem = Problem(Size(number, 2, 64), order, torch.float32, "cpu")
-            calls = {"ours": problem.call(op, "auto"), **problem.peers(op)}
+            calls = {"ours": problem.call(op, "auto"), **problem.eager_calls(op)}
             rows += [(name, number, key, count(call).total()) for key, call in calls.items()]
     return rows
 

@@ -1,8 +1,8 @@
 """Plots of what was measured: ``python -m benchmarks.plots benchmarks/results/kernels-cpu.csv --out DIR``.
 
 From the CSV of ``benchmarks.kernels``: bandwidth against size, and the roofline. From that of
-``benchmarks.launches``: operators of a skipped step against the number of features. Needs matplotlib (the
-``bench`` extra).
+``benchmarks.launches``: operators of a skipped step against the number of features. From that of
+``benchmarks.peers``: PSNR against full steps and against seconds. Needs matplotlib (the ``bench`` extra).
 """
 
 from __future__ import annotations
@@ -130,6 +130,46 @@ def launches(rows: Rows) -> Figure:
     return figure
 
 
+# of the packages that benchmarks.peers measures
+PACKAGES = {
+    "hicache": "tab:blue",
+    "diffusers": "tab:green",
+    "cache-dit": "tab:red",
+    "hicache-pp": "tab:orange",
+}
+
+
+def quality(rows: Rows, column: str, label: str) -> Figure:
+    """Draw mean PSNR against what it costs, a line a method, ours that is the default thick.
+
+    Args:
+        rows: of ``benchmarks.peers``.
+        column: of the cost.
+        label: of its axis.
+    """
+    rows = [row for row in rows if row["psnr_mean"] and row[column]]
+    figure, panel = plt.subplots(figsize=(8, 5))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        points = sorted((float(row[column]), float(row["psnr_mean"])) for row in mine)
+        package, default = mine[0]["package"], method == "hicache, default"
+        panel.plot(
+            *zip(*points, strict=True),
+            color=PACKAGES[package],
+            marker="x" if mine[0]["runs_blocks"] == "True" else ".",
+            linewidth=2.5 if default else 0.6,
+            alpha=1.0 if default else 0.7,
+        )
+    handles = [Line2D([], [], color=color, label=package) for package, color in PACKAGES.items()]
+    handles.append(Line2D([], [], color="black", linewidth=2.5, label="our default"))
+    handles.append(Line2D([], [], color="black", marker="x", label="runs blocks at skipped steps"))
+    panel.legend(handles=handles, fontsize=8)
+    panel.set(xlabel=label, ylabel="mean PSNR against the full run, dB")
+    panel.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
 def figures(rows: Rows, stem: str) -> dict[str, Figure]:
     """Draw what the CSV holds; return file name → figure.
 
@@ -143,10 +183,27 @@ def figures(rows: Rows, stem: str) -> dict[str, Figure]:
         dtypes = dict.fromkeys(row["dtype"] for row in rows if row["order"] == "2")
         drawn = {f"{stem}-bandwidth-{dtype}.png": bandwidth(rows, dtype) for dtype in dtypes}
         return {**drawn, f"{stem}-roofline.png": roofline(rows)}
+    if {"method", "full_steps", "psnr_mean", "speedup"} <= columns:
+        return _of_peers(rows, stem)
     raise ValueError(
-        "expected rows of benchmarks.kernels or benchmarks.launches, got columns "
+        "expected rows of benchmarks.kernels, benchmarks.launches or benchmarks.peers, got columns "
         f"{sorted(columns) or 'of an empty file'}"
     )
+
+
+def _of_peers(rows: Rows, stem: str) -> dict[str, Figure]:
+    """Draw what was measured of it: times may not have been."""
+    drawn = {f"{stem}-steps.png": quality(rows, "full_steps", "full steps of 50")}
+    share = [
+        {**row, "share": str(float(row["seconds"]) / float(row["full_seconds"]))}
+        for row in rows
+        if row["seconds"]
+    ]
+    if share:
+        drawn[f"{stem}-seconds.png"] = quality(
+            share, "share", "seconds of a loop, of those of the uncached one"
+        )
+    return drawn
 
 
 def main() -> None:

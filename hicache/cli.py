@@ -7,12 +7,15 @@ import importlib.metadata
 import math
 import platform
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import hicache
 from hicache.basis import known_bases
+from hicache.calibration.shipped import shipped
 from hicache.config import HiCacheConfig
+from hicache.schedule import full_steps
 
 PROMPTS: Final = (
     "a red ring on blue",
@@ -24,6 +27,9 @@ PROMPTS: Final = (
     "a small black square at the top left on red",
     "a large purple ring at the right on white",
 )
+
+#: Settings that are the paper's: one of them given, nothing fitted is taken.
+PAPERS: Final = ("order", "sigma", "warmup", "basis", "last_step_full")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,12 +73,18 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=50, help="denoising steps (%(default)s)")
     parser.add_argument("--interval", type=int, default=defaults.interval, help="N (%(default)s)")
-    parser.add_argument("--order", type=int, default=defaults.order, help="O (%(default)s)")
-    parser.add_argument("--sigma", type=float, default=defaults.sigma, help="contraction (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=defaults.warmup, help="full steps first (%(default)s)")
-    parser.add_argument("--basis", default=defaults.basis, help=f"{', '.join(known_bases())} (%(default)s)")
+    paper = parser.add_argument_group(
+        "the paper's settings",
+        "In place of what was fitted to the model for as many full steps, where something was.",
+    )
+    paper.add_argument("--order", type=int, help=f"O ({defaults.order})")
+    paper.add_argument("--sigma", type=float, help=f"contraction ({defaults.sigma})")
+    paper.add_argument("--warmup", type=int, help=f"full steps first ({defaults.warmup})")
+    paper.add_argument("--basis", help=f"{', '.join(known_bases())} ({defaults.basis})")
+    paper.add_argument(
+        "--last-step-full", action="store_true", default=None, help="run the last step in full"
+    )
     parser.add_argument("--speedup", type=float, help="bound to reach, in place of --interval")
-    parser.add_argument("--last-step-full", action="store_true", help="run the last step in full")
     parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each kind; medians count")
@@ -149,24 +161,20 @@ def generate(options: argparse.Namespace) -> int:
     check_choice("backend", options.backend, ("auto", *BACKENDS))
     check_speedup(options.speedup, counted=True)
     _check_writable(options.out)
-    config = HiCacheConfig(
-        interval=options.interval,
-        order=options.order,
-        sigma=options.sigma,
-        warmup=options.warmup,
-        basis=options.basis,
-        last_step_full=options.last_step_full,
-    )
+    own = {name: getattr(options, name) for name in PAPERS if getattr(options, name) is not None}
+    config = HiCacheConfig(interval=options.interval, **own)
     no_bars = not sys.stderr.isatty()
     if no_bars:
         disable_progress_bar()
     pipe = hicache.demo.load()
     check_backend(options.backend, pipe.transformer)
+    if not own and options.speedup is None:
+        config = _fitted(pipe, config, options.steps)
     pipe.set_progress_bar_config(desc="denoising", leave=False, disable=no_bars)
     result = compare(
         pipe,
         options.prompts,
-        config,
+        None if options.speedup is not None and not own else config,  # None: what is fitted, at that speed-up
         speedup=options.speedup,
         steps=options.steps,
         guidance_scale=options.guidance,
@@ -198,6 +206,15 @@ def generate(options: argparse.Namespace) -> int:
     Console().print(table)
     print(f"saved {options.out}")
     return 0
+
+
+def _fitted(pipe: Any, config: HiCacheConfig, num_steps: int) -> HiCacheConfig:
+    """What was fitted to the model for as many full steps; ``config`` where nothing was."""
+    found, count = shipped(pipe), len(full_steps(config, num_steps))
+    counts = [] if found is None else [(entry.num_steps, len(entry.full_steps)) for entry in found.entries]
+    if found is None or (num_steps, count) not in counts:
+        return config
+    return replace(HiCacheConfig.of(found, count), interval=config.interval)
 
 
 def _check_writable(path: Path) -> None:

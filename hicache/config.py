@@ -213,14 +213,19 @@ class HiCacheConfig:
         return cls.of(parse(path.name, text))
 
     @classmethod
-    def of(cls, calibration: Calibration) -> HiCacheConfig:
-        """A calibration's rows, full steps, order and warm-up."""
+    def of(cls, calibration: Calibration, full_steps: int = 0) -> HiCacheConfig:
+        """A calibration's rows, full steps, order and warm-up.
+
+        Args:
+            calibration: what was fitted.
+            full_steps: how many are wanted, see :class:`FittedSteps`.
+        """
         first = calibration.entries[0]
         return cls(
             order=first.order,
             warmup=first.warmup,
             basis=Fitted(calibration),
-            schedule=FittedSteps(calibration),
+            schedule=FittedSteps(calibration, full_steps),
         )
 
 

@@ -216,12 +216,14 @@ def test_full_steps_come_from_the_file_and_speedup_chooses_among_them():
         entry_of(HiCacheConfig(schedule=Steps(*steps))) for steps in ((0, 1, 2, 6), (0, 1, 2, 4, 6, 8))
     ]
     schedule = FittedSteps(file_of(pipe, *entries))
-    for speedup, steps in ((None, entries[0]), (10 / 6, entries[1]), (2.5, entries[0]), (9.0, entries[0])):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # 9 is out of reach
-            with hicache.fast.apply(pipe, HiCacheConfig(schedule=schedule), speedup=speedup) as handle:
-                pipelines.draw(pipe, arguments, STEPS)
-                assert tuple(full_steps(handle.stats.config, STEPS)) == steps.full_steps
+    for speedup, steps in ((None, entries[0]), (10 / 6, entries[1]), (2.5, entries[0])):
+        with hicache.fast.apply(pipe, HiCacheConfig(schedule=schedule), speedup=speedup) as handle:
+            pipelines.draw(pipe, arguments, STEPS)
+            assert tuple(full_steps(handle.stats.config, STEPS)) == steps.full_steps
+    with pytest.warns(RuntimeWarning, match="it has no places for 3 full steps"):
+        with hicache.fast.apply(pipe, HiCacheConfig(schedule=schedule), speedup=3.3) as handle:
+            pipelines.draw(pipe, arguments, STEPS)
+            assert len(full_steps(handle.stats.config, STEPS)) == 3
     with pytest.warns(RuntimeWarning, match="full steps are as in Interval"):
         with hicache.fast.apply(pipe, HiCacheConfig(schedule=schedule)):
             pipelines.draw(pipe, arguments, STEPS + 2)
@@ -338,6 +340,27 @@ def test_a_few_iterations_bring_fitted_pictures_nearer(tmp_path: Path):
         assert handle.stats.full_steps == len(entry.full_steps)
 
 
+@pytest.mark.parametrize("method", ["trajectory", "closed-form"])
+def test_every_config_gets_rows_and_noise_levels(method: str, monkeypatch: pytest.MonkeyPatch):
+    pipe = hicache.demo.load()
+    pipe.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(Verdict, "better", True)  # whatever the few pictures say
+    found = hicache.calibrate(
+        pipe,
+        random_prompts(2, 1),
+        configs=[HiCacheConfig(interval=4), HiCacheConfig(interval=3)],
+        num_inference_steps=8,
+        method=method,
+        search=Search(iterations=2, batch=2, rate=0.05),
+        held_out_pictures=2,
+    )
+    assert len(found.entries) == 2
+    for entry in found.entries:
+        assert entry.rows.keys() == {"transformer[0]"}
+        assert entry.sigmas is not None
+        assert len(entry.sigmas) == 8
+
+
 @pytest.mark.parametrize("method", ["heads", "closed-form"])
 def test_heads_alone_and_closed_form_move_rows(method: str, monkeypatch: pytest.MonkeyPatch):
     pipe = hicache.demo.load()
@@ -442,6 +465,9 @@ def test_a_file_beside_the_model_is_used_without_being_asked_for(tmp_path: Path)
         assert not torch.equal(found, plain)
         assert (stats.granularity, stats.full_steps) == ("stack", 4)
         assert drawn(STEPS, speedup=10 / 6)[1].full_steps == 6
+        # fewer full steps than the file has places for: what was asked for is had without the file
+        fewer = drawn(STEPS, speedup=3.3)[1]
+        assert (fewer.full_steps, fewer.config.basis) == (3, "hermite")
         # other steps than the file's: the defaults, without a word
         assert drawn(STEPS + 1)[1].config == HiCacheConfig()
         # and other settings are the user's own

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hicache import __version__
+from hicache import Fitted, Hermite, __version__
+from hicache.calibration.file import Calibration, Entry
 from hicache.cli import main
 from tests.support.scripts import run_python, run_script
 
@@ -89,6 +90,35 @@ def test_bad_input_is_one_clear_line(arguments, message, capsys, monkeypatch):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("hicache generate: ")
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fitted", "speedup"),
+    [
+        (["--steps", "10", "--interval", "4"], True, None),
+        (["--steps", "10", "--interval", "3"], False, None),  # other full steps than the file's
+        (["--steps", "11", "--interval", "4"], False, None),
+        (["--steps", "10", "--interval", "4", "--basis", "hermite"], False, None),
+        (["--steps", "10", "--interval", "4", "--last-step-full"], False, None),
+        (["--speedup", "3"], None, 3.0),  # hicache.fast.apply chooses
+        (["--speedup", "3", "--order", "1"], False, 3.0),
+    ],
+)
+def test_what_is_fitted_to_the_model_is_the_default(arguments, fitted, speedup, capsys, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def compare(pipe, prompts, config, **settings):
+        assert settings["speedup"] == speedup
+        assert (None if config is None else isinstance(config.basis, Fitted)) == fitted
+        raise Seen
+
+    rows = dict.fromkeys((3, 4, 5, 7, 8, 9), (1.0, 0.0, 0.0))
+    entry = Entry(10, 2, 3, (0, 1, 2, 6), {"transformer[0]": rows})
+    monkeypatch.setattr("hicache.cli.shipped", lambda pipe: Calibration({}, None, Hermite(0.5), (entry,)))
+    monkeypatch.setattr("hicache.demo.compare.compare", compare)
+    with pytest.raises(Seen):
+        main(["generate", "a red ring on blue", *arguments])
 
 
 def test_info(capsys):

@@ -62,7 +62,7 @@ def contestants(
     itemsize = problem.dtype.itemsize
     names = usable_backends(problem.device, problem.dtype, problem.order + 1)
     calls = {name: problem.call(op, name) for name in names if name not in {"reference", *without}}
-    for name, call in problem.peers(op).items():
+    for name, call in problem.eager_calls(op).items():
         if peak_bytes(op, problem.size, problem.order, itemsize, name) <= room:
             calls[name] = call
     calls |= problem.product(op)

@@ -97,7 +97,7 @@ def check_parity(
                 problem = Problem(size, order, dtype, device)
                 for op in ops_at(order):
                     backends = usable_backends(device, dtype, order + 1)
-                    calls = {name: problem.call(op, name) for name in backends} | problem.peers(op)
+                    calls = {name: problem.call(op, name) for name in backends} | problem.eager_calls(op)
                     calls |= problem.product(op)
                     if compiled and order == 2 and size == sizes[0]:
                         calls |= problem.compiled(op)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.timing import Call
-from benchmarks.kernels import peers
+from benchmarks.kernels import eager
 from hicache_kernels import BACKENDS, History, forecast, gated_sum, update_, update_forecast_
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64}
@@ -176,26 +176,26 @@ class Problem:
         gap = (GAP,) if op.updates else ()
         return rows, *gap, *((self.weights, self.history.split(row)) if op.forecasts else ())
 
-    def peers(self, op: Op) -> dict[str, Call]:
+    def eager_calls(self, op: Op) -> dict[str, Call]:
         """Return the calls in eager torch and in torch's operators over lists; sums return their result."""
         arguments = self._arguments(op, self.orders, self.base, self.gates, self.row)
-        return {name: functools.partial(forms[op.form], *arguments) for name, forms in peers.FORMS.items()}
+        return {name: functools.partial(forms[op.form], *arguments) for name, forms in eager.FORMS.items()}
 
     def product(self, op: Op) -> dict[str, Call]:
         """Return the op as one matrix product, where it is one; low precision would round coefficients."""
         if op.updates or op.gated or self.dtype.itemsize < 4:
             return {}
         if not op.sums:
-            return {"mm": functools.partial(peers.product_forecast, self.orders, self.coeffs[None], self.row)}
+            return {"mm": functools.partial(eager.product_forecast, self.orders, self.coeffs[None], self.row)}
         rows = self.history.orders_by_feature().flatten(0, 1)[:, : self.size.numel]
         coeffs = self.coeffs.repeat_interleave(self.size.features)[None]
-        return {"mm": functools.partial(peers.product_gated_sum, self.base, rows, coeffs)}
+        return {"mm": functools.partial(eager.product_gated_sum, self.base, rows, coeffs)}
 
     def compiled(self, op: Op) -> dict[str, Call]:
         """Return ``torch.compile`` of the eager form over all features at once, for the two fused ops."""
         torch._dynamo.reset()  # one problem's graphs must not count against the next one's recompilations
         if op.sums:
-            summed: Callable[..., object] = torch.compile(peers.whole_gated_sum, dynamic=False)
+            summed: Callable[..., object] = torch.compile(eager.whole_gated_sum, dynamic=False)
             size = self.size
             features = self.history.orders_by_feature()[:, :, : size.numel]
             features = features.unflatten(-1, (size.batch, size.tokens, size.channels))
@@ -203,7 +203,7 @@ class Problem:
             gap = GAP if op.updates else None
             return {"compiled": functools.partial(summed, self.base, features, gates, self.weights, gap)}
         if op.updates and op.forecasts:
-            fused: Callable[..., object] = torch.compile(peers.whole_update_forecast, dynamic=False)
+            fused: Callable[..., object] = torch.compile(eager.whole_update_forecast, dynamic=False)
             return {"compiled": functools.partial(fused, self.orders, GAP, self.weights, self.row)}
         return {}
 
@@ -212,7 +212,7 @@ class Problem:
         orders = self.orders.to(dtype, copy=True)
         row = torch.empty_like(orders[0])
         arguments = self._arguments(op, orders, self.base.to(dtype), self.gates.to(dtype), row)
-        summed = peers.FORMS["eager"][op.form](*arguments)
+        summed = eager.FORMS["eager"][op.form](*arguments)
         if op.sums:
             return orders, summed
         return orders, self.unpadded(row) if op.forecasts else None

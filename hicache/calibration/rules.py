@@ -86,8 +86,7 @@ class FittedSteps(Schedule):
 
     Args:
         calibration: the file's contents.
-        count: full steps wanted: the places of the largest number up to it, else of the smallest; 0 takes the
-            file's first.
+        count: full steps wanted: the places of the largest number up to it; 0 takes the file's first.
     """
 
     calibration: Calibration
@@ -110,13 +109,14 @@ class FittedSteps(Schedule):
     def for_run(self, run: Run) -> Schedule:
         entries, reason = self.calibration.fitting(run)
         if reason is None:
-            fitting = [entry for entry in entries if len(entry.full_steps) <= self.count]
-            best = max(fitting, key=lambda entry: len(entry.full_steps), default=None)
-            if best is None:
-                best = min(entries, key=lambda entry: len(entry.full_steps)) if self.count else entries[0]
-            return Steps(*best.full_steps)
-        share = len(self.calibration.entries[0].full_steps) / self.calibration.entries[0].num_steps
-        count = self.count or max(1, round(share * (run.num_steps or 0)))
+            if not self.count:
+                return Steps(*entries[0].full_steps)
+            few_enough = [entry.full_steps for entry in entries if len(entry.full_steps) <= self.count]
+            if few_enough:
+                return Steps(*max(few_enough, key=len))
+            reason = f"it has no places for {self.count} full steps"
+        first = self.calibration.entries[0]
+        count = self.count or max(1, round(len(first.full_steps) / first.num_steps * (run.num_steps or 0)))
         taken = Interval().with_full_steps(count, run) if run.num_steps else Interval()
         why = f"{self.calibration.source} is not used, as {reason}: full steps are as in {taken}"
         return Instead(taken, why)

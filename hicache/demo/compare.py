@@ -19,12 +19,30 @@ import hicache.fast
 from hicache.config import HiCacheConfig
 from hicache.demo.pipeline import ShapesPipeline
 
+Pictures = np.ndarray[Any, Any]  # [n, height, width, 3] in [0, 1]
+
+
+def psnr(full: Pictures, cached: Pictures) -> list[float]:
+    """PSNR of each cached picture against its full one, dB; inf where they are equal."""
+    with np.errstate(divide="ignore"):
+        return [
+            float(peak_signal_noise_ratio(a, b, data_range=1.0)) for a, b in zip(full, cached, strict=True)
+        ]
+
+
+def ssim(full: Pictures, cached: Pictures) -> list[float]:
+    """Structural similarity of each cached picture to its full one; 1 where they are equal."""
+    return [
+        float(structural_similarity(a, b, data_range=1.0, channel_axis=-1))
+        for a, b in zip(full, cached, strict=True)
+    ]
+
 
 @dataclass
 class Run:
     """Pictures ``[n, 32, 32, 3]`` in [0, 1] and the seconds the denoising loop took."""
 
-    pictures: np.ndarray[Any, Any]
+    pictures: Pictures
     seconds: float
 
 
@@ -44,15 +62,12 @@ class Comparison:
     @property
     def psnr(self) -> list[float]:
         """PSNR of each cached picture against its full one, dB; inf where they are equal."""
-        pairs = zip(self.full.pictures, self.cached.pictures, strict=True)
-        with np.errstate(divide="ignore"):
-            return [float(peak_signal_noise_ratio(a, b, data_range=1.0)) for a, b in pairs]
+        return psnr(self.full.pictures, self.cached.pictures)
 
     @property
     def ssim(self) -> list[float]:
         """Structural similarity of each cached picture to its full one; 1 where they are equal."""
-        pairs = zip(self.full.pictures, self.cached.pictures, strict=True)
-        return [float(structural_similarity(a, b, data_range=1.0, channel_axis=-1)) for a, b in pairs]
+        return ssim(self.full.pictures, self.cached.pictures)
 
 
 def compare(
@@ -74,7 +89,7 @@ def compare(
     a model this small, reading the history of its modules takes as long as its head. One step of each kind
     comes first, untimed: threads are started and the history is allocated there.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
 
     def draw(count: int) -> Run:
         generator = torch.Generator().manual_seed(seed)
@@ -101,7 +116,7 @@ def compare(
     return Comparison(_median(full), _median(cached), stats)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep what is freed.
 
     It hands large blocks back to the kernel, and getting them again takes up to a fifth of a step on a CPU:

@@ -210,14 +210,12 @@ class _Work:
                 return rows
             if self._target is None:
                 self._target = trajectory.full_runs(replay, self._pictures)
-            self._sigmas = replay.sigmas
+            self._sigmas = self._target.sigmas
 
             def told(iteration: int, loss: float) -> None:
                 self._progress(Progress(config, iteration, self._search.iterations, loss))
 
-            return trajectory.fit(
-                replay, layout, prior, replay.contexts, self._pictures, self._target, self._search, told
-            )
+            return trajectory.fit(replay, layout, prior, self._pictures, self._target, self._search, told)
 
 
 def _towards(rows: Rows, layout: Layout, prior: Basis, share: float) -> Rows:

@@ -7,7 +7,7 @@ all rows of a run are moved together, by Adam, down the logarithm of the final l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -49,19 +49,21 @@ class Target:
 
     inputs: Tensor  # [steps, pictures, ...]: what every step was given
     final: Tensor  # [pictures, ...]
+    contexts: tuple[str, ...]  # that began with the run
+    sigmas: tuple[float, ...] | None  # the scheduler's noise levels
 
 
 def full_runs(replay: Replay, pictures: Pictures) -> Target:
     """Run all pictures in full."""
     found = [_run(replay, InFull(), pictures, batch, False, False) for batch in pictures.batches()]
-    return Target(torch.cat([inputs for inputs, _ in found], 1), torch.cat([final for _, final in found]))
+    inputs, final = torch.cat([inputs for inputs, _ in found], 1), torch.cat([final for _, final in found])
+    return Target(inputs, final, tuple(replay.contexts), replay.sigmas)
 
 
 def fit(
     replay: Replay,
     layout: Layout,
     prior: Basis,
-    contexts: Sequence[str],
     pictures: Pictures,
     target: Target,
     search: Search,
@@ -73,9 +75,8 @@ def fit(
         replay: the pipeline, entered.
         layout: the full steps.
         prior: rows begin as its.
-        contexts: that get rows.
         pictures: to fit to.
-        target: their full runs.
+        target: their full runs, whose contexts get rows.
         search: how.
         progress: told every iteration and its loss.
 
@@ -85,7 +86,7 @@ def fit(
     steps = layout.positions
     moves = {
         context: {step: torch.zeros(at.num_coeffs).double().requires_grad_() for step, at in steps.items()}
-        for context in contexts
+        for context in target.contexts
     }
     priors = {step: layout.row(prior, step) for step in steps}
     scales = {step: layout.scale(step) for step in steps}
@@ -108,7 +109,7 @@ def fit(
         optimizer.step()
         progress(iteration, float(loss.detach()))
     with torch.no_grad():
-        return {context: {step: row(context, step) for step in steps} for context in contexts}
+        return {context: {step: row(context, step) for step in steps} for context in target.contexts}
 
 
 def _loss(inputs: Tensor, final: Tensor, target: Target, chosen: list[int]) -> Tensor:

@@ -28,7 +28,7 @@ CONTESTANTS = (*(name for name in usable_backends("cpu", torch.float32, 3) if na
 def small_call(name, contestant):
     op = OPS[name]
     problem = Problem(SMALL, 2, torch.bfloat16, "cpu")
-    call = problem.peers(op)["eager"] if contestant == "eager" else problem.call(op, contestant)
+    call = problem.eager_calls(op)["eager"] if contestant == "eager" else problem.call(op, contestant)
     check_op(problem, op, contestant, call)
     return problem, call
 

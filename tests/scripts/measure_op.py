@@ -30,7 +30,7 @@ def main() -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     op = OPS[name]
     problem = Problem(past_the_cache(op, features, dtype.itemsize), ORDER, dtype, "cpu")
-    native, eager = {"native": problem.call(op, "native")}, {"eager": problem.peers(op)["eager"]}
+    native, eager = {"native": problem.call(op, "native")}, {"eager": problem.eager_calls(op)["eager"]}
 
     def share() -> float:
         [row] = time_op("", problem, op, native, rounds=9, seconds=3.0)

@@ -1,0 +1,1 @@
+"""This cache beside others: diffusers' own, cache-dit's, hicache-pp's."""

@@ -1,0 +1,61 @@
+"""Ours: the fixed bases over σ and order, and what a user gets by default.
+
+A further method is one entry: a name, and a function from the interval to the arguments of
+:func:`hicache.fast.apply`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import hicache.fast
+from benchmarks.peers.method import WARMUP, Method
+from hicache import HiCacheConfig
+from hicache.demo.pipeline import ShapesPipeline
+
+Arguments = Callable[[int], dict[str, Any]]
+
+PACKAGE: Final = "hicache"
+SIGMAS: Final = (0.3, 0.4, 0.5, 0.6)
+ORDERS: Final = (1, 2, 3)
+
+
+def method(name: str, arguments: Arguments, default: bool = False) -> Method:
+    """Make the entry of one of our methods.
+
+    Args:
+        name: of the method.
+        arguments: interval → keywords of :func:`hicache.fast.apply`.
+        default: this is what a user gets who sets the interval alone.
+    """
+
+    def apply(pipe: ShapesPipeline, setting: float, steps: int) -> None:
+        hicache.fast.apply(pipe, **arguments(int(setting)))
+
+    return Method(name, PACKAGE, apply, default=default)
+
+
+def fixed(granularity: str, **settings: Any) -> Arguments:
+    """Return the arguments of a basis with settings of its own."""
+    return lambda interval: {
+        "config": HiCacheConfig(interval=interval, warmup=WARMUP, **settings),
+        "granularity": granularity,
+    }
+
+
+METHODS: Final = (
+    method("hicache, default", lambda interval: {"config": HiCacheConfig(interval=interval)}, default=True),
+    method("hicache, module", fixed("module")),
+    *(
+        method(f"hicache, stack, Hermite σ={sigma} O={order}", fixed("stack", sigma=sigma, order=order))
+        for sigma in SIGMAS
+        for order in ORDERS
+    ),
+    *(
+        method(f"hicache, stack, {basis} O={order}", fixed("stack", basis=basis, order=order))
+        for basis in ("taylor", "scaled_taylor")
+        for order in ORDERS
+    ),
+    method("hicache, stack, reuse", fixed("stack", basis="reuse", order=0)),
+)
