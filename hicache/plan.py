@@ -10,6 +10,7 @@ import torch
 
 from hicache.adapters import registry
 from hicache.adapters.base import ModuleAdapter
+from hicache.checks import check_whole
 from hicache.config import HiCacheConfig
 from hicache.cuda_graphs.runner import CHOICES
 from hicache.dry_run import Recorded, dry_run
@@ -20,7 +21,6 @@ from hicache.pipeline import (
     check_budget,
     check_choice,
     check_config,
-    check_whole,
     find_controlnets,
     find_denoisers,
     is_unet,
@@ -198,8 +198,8 @@ def plan(
     optional = {"calls": calls, "text_tokens": text_tokens}
     counts |= {name: value for name, value in optional.items() if value is not None}
     for name, value in counts.items():
-        check_whole(name, value, least=1)
-    check_whole("more_tokens", more_tokens, least=0)
+        check_whole(f"hicache: {name}", value)
+    check_whole("hicache: more_tokens", more_tokens, 0)
     if not isinstance(cuda_graphs, bool):
         check_choice("cuda_graphs", cuda_graphs, CHOICES)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

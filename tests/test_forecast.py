@@ -21,7 +21,8 @@ from hicache import (
     register_basis,
     unregister_basis,
 )
-from hicache.basis import coefficients
+from hicache.basis import Named, evaluate
+from hicache.run import Position
 from hicache.schedule import with_speedup
 from hicache_kernels import backend_status
 
@@ -40,6 +41,11 @@ def series(values, config, dtype=torch.float64, backend="auto"):
             yield step, True, [engine.history.slot(0, k).item() for k in range(engine.differences.filled)]
         else:
             yield step, False, engine.forecast(step)[0].item()
+
+
+def coefficients(name, gaps, distance, num_coeffs, sigma):
+    """Of a basis with a name, checked."""
+    return evaluate(Named(name, sigma), Position(distance, 0, tuple(gaps), num_coeffs))
 
 
 def close(ours, golden, tolerance):
