@@ -89,7 +89,7 @@ def skipped_step(
 
 @pytest.mark.parametrize(
     ("granularity", "graphs", "most"),
-    [("module", True, 165), ("stack", True, 130), ("module", False, 180), ("stack", False, 145)],
+    [("module", True, 145), ("stack", True, 113), ("module", False, 160), ("stack", False, 128)],
 )
 def test_calls_of_a_skipped_step(granularity: str, graphs: bool, most: int, monkeypatch: pytest.MonkeyPatch):
     calls, stats = skipped_step(monkeypatch, granularity, graphs)
