@@ -1,4 +1,4 @@
-"""What it brings that skipped steps do not compute rotary embeddings anew (hicache/hooks/rotary.py).
+"""What it brings that skipped steps do not compute rotary embeddings anew (hicache/hooks/recall.py).
 
 ``python -m benchmarks.rotary --csv benchmarks/results/rotary.csv``
 
@@ -27,7 +27,7 @@ import hicache.fast
 from benchmarks.common import command, tables
 from benchmarks.common.machine import place
 from hicache import HiCacheConfig, full_steps
-from hicache.hooks import rotary
+from hicache.hooks import recall
 from tests.support.schedulers import CountingScheduler
 
 STEPS = 12  # of a run that is timed: 3 full, 9 skipped
@@ -143,7 +143,7 @@ class Cached:
         model, self._arguments = build()
         self._model = model.eval()
         self._scheduler = CountingScheduler()
-        with nullcontext() if memo else mock.patch.object(rotary, "hook", return_value=[]):
+        with nullcontext() if memo else mock.patch.object(recall, "ROTARY", ()):
             self.handle = hicache.fast.apply(
                 self._model, CONFIG, scheduler=self._scheduler, granularity=granularity, cuda_graphs=False
             )

@@ -43,7 +43,10 @@ class Basis(ABC):
 
     @abstractmethod
     def coefficients(self, at: Position) -> Sequence[float]:
-        """``at.num_coeffs`` coefficients, lowest order first."""
+        """``at.num_coeffs`` coefficients, lowest order first.
+
+        They follow from the settings and the place: asked for once, and used in later runs as well.
+        """
 
     def for_run(self, run: Run) -> Basis:
         """What is used in a run; itself, unless it depends on the run."""
@@ -117,38 +120,17 @@ def known_bases() -> tuple[str, ...]:
     return tuple(_BASES)
 
 
-def coefficients(
-    name: str, gaps: Sequence[float], distance: float, num_coeffs: int, sigma: float
-) -> list[float]:
-    """Evaluate a basis by name and check what it returns.
-
-    Args:
-        name: a registered basis.
-        gaps: steps between the full steps behind the differences, newest first, ``num_coeffs - 1`` of them.
-        distance: steps ahead of the last full step, > 0.
-        num_coeffs: number of differences that exist, >= 1.
-        sigma: contraction σ of the dual scaling.
-
-    Raises:
-        ValueError: unknown basis, or it returned another number of weights or a weight that is not finite.
-    """
-    return _checked(get_basis(name)(gaps, distance, num_coeffs, sigma), name, distance, num_coeffs)
-
-
 def evaluate(basis: Basis, at: Position) -> list[float]:
     """The coefficients of a forecast, checked.
 
     Raises:
         ValueError: the basis returned another number of weights or a weight that is not finite.
     """
-    return _checked(basis.coefficients(at), str(basis), at.distance, at.num_coeffs)
-
-
-def _checked(found: Sequence[float], name: str, distance: float, num_coeffs: int) -> list[float]:
-    weights = [float(weight) for weight in found]
-    if len(weights) != num_coeffs or not all(map(math.isfinite, weights)):
+    weights = [float(weight) for weight in basis.coefficients(at)]
+    if len(weights) != at.num_coeffs or not all(map(math.isfinite, weights)):
         raise ValueError(
-            f"basis {name!r}: expected {num_coeffs} finite weights at distance {distance}, got {weights}"
+            f"basis {str(basis)!r}: expected {at.num_coeffs} finite weights at distance {at.distance}, "
+            f"got {weights}"
         )
     return weights
 

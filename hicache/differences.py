@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hicache.basis import evaluate
@@ -38,6 +38,11 @@ class Differences:
         gaps = (step - self.last_full, *self.gaps)[: config.order]
         return Differences(step, taken + 1, gaps, taken)
 
+    def check_before(self, step: int) -> None:
+        """Raise ValueError unless a step is after the last full one."""
+        if self.last_full is not None and step <= self.last_full:
+            raise ValueError(f"Engine: expected a step after the last full step {self.last_full}, got {step}")
+
     @property
     def inv_gap(self) -> tuple[float]:
         """What the update multiplies by."""
@@ -54,18 +59,14 @@ class Differences:
         weights = evaluate(config.weighed_by, self.position(step, span))
         return (*weights, *[0.0] * (config.order + 1 - len(weights) if padded else 0))
 
-    def coming(
-        self, config: HiCacheConfig, span: Span, is_full: Callable[[int, int | None], bool]
-    ) -> Iterator[tuple[float, ...]]:
-        """The numbers of all steps to come."""
+    def ahead(self, config: HiCacheConfig, span: Span) -> Iterator[tuple[int, bool, Differences]]:
+        """The steps to come: each, whether it is full, and the differences that exist once it is done."""
         differences = self
-        for step in range((self.last_full or 0) + 1, span.num_steps or 0):
-            if is_full(step, differences.last_full):
+        for step in range(0 if self.last_full is None else self.last_full + 1, span.num_steps or 0):
+            full = is_full(config, step, differences.last_full, span.num_steps)
+            if full:
                 differences = differences.after(step, config)
-                yield differences.inv_gap
-            else:
-                yield differences.coeffs(step, config, span, padded=False)
-                yield differences.coeffs(step, config, span, padded=True)
+            yield step, full, differences
 
 
 def positions(config: HiCacheConfig, num_steps: int, context: str = "") -> dict[int, Position]:
@@ -76,10 +77,9 @@ def positions(config: HiCacheConfig, num_steps: int, context: str = "") -> dict[
         num_steps: of the run.
         context: see :meth:`Engine.reset`.
     """
-    differences, found, span = Differences(), {}, Span(num_steps, None, context)
-    for step in range(num_steps):
-        if is_full(config, step, differences.last_full, num_steps):
-            differences = differences.after(step, config)
-        else:
-            found[step] = differences.position(step, span)
-    return found
+    span = Span(num_steps, None, context)
+    return {
+        step: differences.position(step, span)
+        for step, full, differences in Differences().ahead(config, span)
+        if not full
+    }

@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 from hicache import compat
 from hicache.adapters import registry
 from hicache.cuda_graphs.capture_safety import UnsafeOp, UnsafeOps
-from hicache.cuda_graphs.graph_memory import leaves
 from hicache.cuda_graphs.live_bytes import LiveBytes, nbytes
 from hicache.engine import Sum
 from hicache.hooks.block_lists import find_lists
@@ -32,6 +31,7 @@ from hicache.runtime.conditions import conditioning
 from hicache.runtime.gate_rank import SumMemory
 from hicache.runtime.planner import forecast
 from hicache.step_plan import CallResult, FullStep, RunningCall, SkippedStep
+from hicache.trees import tensors_of
 
 _META = torch.device("meta")
 
@@ -53,7 +53,7 @@ class StepBytes:
     blocks: GraphBytes  # where only they can be captured
     skipped: GraphBytes
     sums: int  # by module: what a full step adds features up in while it runs
-    kept: int  # for the run: rotary embeddings, and copies of the prompt that tell calls apart
+    kept: int  # for the run: embeddings that only blocks read, and copies of the prompt that tell calls apart
     unsafe: tuple[UnsafeOp, ...]  # operations of a full step that cannot be captured
 
 
@@ -121,12 +121,12 @@ def dry_run(
         _begin(call, plan)
         full = _Watched(model, hooked, given, standing_for)
         sums = sum(map(nbytes, call.result.partial_sums.values()))
-        kept = sum(tensor.nbytes for tensor in [*leaves(call.rotary), *conditioning(given)])
+        kept = sum(tensor.nbytes for tensor in [*tensors_of(call.recalled), *conditioning(given)])
         outputs.remove()
         _begin(call, _skipped_step(recorded, hidden))
         skipped = _Watched(model, hooked, given, standing_for)
         read = sum(map(nbytes, call.plan.inputs)) if isinstance(call.plan, SkippedStep) else 0
-    inputs = sum(map(nbytes, leaves(given)))
+    inputs = sum(map(nbytes, tensors_of(given)))
     return StepBytes(
         GraphBytes(full.peak, full.held, inputs),
         GraphBytes(full.block_peak, full.block_held, full.block_inputs),
@@ -173,7 +173,7 @@ class _Watched:
             stack.enter_context(unsafe)
             output = model(**given, return_dict=False)
         self.peak = max(*peaks, self._memory.peak)
-        self.held = sum(map(nbytes, [*leaves(output), *hooked.call.result.partial_sums.values()]))
+        self.held = sum(map(nbytes, [*tensors_of(output), *hooked.call.result.partial_sums.values()]))
         # the pool of blocks: what all of them give stays, and each needs room to work in
         self.block_peak += self.block_held
         self.unsafe = unsafe.found
@@ -181,7 +181,7 @@ class _Watched:
     def _enter(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         self._peaks.append(self._memory.mark())
         self._before = self._memory.live
-        for tensor in leaves((args, kwargs)):
+        for tensor in tensors_of((args, kwargs)):
             if id(tensor) not in self._known:
                 self._note(tensor)
                 self.block_inputs += nbytes(tensor)
@@ -191,7 +191,7 @@ class _Watched:
         self._peaks.append(peak)
         self.block_peak = max(self.block_peak, peak - self._before)
         self.block_held += self._standing_for.get(block, 1) * (self._memory.live - self._before)
-        for tensor in leaves(output):
+        for tensor in tensors_of(output):
             self._note(tensor)
 
     def _note(self, tensor: Tensor) -> None:
@@ -263,7 +263,7 @@ def _shorten(model: nn.Module) -> dict[nn.Module, int]:
 
 
 def _begin(call: RunningCall, plan: FullStep | SkippedStep) -> None:
-    call.plan, call.result, call.rotary_index = plan, CallResult(), 0
+    call.plan, call.result, call.recall_index = plan, CallResult(), 0
 
 
 def _full_step(recorded: Recorded, hidden: Tensor, outputs: ModuleOutputs) -> FullStep:

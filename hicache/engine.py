@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from torch import Tensor
 import hicache_kernels as kernels
 from hicache.config import HiCacheConfig
 from hicache.differences import Differences, Span
-from hicache.numbers import Numbers, planned_nbytes
+from hicache.run_numbers import RunNumbers
 from hicache.schedule import is_full
 
 
@@ -65,7 +64,7 @@ class Engine:
     def __init__(self, config: HiCacheConfig, backend: str = "auto") -> None:
         self.backend = backend
         self.history: kernels.History | None = None
-        self._numbers = Numbers()
+        self.numbers = RunNumbers()  # coefficients and gaps
         self.reset(config)
 
     def reset(
@@ -85,38 +84,21 @@ class Engine:
         """
         if config is not None:
             self.config = config
-        self._span = Span(num_steps, None if sigmas is None else tuple(sigmas), context)
-        self._begin()
-
-    def _begin(self) -> None:
-        self._differences = Differences()
-        self._pending: int | None = None  # differences the waiting update takes; None: no update waits
-        self._blank: int | None = None  # orders from this one on hold zeros
+        self.num_steps = num_steps  # of the run, if known
+        self.numbers.settle(self.config, Span(num_steps, None if sigmas is None else tuple(sigmas), context))
+        self.distrust()
 
     def distrust(self) -> None:
         """What is recorded is not to be forecast from: the run goes on with a full step."""
-        self._begin()
+        self.differences = Differences()  # those that exist
+        self._pending: int | None = None  # differences the waiting update takes; None: no update waits
+        self._blank: int | None = None  # orders from this one on hold zeros
 
     def release(self) -> None:
         """Free the history and forget the run's state."""
         self.history = None
-        self._numbers.clear()
-        self._begin()
-
-    @property
-    def num_steps(self) -> int | None:
-        """Steps of the run, if known."""
-        return self._span.num_steps
-
-    @property
-    def last_full(self) -> int | None:
-        """The last full step."""
-        return self._differences.last_full
-
-    @property
-    def filled(self) -> int:
-        """Differences that exist, D0 included."""
-        return self._differences.filled
+        self.numbers.clear()
+        self.distrust()
 
     @property
     def nbytes(self) -> int:
@@ -132,24 +114,13 @@ class Engine:
         auto = kernels.auto_backend(orders.device, len(orders), orders.dtype)
         return str(auto) if self.backend == "auto" else self.backend
 
-    @property
-    def numbers_nbytes(self) -> int:
-        """Bytes of coefficients and gaps held on the device."""
-        return self._numbers.nbytes
-
-    def planned_numbers_nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of coefficients and gaps that the run, of known length, asks for at most."""
-        first = Differences().after(0, self.config)
-        rows = first.coming(self.config, self._span, self.is_full)
-        return planned_nbytes(rows, self.config.history_dtype or dtype)
-
     def planned_nbytes(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> int:
         """Bytes of history that features of these shapes and this dtype would take."""
         return kernels.history_nbytes(shapes, self.config.order, self.config.history_dtype or dtype)
 
     def is_full(self, step: int, last_full: int | None = None) -> bool:
         """Whether the transformer runs at this step; after ``last_full``, where that is not recorded yet."""
-        last_full = self.last_full if last_full is None else last_full
+        last_full = self.differences.last_full if last_full is None else last_full
         return is_full(self.config, step, last_full, self.num_steps)
 
     def open(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -166,7 +137,7 @@ class Engine:
         held = self.history
         if held is None or (held.shapes, held.order, held.orders.dtype, held.orders.device) != form:
             self.distrust()
-            self._numbers.clear()
+            self.numbers.clear()
             self.history = held = kernels.History(*form)
         else:
             self.flush()  # the inbox of the last full step must be taken in before it is written again
@@ -178,11 +149,10 @@ class Engine:
         Raises:
             ValueError: ``step`` is not later than the last full step.
         """
-        if self.last_full is not None and step <= self.last_full:
-            raise ValueError(f"Engine: expected a step after the last full step {self.last_full}, got {step}")
-        self._differences = self._differences.after(step, self.config)
+        self.differences.check_before(step)
+        self.differences = self.differences.after(step, self.config)
         # at order 0 the inbox is D0 itself: nothing waits
-        self._pending = self._differences.taken if self.config.order else None
+        self._pending = self.differences.taken if self.config.order else None
 
     def record(self, step: int, features: Sequence[Tensor]) -> None:
         """Record the features of a full step: tensors of any shapes, of one dtype and device.
@@ -211,8 +181,7 @@ class Engine:
         """Every feature at a skipped step, in its shape, of the history's dtype.
 
         Raises:
-            RuntimeError: nothing is recorded to forecast from.
-            ValueError: ``step`` is not after the last full step.
+            RuntimeError, ValueError: as :meth:`gated_sum`.
         """
         history, coeffs = self._ahead(step)
         if self._pending is None:
@@ -257,13 +226,14 @@ class Engine:
         Raises:
             RuntimeError, ValueError: as :meth:`gated_sum`.
         """
-        if fixed and not (fused and self._pending == self.config.order):
+        if fixed and self._pending is not None and not (fused and self._pending == self.config.order):
             self.flush()
         history, coeffs = self._ahead(step, padded=fixed)
-        if fixed and self._blank != self.filled:
+        filled = self.differences.filled
+        if fixed and self._blank != filled:
             # weighed with zero, which makes nothing of numbers but not of what an earlier run overflowed to
-            history.orders[self.filled :].zero_()
-            self._blank = self.filled
+            history.orders[filled:].zero_()
+            self._blank = filled
         inv_gap = None if self._pending is None else self._inv_gap()
         return Sum(history.orders_by_feature(), coeffs, inv_gap, self._pending or 0, self.backend)
 
@@ -272,17 +242,11 @@ class Engine:
         self._pending = None
 
     def _ahead(self, step: int, padded: bool = False) -> tuple[kernels.History, Tensor]:
-        if self.history is None or self.last_full is None:
+        if self.history is None or self.differences.last_full is None:
             raise RuntimeError(f"Engine: expected a full step recorded before step {step}, got none")
-        if step <= self.last_full:
-            raise ValueError(f"Engine: expected a step after the last full step {self.last_full}, got {step}")
-        return self.history, self._number(self._differences.coeffs(step, self.config, self._span, padded))
+        self.differences.check_before(step)
+        return self.history, self.numbers.coeffs(self.differences, step, padded, self.history.orders)
 
     def _inv_gap(self) -> Tensor:
-        return self._number(self._differences.inv_gap).view(())
-
-    def _number(self, values: tuple[float, ...]) -> Tensor:
-        """Numbers on the device, with those that the rest of the run asks for, where its length is known."""
         assert self.history is not None
-        coming = functools.partial(self._differences.coming, self.config, self._span, self.is_full)
-        return self._numbers.of(values, self.history.orders, coming)
+        return self.numbers.inv_gap(self.differences, self.history.orders)

@@ -65,7 +65,7 @@ class Handle(BaseHandle[Denoiser]):
 
     def _read_stats(self) -> Stats:
         session, denoisers = self._sessions.latest, self._denoisers
-        tracks = {denoiser.name: denoiser.track(session) for denoiser in denoisers}
+        tracks = {denoiser.name: denoiser.tracks.of(session) for denoiser in denoisers}
         return Stats(
             config=session.config,
             granularity=" and ".join(sorted({track.choice.recorder.name for track in tracks.values()})),
@@ -77,9 +77,9 @@ class Handle(BaseHandle[Denoiser]):
                 if not track.counter.outdated
                 for context in track.contexts.current
             },
-            history_bytes=sum(denoiser.nbytes for denoiser in denoisers),
-            gates_bytes=sum(denoiser.gates_nbytes for denoiser in denoisers),
-            kept_bytes=sum(denoiser.kept_nbytes for denoiser in denoisers),
+            history_bytes=sum(denoiser.tracks.nbytes for denoiser in denoisers),
+            gates_bytes=sum(denoiser.tracks.gates_nbytes for denoiser in denoisers),
+            kept_bytes=sum(denoiser.tracks.kept_nbytes for denoiser in denoisers),
             cache_ms=session.watch.read(),
             choices={name: track.choice.describe() for name, track in tracks.items()},
             backends={

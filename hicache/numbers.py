@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,23 +15,17 @@ class Numbers:
         self._known: dict[tuple[float, ...], Tensor] = {}
         self.nbytes = 0  # of them on the device
 
-    def of(
-        self,
-        values: tuple[float, ...],
-        like: Tensor,
-        coming: Callable[[], Iterable[tuple[float, ...]]],
-    ) -> Tensor:
-        """``[len(values)]``, on the device of a history, in the dtype its arithmetic is done in.
+    def of(self, rows: Sequence[tuple[float, ...]], like: Tensor) -> list[Tensor]:
+        """A tensor a row, of its length, on the device of a history, in the dtype its arithmetic is done in.
 
         Args:
-            values: the numbers.
+            rows: numbers; those that are not there yet are brought there together.
             like: the history.
-            coming: what will be asked for later in the run, so that it is brought there together.
         """
-        if values not in self._known:
-            wanted = dict.fromkeys((values, *coming()))
-            self._add([numbers for numbers in wanted if numbers not in self._known], like)
-        return self._known[values]
+        missing = [row for row in dict.fromkeys(rows) if row not in self._known]
+        if missing:
+            self._add(missing, like)
+        return [self._known[row] for row in rows]
 
     def _add(self, rows: list[tuple[float, ...]], like: Tensor) -> None:
         dtype = _dtype(like.dtype)

@@ -247,16 +247,6 @@ def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"hicache: unknown {name} {value!r}; expected one of {', '.join(known)}")
 
 
-def check_whole(name: str, value: int, least: int) -> None:
-    """Check that an option is a whole number and not too small.
-
-    Raises:
-        ValueError: it is not an int, or below ``least``.
-    """
-    if not is_whole(value) or value < least:
-        raise ValueError(f"hicache: expected {name} to be an int >= {least}, got {value!r}")
-
-
 def check_budget(memory_budget: int) -> None:
     """Check a number of bytes.
 

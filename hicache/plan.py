@@ -10,6 +10,7 @@ import torch
 
 from hicache.adapters import registry
 from hicache.adapters.base import ModuleAdapter
+from hicache.checks import check_whole
 from hicache.config import HiCacheConfig
 from hicache.cuda_graphs.runner import CHOICES
 from hicache.dry_run import Recorded, dry_run
@@ -20,7 +21,6 @@ from hicache.pipeline import (
     check_budget,
     check_choice,
     check_config,
-    check_whole,
     find_controlnets,
     find_denoisers,
     is_unet,
@@ -60,7 +60,7 @@ class DenoiserPlan:
     low_rank_wanted: tuple[int, ...] = ()  # what must fit the budget at every rank: with the gates of a run
     gates_bytes: int = 0  # of all contexts: gates of steps to come, of low rank of the whole run
     # where the family's adapter says what the model is called with; else None
-    kept_bytes: int | None = None  # coefficients, rotary embeddings and copies of prompts
+    kept_bytes: int | None = None  # coefficients, embeddings and copies of prompts
     sums_bytes: int | None = None  # by module: what a full step adds features up in, while it runs
     graphs: GraphsPlan | None = None  # CUDA graphs on a GPU; an estimate
     not_estimated: str | None = None  # why these three are None
@@ -202,8 +202,8 @@ def plan(
     optional = {"calls": calls, "text_tokens": text_tokens}
     counts |= {name: value for name, value in optional.items() if value is not None}
     for name, value in counts.items():
-        check_whole(name, value, least=1)
-    check_whole("more_tokens", more_tokens, least=0)
+        check_whole(f"hicache: {name}", value)
+    check_whole("hicache: more_tokens", more_tokens, 0)
     if not isinstance(cuda_graphs, bool):
         check_choice("cuda_graphs", cuda_graphs, CHOICES)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -341,7 +341,7 @@ def _with_graphs(
     if steps is None:
         kind = type(call.adapter).__name__
         return replace(chosen, not_estimated=f"{kind}.example() does not say what the model is called with")
-    numbers = call.engine.planned_numbers_nbytes(call.dtype)
+    numbers = call.engine.numbers.planned_nbytes(call.dtype)
     kept = call.contexts * (steps.kept + numbers)
     room = memory_budget - chosen.history_bytes - chosen.gates_bytes - kept
     graphs = plan_graphs(steps, call.contexts, order > 0, room, choice, steps.sums)

@@ -73,7 +73,7 @@ class Stats:
     places: tuple[int, ...] = ()  # the full steps of the run, of any of its contexts
     history_bytes: int = 0  # held, all contexts together, those the run no longer uses included
     gates_bytes: int = 0  # of gates held: of steps to come, and of low rank of whole runs
-    kept_bytes: int = 0  # of what else is kept for a run: coefficients, rotary embeddings, prompts
+    kept_bytes: int = 0  # of what else is kept for a run: coefficients, embeddings, prompts
     cache_ms: float = 0.0  # time in recording and forecasting
     choices: dict[str, str] = field(default_factory=dict)  # denoiser → what is cached of it, and why
     backends: dict[str, str] = field(default_factory=dict)  # denoiser → what runs, and why nothing better

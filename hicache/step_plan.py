@@ -70,8 +70,12 @@ class SkippedStep:
     @property
     def inputs(self) -> list[Tensor]:
         """The tensors whose numbers differ from step to step: the sum's, gates, what is added between."""
-        optional = (self.sum.inv_gap, self.gates)
-        return [self.sum.coeffs, *(tensor for tensor in optional if tensor is not None), *self.between]
+        found = [self.sum.coeffs]
+        if self.sum.inv_gap is not None:
+            found.append(self.sum.inv_gap)
+        if self.gates is not None:
+            found.append(self.gates)
+        return [*found, *self.between]
 
     def with_inputs(self, tensors: list[Tensor]) -> SkippedStep:
         """The same plan with other tensors in the places of :attr:`inputs`."""
@@ -104,7 +108,7 @@ class CallResult:
 
     def copy(self) -> CallResult:
         """A result of the same tensors."""
-        return replace(self, partial_sums=dict(self.partial_sums))
+        return CallResult(self.entered, self.head_reached, dict(self.partial_sums))
 
 
 class Lesson(Protocol):
@@ -140,9 +144,9 @@ class RunningCall:
         self.opaque = False  # compiled, captured or replayed: nothing inside can be timed or compared
         # runs a block, given it and its arguments, where blocks are captured one by one
         self.run_block: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any] | None = None
-        # rotary embeddings of the context's first full step, and how many this call has asked for
-        self.rotary: list[Any] = []
-        self.rotary_index = 0
+        # what only blocks read, as the context's first full step had it, and how much this call has asked for
+        self.recalled: list[Any] = []
+        self.recall_index = 0
 
     @property
     def recording(self) -> bool:

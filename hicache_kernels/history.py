@@ -57,6 +57,7 @@ class History:
             raise ValueError(f"History: expected a floating-point dtype, got {dtype}")
         self.shapes = tuple(torch.Size(shape) for shape in shapes)
         self.order = order
+        self._alike = len(set(self.shapes)) == 1  # asked at every skipped step
         *self._offsets, end = _offsets(self.shapes, dtype)
         # A history outlives the mode of the run that made it: an inference tensor could not be updated
         # outside.
@@ -87,7 +88,7 @@ class History:
         Raises:
             ValueError: the features differ in shape.
         """
-        if len(set(self.shapes)) != 1:
+        if not self._alike:
             raise ValueError(
                 "History.orders_by_feature: expected features of one shape, got "
                 f"{[tuple(s) for s in self.shapes]}"

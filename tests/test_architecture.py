@@ -35,6 +35,7 @@ LAYERS = [
         "hicache.weights",
         "hicache.shadow",
         "hicache.snapshots",
+        "hicache.trees",
     },
     {"hicache.model_key", "hicache.run"},
     {
@@ -48,6 +49,7 @@ LAYERS = [
     {"hicache.calibration"},
     {"hicache.config"},
     {"hicache.differences"},
+    {"hicache.run_numbers"},
     {"hicache.engine"},
     {"hicache"},
     {"hicache.token_view", "hicache.step_plan", "hicache.stats", "hicache.adapters", "hicache.pipeline"},
@@ -67,8 +69,8 @@ LAYERS = [
 ENGINE = "hicache.engine"
 USED_BY_OTHERS = {"hicache.cli": {"BACKENDS", "auto_backend", "backend_status", "backends.native"}}
 USED_BY_ANY = {"BACKENDS", "backend_status"}
-# The modules that may touch private parts of torch, diffusers and accelerate: one of each package.
-COMPAT = {"hicache.compat", "hicache_kernels.compat"}
+# What may touch private parts of torch, diffusers and accelerate: one package, one module of the other.
+COMPAT = ("hicache.compat", "hicache_kernels.compat")
 # of Python's documentation, of an operator's name, of what diffusers tells writers of pipelines to use
 NOT_PRIVATE = {"_getframe", "_to_copy", "_execution_device"}
 # Packages the kernels do not know.
@@ -189,13 +191,13 @@ def private_names_stay_private(root: Path) -> list[str]:
 
 
 def private_parts_of_others_stand_in_compat(root: Path) -> list[str]:
-    """Names with an underscore that no file of ours defines are used in one module, by name or by string."""
+    """Names with an underscore that no file of ours defines are used in one place, by name or by string."""
     files = modules(root)
     own = {name for path in files.values() for name in _private_names_defined(path)}
     return [
         f"{module} touches {name}"
         for module, path in files.items()
-        if module not in COMPAT
+        if module not in COMPAT and not module.startswith(tuple(f"{name}." for name in COMPAT))
         for name in sorted(_private_names_used(path) - own - NOT_PRIVATE)
     ]
 
@@ -389,6 +391,11 @@ MUTATIONS = {
         private_parts_of_others_stand_in_compat,
         {"hicache.engine": "from torch.utils import _pytree"},
         "hicache.engine touches _pytree",
+    ),
+    "a private part of torch, in a module called alike": Mutation(
+        private_parts_of_others_stand_in_compat,
+        {"hicache.compatible": "def late(module):\n    return module._forward_hooks"},
+        "hicache.compatible touches _forward_hooks",
     ),
     "an op imported": Mutation(
         only_the_engine_calls_kernels,

@@ -129,6 +129,20 @@ def test_every_value_of_another_kind_is_an_error_or_is_free():
 # Runs that it holds for, and others.
 
 
+def test_settings_with_a_calibration_have_a_hash():
+    """Equal ones the same: a set of configs holds each once."""
+    pipe, _ = pipelines.build("flux")
+    configs = [
+        HiCacheConfig(
+            basis=Fitted(file_of(pipe, entry_of())), schedule=FittedSteps(file_of(pipe, entry_of()))
+        )
+        for _ in range(2)
+    ]
+    others = [HiCacheConfig(basis=Fitted(file_of(pipe, entry_of(change=0.05))))]
+    assert configs[0] is not configs[1]
+    assert len({*configs, *others}) == 2
+
+
 def test_rows_are_used_in_the_run_they_were_fitted_to():
     pipe, arguments = pipelines.build("flux")
     sigmas = Replay(pipe)

@@ -1,11 +1,13 @@
 """Private names of torch, diffusers and accelerate that hicache reads are where it looks for them.
 
-One test a name: when a release moves one, the test names it and the function of hicache/compat.py to mend.
+One test a name: when a release moves one, the test names it and the function of hicache/compat to mend.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -255,6 +257,9 @@ def test_writes_are_counted():
     before = compat.write_count(tensor)
     tensor.add_(1)
     assert compat.write_count(tensor) != before, moved("Tensor._version", "write_count")
+    assert compat.write_counts([tensor]) == [compat.write_count(tensor)], moved(
+        "Tensor._version", "write_counts"
+    )
     with torch.inference_mode():
         assert compat.write_count(torch.zeros(2)) is None
 
@@ -359,8 +364,12 @@ def test_caches_of_diffusers_are_seen():
 
 
 def test_parts_of_a_module(layer: nn.Linear):
-    assert compat.parts(layer, weights=True) == (layer.weight, layer.bias), moved("_parameters", "parts")
-    assert compat.parts(nn.Sequential(layer), weights=False) == (layer,), moved("_modules", "parts")
+    held = compat.weights_by_name(layer)
+    assert held == {"weight": layer.weight, "bias": layer.bias}, moved("_parameters", "weights_by_name")
+    layer.weight = nn.Parameter(torch.zeros(2, 3))
+    assert held["weight"] is layer.weight, moved("_parameters", "weights_by_name")
+    outer = nn.Sequential(layer)
+    assert compat.children_by_name(outer) == {"0": layer}, moved("_modules", "children_by_name")
 
 
 def test_lora_layers(layer: nn.Linear):
@@ -401,9 +410,12 @@ def test_parts_of_a_model_that_stay_in_fp32():
 def test_every_entry_has_a_test():
     functions = {
         name
-        for name, value in vars(compat).items()
-        if inspect.isfunction(value) and value.__module__ == compat.__name__ and not name.startswith("_")
+        for module in pkgutil.iter_modules(compat.__path__, f"{compat.__name__}.")
+        for name, value in vars(importlib.import_module(module.name)).items()
+        if inspect.isfunction(value) and value.__module__ == module.name and not name.startswith("_")
     }
+    assert len(functions) > 20
+    assert functions <= set(compat.__all__)
     source = inspect.getsource(inspect.getmodule(moved))
     assert {
         name for name in functions if f"compat.{name}" not in source and f'"{name}"' not in source

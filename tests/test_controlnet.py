@@ -678,7 +678,7 @@ def test_graphs_are_given_no_residuals_at_skipped_steps(granularity: str, monkey
         assert stats.replays > 20
         [denoiser] = handle._denoisers
         tokens = pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
-        skipped = [g for key, g in denoiser.graphs._graphs.items() if "Skipped" in str(key[0])]
+        skipped = [g for key, g in denoiser.graphs.captures.graphs.items() if "Skipped" in str(key[0])]
         inputs = [tuple(t.shape) for graph in skipped for t in graph._inputs]
         assert skipped
         assert (1, 16, tokens) not in inputs  # a residual's shape

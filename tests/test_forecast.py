@@ -21,7 +21,8 @@ from hicache import (
     register_basis,
     unregister_basis,
 )
-from hicache.basis import coefficients
+from hicache.basis import Named, evaluate
+from hicache.run import Position
 from hicache.schedule import with_speedup
 from hicache_kernels import backend_status
 
@@ -37,9 +38,14 @@ def series(values, config, dtype=torch.float64, backend="auto"):
         if engine.is_full(step):
             engine.record(step, [torch.tensor([value], dtype=dtype)])
             engine.flush()
-            yield step, True, [engine.history.slot(0, k).item() for k in range(engine.filled)]
+            yield step, True, [engine.history.slot(0, k).item() for k in range(engine.differences.filled)]
         else:
             yield step, False, engine.forecast(step)[0].item()
+
+
+def coefficients(name, gaps, distance, num_coeffs, sigma):
+    """Of a basis with a name, checked."""
+    return evaluate(Named(name, sigma), Position(distance, 0, tuple(gaps), num_coeffs))
 
 
 def close(ours, golden, tolerance):
@@ -203,7 +209,7 @@ def test_engine_of_many_features_and_uneven_gaps():
                 torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     assert together.nbytes == together.history.nbytes > 0
     together.release()
-    assert (together.nbytes, together.last_full) == (0, None)
+    assert (together.nbytes, together.differences.last_full) == (0, None)
 
 
 def test_lazy_update_equals_an_immediate_one():

@@ -181,13 +181,13 @@ def test_the_least_recently_used_graph_goes():
     pipe, arguments = pipelines.build("flux")
     with apply(pipe) as handle:
         graphs = handle._denoisers[0].graphs
-        graphs._limit = 2
+        graphs.captures.limit = 2
         draw(pipe, arguments)
-        held = list(graphs._graphs)
+        held = list(graphs.captures.graphs)
         assert len(held) == 2
         draw(pipe, {**arguments, "height": 96})
-        assert len(graphs._graphs) == 2
-        assert not set(held) & set(graphs._graphs)
+        assert len(graphs.captures.graphs) == 2
+        assert not set(held) & set(graphs.captures.graphs)
 
 
 def test_release_frees_graphs_and_the_next_run_captures_anew():
@@ -197,9 +197,9 @@ def test_release_frees_graphs_and_the_next_run_captures_anew():
         graphs = handle._denoisers[0].graphs
         draw(pipe, arguments)
         before = handle.stats.graphs["transformer"].captures
-        assert graphs._graphs
+        assert graphs.captures.graphs
         handle.release()
-        assert not graphs._graphs
+        assert not graphs.captures.graphs
         assert handle.stats.history_bytes == 0
         assert close(draw(pipe, arguments), expected)
         assert handle.stats.graphs["transformer"].captures == 2 * before
@@ -363,7 +363,7 @@ def test_a_smaller_history_in_the_same_place_is_another_form():
     for num_features in (3, 1):
         orders = torch.empty(0).set_(MEMORY, 0, (3, num_features, 8))
         transformer.call.plan = SkippedStep(Sum(orders, torch.zeros(3), None, 0, "reference"))
-        keys.append(CallArguments.of((), {}).key(transformer.call))
+        keys.append(CallArguments.of(transformer.call, (), {}).key)
     assert keys[0] != keys[1]
 
 
@@ -590,7 +590,7 @@ def test_full_steps_whose_graphs_leave_no_room_run_eagerly(choice, monkeypatch):
         assert close(draw(pipe, arguments), expected)
         assert close(draw(pipe, arguments), expected)
         stats = handle.stats.graphs["transformer"]
-        kinds = {key[0].__name__ for key in handle._denoisers[0].graphs._graphs}
+        kinds = {key[0].__name__ for key in handle._denoisers[0].graphs.captures.graphs}
     assert kinds == {"FullStep", "SkippedStep"} if choice == "full" else {"SkippedStep"}
     partly = {
         "auto": "that of a full step takes 1,000 bytes, and 999 are left",

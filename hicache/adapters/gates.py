@@ -7,6 +7,7 @@ are a third of it (docs/algorithm.md, "Gates are known in advance").
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -73,8 +74,8 @@ class GateRows:
     """
 
     def __init__(self, owner: nn.Module, name: str, rows: Sequence[int], parts: int) -> None:
-        self._owner = owner
-        self._name = name
+        self.owner = owner
+        self.name = name
         self.count = len(rows)
         self._parts = parts
         self._rows = slice(rows[0], rows[-1] + 1, rows[1] - rows[0] if len(rows) > 1 else 1)
@@ -83,7 +84,7 @@ class GateRows:
     @property
     def layer(self) -> nn.Module:
         """The modulation layer as it is now."""
-        layer: nn.Module = getattr(self._owner, self._name)
+        layer: nn.Module = getattr(self.owner, self.name)
         return layer
 
     def write(self, activated: Tensor, out: Tensor) -> None:
@@ -138,6 +139,8 @@ class Gates:
 
     def __init__(self, rows: Sequence[GateRows], ones: int = 0) -> None:
         self._rows = rows
+        self._owners: list[Any] = [compat.children_by_name(row.owner) for row in rows]
+        self._names = [row.name for row in rows]
         self._num_features = sum(row.count for row in rows) + ones
         self.later: Later | None = None  # where writes go that have to wait, see deferred()
         # of every form met: a CUDA graph goes on writing to the memory it was captured with
@@ -154,8 +157,8 @@ class Gates:
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The modulation layers as they are now."""
-        return [row.layer for row in self._rows]
+        """The modulation layers as they are now; asked at every skipped step."""
+        return list(map(operator.getitem, self._owners, self._names))
 
     def of(self, activated: Tensor, channels: int) -> Tensor:
         """``[num_features, batch, channels]`` for an activated embedding ``[batch, width]`` of all layers.

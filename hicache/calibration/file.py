@@ -32,9 +32,9 @@ class Entry:
     order: int  # highest difference that rows weigh
     warmup: int  # see HiCacheConfig
     full_steps: tuple[int, ...]
-    rows: Rows
+    rows: Rows = field(hash=False)
     sigmas: tuple[float, ...] | None = None
-    scores: Mapping[str, float] = field(default_factory=dict)  # on prompts it was not fitted to
+    scores: Mapping[str, float] = field(default_factory=dict, hash=False)  # on prompts it was not fitted to
 
     def why_not(self, run: Run) -> str | None:
         """Why it does not hold for a run; None where it does."""
@@ -69,11 +69,11 @@ class Calibration:
         source: its name, for messages.
     """
 
-    models: Mapping[str, ModelKey]
+    models: Mapping[str, ModelKey] = field(hash=False)
     guidance: str | None
     prior: Basis
     entries: tuple[Entry, ...]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     granularity: str | None = None
     source: str = "a calibration"
 

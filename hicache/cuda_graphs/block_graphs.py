@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hicache.compat import pytree
-from hicache.cuda_graphs.capture import CaptureBackend, Captured, describe, like, modes, tensors
-from hicache.cuda_graphs.graph_memory import Expected, GraphMemory, expected, leaves
+from hicache.cuda_graphs.capture import CaptureBackend, Captured, describe, like, modes
+from hicache.cuda_graphs.graph_memory import Expected, GraphMemory, expected
 from hicache.cuda_graphs.live_bytes import LiveBytes, nbytes
 from hicache.step_plan import FullStep, RunningCall
+from hicache.trees import leaves_of, put_together, take_apart, tensors_of
 
 
 class NoRoom(RuntimeError):
@@ -77,8 +77,9 @@ class BlockGraphs:
             TypeError: it takes or returns objects that may hold tensors nobody would copy.
             NoRoom: the budget leaves too little memory for it and those to come.
         """
-        given, layout = pytree.tree_flatten((args, kwargs))
-        form = describe(given)
+        leaves: list[Any] = []
+        layout = take_apart((args, kwargs), leaves)
+        form = describe(leaves)
         if form is None:
             raise TypeError(f"{type(block).__name__} takes what cannot be told apart from call to call")
         plan, sums = self._call.plan, self._call.result.partial_sums
@@ -91,27 +92,28 @@ class BlockGraphs:
             if len(self._graphs) + len(self._warmed) > 2 * self._limit:
                 self.drop()
             self._warmed.add((place, targets))
-            return self._warm((place, targets), tensors(given), lambda: block(*args, **kwargs))
-        own = [self._own(leaf) if isinstance(leaf, Tensor) else leaf for leaf in given]
-        read = [*tensors(own), *sums.values()]
+            given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            return self._warm((place, targets), given, lambda: block(*args, **kwargs))
+        own = [self._own(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        read = [*(leaf for leaf in own if isinstance(leaf, Tensor)), *sums.values()]
         key = (place, targets, tuple(tensor.data_ptr() for tensor in read))
         graph = self._graphs.get(key)
         if graph is None:
             self._make_room((place, targets))
-            own_args, own_kwargs = pytree.tree_unflatten(own, layout)
+            own_args, own_kwargs = put_together(layout, iter(own))
             before = set(sums)
             captured = self._backend.capture(lambda: block(*own_args, **own_kwargs))
-            if describe(pytree.tree_leaves(captured.output)) is None:
+            if describe(leaves_of(captured.output)) is None:
                 raise TypeError(f"{type(block).__name__} returns {type(captured.output).__name__}")
             begun = {feature: total for feature, total in sums.items() if feature not in before}
             graph = self._graphs[key] = _BlockGraph(captured, begun)
-            self._memory.took(captured, [*leaves(captured.output), *begun.values()], inputs=0)
+            self._memory.took(captured, [*tensors_of(captured.output), *begun.values()], inputs=0)
             if (reason := self._memory.overdrawn()) is not None:  # more than was expected
                 raise NoRoom(reason)
         graph.captured.replay()
         self._memory.stats.replays += 1
         sums.update(graph.partial_sums)
-        self._made += leaves(graph.captured.output)
+        self._made += tensors_of(graph.captured.output)
         return graph.captured.output
 
     def _warm(self, place: Any, given: list[Tensor], run: Callable[[], Any]) -> Any:

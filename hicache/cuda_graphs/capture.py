@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hicache import compat
-from hicache.compat import pytree
+from hicache.trees import tensors_of
 
 Replay = Callable[[], None]
 
@@ -82,7 +82,7 @@ class CudaBackend:
         with self._on_stream():
             output = function()
         with torch.cuda.device(self._device):
-            for tensor in tensors(pytree.tree_leaves(output)):
+            for tensor in tensors_of(output):
                 tensor.record_stream(torch.cuda.current_stream())
         return output
 
@@ -137,11 +137,6 @@ def modes() -> tuple[Any, ...]:
         torch.backends.cuda.cudnn_sdp_enabled(),
         compat.attention_backend(),
     )
-
-
-def tensors(leaves: Sequence[Any]) -> list[Tensor]:
-    """The tensors among the leaves of a tree."""
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def describe(leaves: Sequence[Any]) -> tuple[Any, ...] | None:

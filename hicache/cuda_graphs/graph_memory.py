@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from hicache.compat import pytree
-from hicache.cuda_graphs.capture import Captured, tensors
+from hicache.cuda_graphs.capture import Captured
 from hicache.cuda_graphs.live_bytes import LiveBytes, nbytes
 from hicache.stats import GraphStats
+from hicache.trees import tensors_of
 
 
 @dataclass
@@ -99,9 +99,4 @@ def expected(memory: LiveBytes, output: Any, sums: Iterable[Tensor] = ()) -> Exp
         output: of the call.
         sums: tensors that it left beside.
     """
-    return Expected(memory.peak, sum(map(nbytes, [*leaves(output), *sums])))
-
-
-def leaves(tree: Any) -> list[Tensor]:
-    """The tensors of a tree."""
-    return tensors(pytree.tree_leaves(tree))
+    return Expected(memory.peak, sum(map(nbytes, [*tensors_of(output), *sums])))

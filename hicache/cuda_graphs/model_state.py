@@ -11,7 +11,7 @@ from torch import nn
 
 from hicache import compat
 from hicache.cuda_graphs.capture import CaptureBackend
-from hicache.weights import is_sharded, weight_parts
+from hicache.weights import addresses, is_sharded, weight_parts
 
 ENVIRONMENT: Final = "HICACHE_CUDA_GRAPHS"  # "0" switches graphs off, whatever the code asks for
 
@@ -37,9 +37,9 @@ class _Part:
         Numbers of Python are part of a graph: an IP-Adapter's scale may change between any two calls.
         """
         return (
-            *(weight.data_ptr() for weight in self.weights),
-            *(compat.lora_settings(layer) for layer in self._scaled),
-            *(_settings(processor) for processor in self._processors),
+            addresses(self.weights),
+            [compat.lora_settings(layer) for layer in self._scaled],
+            [_settings(processor) for processor in self._processors],
         )
 
 

@@ -141,7 +141,9 @@ class BlockInterface:
 
 def _as_many(text: Tensor, image: Tensor) -> Tensor:
     """One prompt for several pictures, as blocks broadcast it; but not tokens without a batch."""
-    return text.expand(len(image), *text.shape[1:]) if text.dim() > 2 else text
+    if text.dim() < 3 or text.shape[0] == image.shape[0]:
+        return text
+    return text.expand(image.shape[0], *text.shape[1:])
 
 
 def _like_text(element: Any, text: Any) -> bool:

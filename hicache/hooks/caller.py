@@ -7,10 +7,10 @@ A server makes a pipeline for every request, ``from_pipe(shared, scheduler=...)`
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final
+from contextlib import contextmanager, suppress
+from typing import Any, Final, NamedTuple
 
 from torch import nn
 
@@ -20,30 +20,75 @@ from hicache.pipeline import check_scheduler
 _PIPELINES: Final = ("DiffusionPipeline", "ModularPipeline")  # by name: diffusers imports them slowly
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(NamedTuple):
     """Who calls a transformer."""
 
     scheduler: Any = None  # of the pipeline; None where it is none
     name: str | None = None  # what a guider calls the prediction
 
 
-def find_caller(*modules: nn.Module) -> Caller:
-    """The pipeline that is calling a transformer, or another of its modules, now, if one is.
+class _Found(NamedTuple):
+    """A pipeline that was found, held weakly."""
+
+    pipe: Callable[[], Any]
+    scheduler: Callable[[], Any]
+    places: list[tuple[str, Callable[[], Any]]]  # its attributes that are the modules looked for
+
+
+class CallerFinder:
+    """Finds the pipeline that is calling a transformer, or another of its modules, if one is.
 
     It is what runs in a ``__call__``, or is given to one first (modular pipelines' blocks), and has the
     modules and a scheduler that can be watched among its attributes.
+
+    Args:
+        *modules: which it has to have.
     """
-    name = None
-    for arguments, variables in compat.running_calls():
-        name = name or compat.guider_prediction(variables)
-        for argument in arguments:
-            attributes = getattr(argument, "__dict__", None)
-            if not isinstance(attributes, Mapping) or not _can_be_watched(attributes.get("scheduler")):
-                continue
-            if all(any(_is(value, module) for value in attributes.values()) for module in modules):
-                return Caller(attributes["scheduler"], name)
-    return Caller()
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self._modules = modules
+        self._last: _Found | None = None
+
+    def find(self) -> Caller:
+        """Who is calling now."""
+        name = None
+        for arguments, variables in compat.running_calls():
+            name = name or compat.guider_prediction(variables)
+            for argument in arguments:
+                scheduler = self._known(argument) or self._look_at(argument)
+                if scheduler is not None:
+                    return Caller(scheduler, name)
+        return Caller()
+
+    def _known(self, argument: Any) -> Any:
+        """The scheduler of the pipeline found last, if this is that one and nothing of it has changed."""
+        last = self._last
+        if last is None or argument is None or argument is not last.pipe():
+            return None
+        attributes = argument.__dict__
+        scheduler = attributes.get("scheduler")
+        if scheduler is not last.scheduler():
+            return None
+        for key, part in last.places:
+            if attributes.get(key) is not part():
+                return None
+        return scheduler
+
+    def _look_at(self, argument: Any) -> Any:
+        """The scheduler of a pipeline; None where it is none, or another's."""
+        attributes: Any = getattr(argument, "__dict__", None)
+        scheduler = attributes.get("scheduler") if isinstance(attributes, dict) else None
+        if scheduler is None:
+            return None
+        places = [_place(attributes, module) for module in self._modules]
+        if None in places or not _can_be_watched(scheduler):
+            return None
+        found: list[tuple[str, Callable[[], Any]]] = [
+            (key, weakref.ref(attributes[key])) for key in places if key is not None
+        ]
+        with suppress(TypeError):  # what cannot be held weakly is looked at every time
+            self._last = _Found(weakref.ref(argument), weakref.ref(scheduler), found)
+        return scheduler
 
 
 def runs_in_diffusers(scheduler: Any) -> bool:
@@ -70,8 +115,12 @@ def _can_be_watched(scheduler: Any) -> bool:
     return True
 
 
-def _is(value: Any, module: nn.Module) -> bool:
-    return isinstance(value, nn.Module) and compat.original_module(value) is module
+def _place(attributes: Mapping[str, Any], module: nn.Module) -> str | None:
+    """The attribute that is a module, or what ``torch.compile`` made of it."""
+    for key, value in attributes.items():
+        if isinstance(value, nn.Module) and compat.original_module(value) is module:
+            return key
+    return None
 
 
 class CallName:

@@ -140,6 +140,13 @@ class SchedulerClock:
         """Whether what a thread does is of this run: it began it, or none of its own."""
         return thread == self.thread or thread not in self._begun
 
+    def counts_alone(self, scheduler: Any) -> bool:
+        """Whether a scheduler's calls can only be of its run, if no other clock counts them.
+
+        So it is as long as no other thread has begun a run with the scheduler.
+        """
+        return self._scheduler() is scheduler and self._begun <= {self.thread}
+
     def _on_set_timesteps(self) -> None:
         thread, begun = threading.get_ident(), self._begun
         self._calling.pop(thread, None)
@@ -266,6 +273,10 @@ class TimestepClock:
         self.step = 0
         self._last: float | None = None
         self._direction = 0.0
+
+    def counts_alone(self, scheduler: Any) -> bool:
+        """It counts no scheduler's calls."""
+        return False
 
     def tick(self, module: torch.nn.Module, kwargs: Mapping[str, Any]) -> None:
         """Called before every call of the transformer, with its arguments by name.

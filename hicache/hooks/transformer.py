@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hicache.hooks import rotary
+from hicache import compat
+from hicache.hooks import recall
 from hicache.hooks.block_interface import UNCACHED, BlockInterface
 from hicache.hooks.block_lists import BlockListHook, find_heads, find_lists
 from hicache.hooks.hooked import Forecast, HookedModule
@@ -58,7 +59,7 @@ class HookedTransformer(HookedModule):
         self._forecast = forecast
         self._undo += [hook.install() for hook in self._list_hooks]
         self._undo += self.side_lists.install()
-        self._undo += rotary.hook(self.module, self._recall)
+        self._undo += recall.hook(self.module, self._recall)
         for head in self.heads:
             self._undo.append(head.register_forward_pre_hook(self._before_head, with_kwargs=True).remove)
 
@@ -150,15 +151,15 @@ class HookedTransformer(HookedModule):
         return self.interface.returned(image, block_kwargs)
 
     def _recall(self, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Rotary embeddings: computed at full steps, those of the first one given on skipped steps."""
+        """What only blocks read: computed at full steps, that of the first one given on skipped steps."""
         call = self.call
-        index = call.rotary_index
-        call.rotary_index = index + 1
-        if call.skipping and index < len(call.rotary):
-            return call.rotary[index]
+        index = call.recall_index
+        call.recall_index = index + 1
+        if call.skipping and index < len(call.recalled):
+            return call.recalled[index]
         output = compute(*args, **kwargs)
         if call.lesson is not None:
-            call.rotary[index:] = [output]
+            call.recalled[index:] = [compat.pytree.tree_map(_detached, output)]
         return output
 
     def _changed(self) -> RuntimeError:
@@ -166,6 +167,10 @@ class HookedTransformer(HookedModule):
             f"hicache: {self.name} changes the hidden state between its blocks, so they cannot be skipped "
             f"as a whole; {UNCACHED}"
         )
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -179,7 +179,7 @@ class RecorderChoice:
         What an earlier run left is perhaps of that form, and stays where it is.
         """
         for context in self._contexts.current:
-            if context.engine.last_full is not None:
+            if context.engine.differences.last_full is not None:
                 context.engine.release()
 
     def end(self) -> None:

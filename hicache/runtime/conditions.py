@@ -19,6 +19,11 @@ from hicache import compat
 _NAMES: Final = ("encoder_hidden_states", "pooled", "class_labels", "cap_feats")
 
 
+def is_condition(name: str) -> bool:
+    """Whether an argument of this name says what is drawn."""
+    return name.startswith(_NAMES)
+
+
 class Conditions:
     """The embeddings among the arguments of a call.
 
@@ -57,7 +62,7 @@ class Conditions:
 
     def are(self, later: Conditions) -> bool:
         """Whether a later call is given the same tensors, with nothing known to be written to them since."""
-        pairs = list(zip(self._given, later._given, strict=True))
+        pairs = zip(self._given, later._given, strict=True)
         return all(one() is other() and count == now for (one, count), (other, now) in pairs)
 
     def equal(self, later: Conditions) -> bool:
@@ -78,7 +83,7 @@ def conditioning(model_kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     Args:
         model_kwargs: the transformer's arguments by name.
     """
-    return _tensors([value for name, value in model_kwargs.items() if name.startswith(_NAMES)])
+    return _tensors([value for name, value in model_kwargs.items() if is_condition(name)])
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

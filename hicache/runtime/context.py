@@ -9,16 +9,17 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from hicache.compat import pytree
 from hicache.engine import Engine
 from hicache.runtime.conditions import Conditions
 from hicache.runtime.finite import FiniteCheck
 from hicache.runtime.gate_prefetch import GatePrefetch
 from hicache.runtime.gate_rank import RunGates
+from hicache.runtime.known_call import KnownCall
 from hicache.runtime.session import Session, StepCounter
 from hicache.runtime.signature import signature
 from hicache.runtime.token_layout import LayoutCheck, TokenLayout
 from hicache.token_view import TokenView
+from hicache.trees import tensors_of
 
 MAX_CONTEXTS: Final = 16  # of one denoiser in a run; more means that steps or calls are not what they seem
 
@@ -75,7 +76,7 @@ class Context:
         self.finite = FiniteCheck()
         self.check: LayoutCheck | None = None
         self.form: CallForm | None = None  # learned from its first call
-        self.rotary: list[Any] = []  # embeddings of the call learned from
+        self.recalled: list[Any] = []  # what only blocks read, of the call learned from
         self.returned: Any = None  # the form of what it returned at its last full step, by output
 
     def restart(self, label: str, first_step: int, conditions: Conditions, session: Session) -> None:
@@ -143,7 +144,7 @@ class Context:
         self.engine.release()
         self.prefetch.forget()
         self.low_rank.release()
-        self.rotary.clear()
+        self.recalled.clear()
         self.returned = None
         self.conditions.release()
         self.unlearn()
@@ -156,10 +157,9 @@ class Context:
 
     @property
     def kept_nbytes(self) -> int:
-        """Bytes of what else it keeps for a run: coefficients, rotary embeddings, copies of the prompt."""
-        embeddings = [leaf for leaf in pytree.tree_leaves(self.rotary) if isinstance(leaf, Tensor)]
-        kept = sum(tensor.nbytes for tensor in embeddings) + self.conditions.nbytes
-        return kept + self.engine.numbers_nbytes
+        """Bytes of what else it keeps for a run: coefficients, embeddings, copies of the prompt."""
+        kept = sum(tensor.nbytes for tensor in tensors_of(self.recalled)) + self.conditions.nbytes
+        return kept + self.engine.numbers.nbytes
 
     @property
     def planned_nbytes(self) -> int:
@@ -202,11 +202,14 @@ class Contexts:
         self._denoiser = denoiser
         self.current: list[Context] = []
         self._idle: list[Context] = []  # of the last run: their memory is kept for one run
+        # by their order in the step: contexts met, and calls of theirs that none but them had the like of
+        self._known: dict[int, tuple[KnownCall, Context]] = {}
 
     def start_run(self) -> None:
         """A run starts: its contexts may be others."""
         self._idle = [context for context in self.current if context.full_steps]
         self.current = []
+        self._known = {}
 
     def forget_forms(self) -> None:
         """The model may have changed: what was learned from earlier runs does not hold."""
@@ -227,6 +230,12 @@ class Contexts:
         Returns:
             None: there are too many.
         """
+        known = self._known.get(counter.ordinal)
+        if known is not None:
+            call, met = known
+            if met.last_step != counter.step and call.is_like(name, model_kwargs):
+                met.last_step = counter.step
+                return met
         arguments, conditions = (name, *signature(model_kwargs)), Conditions(model_kwargs)
         context = self._met(counter.step, arguments, conditions)
         if context is None and len(self.current) < MAX_CONTEXTS:
@@ -235,6 +244,11 @@ class Contexts:
             label = f"{self._denoiser}[{counter.ordinal}]" + (f" #{twins + 1}" if twins else "")
             context.restart(label, counter.step, conditions, session)
             self.current.append(context)
+        if context is None:
+            return None
+        alike = [other for other in self.current if other.arguments == arguments]
+        if [other for other in alike if other.conditions.are(conditions)] == [context]:
+            self._known[counter.ordinal] = KnownCall(name, model_kwargs), context
         return context
 
     def _met(self, step: int, arguments: tuple[Any, ...], conditions: Conditions) -> Context | None:

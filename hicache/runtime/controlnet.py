@@ -19,7 +19,7 @@ from torch import nn
 from hicache import compat
 from hicache.checks import is_number
 from hicache.handle import NotCopied
-from hicache.hooks.caller import find_caller
+from hicache.hooks.caller import CallerFinder
 from hicache.hooks.deferred import OutputForm
 from hicache.hooks.watched_calls import watch_calls
 from hicache.runtime.context import Context
@@ -123,15 +123,14 @@ class ControlNet(NotCopied):
         Whoever else calls it, a loop of one's own or a pipeline that is not cached, gets what it gives now.
         """
         for denoiser in self._denoisers:
-            caller = find_caller(self.module, denoiser.module)
+            caller = CallerFinder(self.module, denoiser.module).find()
             if caller.scheduler is not None:
                 return self._sessions.of_call(caller.scheduler, named)
         return None
 
     def _coming(self, session: Session) -> list[Context]:
         """The contexts that were given residuals in the last step, and most likely are in this."""
-        tracks = [denoiser.tracks[session] for denoiser in self._denoisers if session in denoiser.tracks]
-        contexts = [context for track in tracks for context in track.going_on()]
+        contexts = [context for denoiser in self._denoisers for context in denoiser.tracks.going_on(session)]
         return [context for context in contexts if context.scale != NO_RESIDUALS]
 
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from hicache import compat
 from hicache.adapters.base import ModuleAdapter
-from hicache.adapters.gates import held_nbytes, let_go
 from hicache.cuda_graphs.runner import GraphRunner
 from hicache.handle import NotCopied
-from hicache.hooks.caller import CallName, find_caller
+from hicache.hooks.caller import CallerFinder, CallName
 from hicache.hooks.hooked import HookedModule
 from hicache.pipeline import check_one_cache
 from hicache.runtime.budget import Policy
@@ -23,9 +22,9 @@ from hicache.runtime.context import MAX_CONTEXTS, BegunCall
 from hicache.runtime.module_recorder import ModuleRecorder
 from hicache.runtime.planner import forecast
 from hicache.runtime.residuals import given_to_blocks, scale_of
-from hicache.runtime.session import Session, Sessions
+from hicache.runtime.session import Sessions
 from hicache.runtime.signature import requires_grad
-from hicache.runtime.track import Track
+from hicache.runtime.track import Track, Tracks
 from hicache.runtime.turns import Turns
 from hicache.step_plan import SkippedStep
 
@@ -65,13 +64,12 @@ class Denoiser(NotCopied):
         self.hooked = hooked
         self.sessions = sessions
         self.graphs = graphs
-        self._adapter = adapter
         by_module = adapter is not None and policy.by_module
         self._modules = ModuleRecorder(adapter, hooked.call) if adapter is not None and by_module else None
-        self._policy = policy
-        self.tracks: dict[Session, Track] = {}
+        self.tracks = Tracks(name, hooked, policy, self._modules, self._warn, adapter, graphs)
         self._names = tuple(inspect.signature(type(self.module).forward).parameters)[1:]
         self._name = CallName(self.module)
+        self._caller = CallerFinder(self.module)
         self._turns = Turns(self.module)
         self._track: Track | None = None  # of the call whose turn it is
         self._begun: BegunCall | None = None
@@ -80,7 +78,7 @@ class Denoiser(NotCopied):
         self._warned: set[str] = set()
         self._undo: list[Callable[[], None]] = []
         if graphs is not None:
-            graphs.memory.room = self._room_for_graphs
+            graphs.memory.room = lambda: None if self._track is None else self.tracks.left_by(self._track)
 
     def install(self) -> None:
         """Hook the transformer."""
@@ -106,51 +104,9 @@ class Denoiser(NotCopied):
     def release(self) -> None:
         """Free its histories, and the graphs that are of use with them only."""
         with self._turns.none():
-            for track in self.tracks.values():
-                track.contexts.release()
+            self.tracks.release()
             if self.graphs is not None:
                 self.graphs.drop()
-            if self._adapter is not None:
-                let_go(self._adapter)
-
-    def track(self, session: Session) -> Track:
-        """What it has of a session."""
-        if session not in self.tracks:
-            self.tracks[session] = Track(
-                self.name,
-                self.hooked,
-                self._policy,
-                self._modules,
-                session,
-                self._warn,
-                self._adapter,
-                self.graphs,
-            )
-        return self.tracks[session]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of history held, of all sessions together."""
-        return sum(track.contexts.nbytes for track in tuple(self.tracks.values()))
-
-    @property
-    def gates_nbytes(self) -> int:
-        """Bytes of gates held, likewise."""
-        held = 0 if self._adapter is None else held_nbytes(self._adapter)
-        return held + sum(track.contexts.gates_nbytes for track in tuple(self.tracks.values()))
-
-    @property
-    def kept_nbytes(self) -> int:
-        """Bytes of what else is kept for a run, likewise."""
-        return sum(track.contexts.kept_nbytes for track in tuple(self.tracks.values()))
-
-    def _room_for_graphs(self) -> int | None:
-        """Bytes of the budget that the run at hand leaves for graphs."""
-        if self._track is None:
-            return None
-        contexts = self._track.contexts
-        gates = contexts.gates_nbytes + (0 if self._adapter is None else held_nbytes(self._adapter))
-        return self._policy.memory_budget - contexts.current_nbytes - gates - contexts.kept_nbytes
 
     # What a call of the transformer goes through, in order. From _before() to _after() it may be compiled.
 
@@ -164,8 +120,8 @@ class Denoiser(NotCopied):
         if torch.is_grad_enabled() and (module.training or requires_grad(model_kwargs)):
             self._warn("is called for its gradients: it runs uncached")
             return None
-        caller = find_caller(module)
-        track = self._track = self.track(self.sessions.of_call(caller.scheduler, model_kwargs))
+        caller = self._caller.find()
+        track = self._track = self.tracks.of(self.sessions.of_call(caller.scheduler, model_kwargs))
         counter = track.counter
         if counter.tick(module, model_kwargs):
             self._start_run(track)
@@ -207,8 +163,11 @@ class Denoiser(NotCopied):
         """See :func:`~hicache.runtime.planner.forecast`; maybe compiled, and then nothing is timed."""
         if self.hooked.call.opaque or self._track is None:
             return forecast(plan, self._modules, base, block_kwargs)
-        with self._track.session.watch.measure(base.device):
-            return forecast(plan, self._modules, base, block_kwargs)
+        watch = self._track.session.watch
+        started = watch.start(base.device)
+        hidden = forecast(plan, self._modules, base, block_kwargs)
+        watch.stop(started)
+        return hidden
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         begun, track = self._begun, self._track

@@ -30,7 +30,7 @@ class _Fetched:
 
     first: int  # step of the first
     gates: Tensor  # [steps, num_features, batch, channels]
-    constants: list[Any]  # values of the other arguments they were computed for
+    constants: _Constants  # the other arguments they were computed for
     weights: GateWeights | None = None  # those they were computed with; None: they are not written yet
 
 
@@ -99,9 +99,7 @@ class GatePrefetch:
         )
         gates = adapter.gates(inputs, like[:1].expand(len(steps) * batch, *like.shape[1:]))
         gates = gates.view(-1, len(steps), batch, channels)
-        self._fetched = _Fetched(
-            steps.start, gates.transpose(0, 1), _constants(adapter, model_kwargs, kept=True)
-        )
+        self._fetched = _Fetched(steps.start, gates.transpose(0, 1), _Constants(adapter, model_kwargs))
 
     def settle(self, adapter: ModuleAdapter) -> None:
         """What :meth:`fetch` computed has been written, and is :meth:`own`, by the weights of now."""
@@ -151,9 +149,7 @@ class GatePrefetch:
         timestep = model_kwargs.get("timestep")
         if fetched is None or fetched.weights is None or index is None:
             return None
-        constants = _constants(adapter, model_kwargs, kept=False)
-        same = fetched.constants == constants or (read and all(map(_equal, fetched.constants, constants)))
-        if not same or not fetched.weights.unchanged():
+        if not fetched.constants.are(model_kwargs, read) or not fetched.weights.unchanged():
             self.forget()
             return None
         if not isinstance(timestep, Tensor) or timestep.ndim > 1:
@@ -216,12 +212,6 @@ def lora_scale(model_kwargs: Mapping[str, Any]) -> float:
     return float(given.get("scale", 1.0))
 
 
-def _constants(adapter: ModuleAdapter, model_kwargs: Mapping[str, Any], kept: bool) -> list[Any]:
-    """What gates depend on, but for the timestep and weights; with its numbers, if it is to be kept."""
-    values = [_identity(model_kwargs.get(name), kept) for name in adapter.gate_arguments]
-    return [lora_scale(model_kwargs), *values]
-
-
 def _foretellable(adapter: ModuleAdapter, model_kwargs: Mapping[str, Any], batch: int) -> bool:
     """Whether gates depend on timesteps and on what else is there once a sample, but for one timestep."""
     timestep = model_kwargs.get("timestep")
@@ -233,32 +223,44 @@ def _foretellable(adapter: ModuleAdapter, model_kwargs: Mapping[str, Any], batch
     return all(len(value) == batch for value in values if isinstance(value, Tensor))
 
 
-def _identity(value: Any, kept: bool) -> Any:
-    """The same for the same unchanged tensor. Held by the caller, so that no other takes its place."""
-    return _Same(value, kept) if isinstance(value, Tensor) else value
+class _Constants:
+    """What gates depend on, but for the timestep and weights, as it was in one call.
+
+    Args:
+        adapter: the family's.
+        model_kwargs: the transformer's.
+    """
+
+    def __init__(self, adapter: ModuleAdapter, model_kwargs: Mapping[str, Any]) -> None:
+        self._lora_scale = lora_scale(model_kwargs)
+        given = {name: model_kwargs.get(name) for name in adapter.gate_arguments}
+        # held, so that no other tensor takes the place of one
+        self._tensors = [
+            (name, value, compat.write_count(value), value.detach().clone())
+            for name, value in given.items()
+            if isinstance(value, Tensor)
+        ]
+        self._others = [(name, value) for name, value in given.items() if not isinstance(value, Tensor)]
+
+    def are(self, model_kwargs: Mapping[str, Any], read: bool) -> bool:
+        """Whether a later call is given the same: the same tensors, which nobody wrote to.
+
+        Args:
+            model_kwargs: the transformer's.
+            read: or others of the same numbers, which are read from the device.
+        """
+        for name, tensor, writes, numbers in self._tensors:
+            later = model_kwargs.get(name)
+            if later is tensor and compat.write_count(tensor) == writes:
+                continue
+            if not (read and isinstance(later, Tensor) and _equal(numbers, later)):
+                return False
+        for name, value in self._others:
+            later = model_kwargs.get(name)
+            if isinstance(later, Tensor) or later != value:
+                return False
+        return lora_scale(model_kwargs) == self._lora_scale
 
 
-def _equal(one: Any, later: Any) -> bool:
-    """Whether two constants are the same, or tensors of the same numbers."""
-    if isinstance(one, _Same) and isinstance(later, _Same):
-        return one == later or one.equal(later)
-    return bool(one == later)
-
-
-class _Same:
-    """A tensor, equal to itself while nobody writes to it."""
-
-    def __init__(self, tensor: Tensor, kept: bool) -> None:
-        self._tensor = tensor
-        self._writes = compat.write_count(tensor)
-        self._numbers = tensor.detach().clone() if kept else tensor
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other._tensor is self._tensor and other._writes == self._writes
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def equal(self, later: _Same) -> bool:
-        """Whether a later one has the numbers that this one began with; reads the device."""
-        mine, given = self._numbers, later._tensor
-        return mine.dtype == given.dtype and torch.equal(mine, given.to(mine.device))
+def _equal(numbers: Tensor, later: Tensor) -> bool:
+    return numbers.dtype == later.dtype and torch.equal(numbers, later.to(numbers.device))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import operator
 
 from hicache import compat
 from hicache.adapters.base import ModuleAdapter
-from hicache.weights import only_in_their_blocks, weight_parts
+from hicache.weights import Places, addresses, only_in_their_blocks, weight_parts
 
 
 class GateWeights:
@@ -24,12 +24,14 @@ class GateWeights:
         self._adapter = adapter
         self._roots = list(adapter.gate_modules())
         modules = [part for root in self._roots for part in root.modules()]
-        self._offloaded = only_in_their_blocks(adapter.module) or any(map(compat.is_offloaded, modules))
-        # holds on to the modules and weights, so that no others take their addresses
-        self._parts = [(module, self._parts_of(module)) for module in modules]
-        weights = [] if self._offloaded else [w for root in self._roots for w in root.parameters()]
-        tensors = [part for weight in weights for part in weight_parts(weight)]
-        self._tensors = [(tensor, *_place(tensor)) for tensor in tensors]
+        offloaded = only_in_their_blocks(adapter.module) or any(map(compat.is_offloaded, modules))
+        self._places = Places(modules, weights=not offloaded)
+        weights = [] if offloaded else [weight for root in self._roots for weight in root.parameters()]
+        self._tensors = [part for weight in weights for part in weight_parts(weight)]
+        self._addresses = addresses(self._tensors)
+        # of those made in inference mode nobody counts the writes
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._writes = compat.write_counts(self._counted)
         self._lora = [(module, compat.lora_settings(module)) for module in modules if compat.is_lora(module)]
 
     def unchanged(self) -> bool:
@@ -37,19 +39,9 @@ class GateWeights:
         roots = self._adapter.gate_modules()
         return (
             len(roots) == len(self._roots)
-            and all(now is then for now, then in zip(roots, self._roots, strict=True))
-            and all(_same(self._parts_of(module), parts) for module, parts in self._parts)
-            and all(_place(tensor) == (address, writes) for tensor, address, writes in self._tensors)
+            and all(map(operator.is_, roots, self._roots))
+            and self._places.unchanged()
+            and addresses(self._tensors) == self._addresses
+            and compat.write_counts(self._counted) == self._writes
             and all(compat.lora_settings(layer) == settings for layer, settings in self._lora)
         )
-
-    def _parts_of(self, module: nn.Module) -> tuple[object, ...]:
-        return compat.parts(module, weights=not self._offloaded)
-
-
-def _same(now: tuple[object, ...], then: tuple[object, ...]) -> bool:
-    return len(now) == len(then) and all(map(lambda a, b: a is b, now, then))
-
-
-def _place(tensor: Tensor) -> tuple[int, int | None]:
-    return tensor.data_ptr(), compat.write_count(tensor)

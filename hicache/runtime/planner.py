@@ -53,7 +53,7 @@ class CallPlanner:
         """Plan a full step; the first of its form is learned from."""
         call, choice, context = self._hooked.call, self._choice, begun.context
         self._hooked.refresh()
-        call.checked, call.rotary = begun.checked, context.rotary
+        call.checked, call.recalled = begun.checked, context.recalled
         if context.full_steps == 0:
             choice.look_again(context, begun.model_kwargs)
         if choice.modules is not None and choice.modules.late is not None:
@@ -68,7 +68,7 @@ class CallPlanner:
             self.take_in(begun)
             context.engine.distrust()
             self.end()
-            call.checked, call.rotary = begun.checked, context.rotary
+            call.checked, call.recalled = begun.checked, context.recalled
             if context.form is None:
                 return
         with self._session.watch.measure(context.form.device), torch.no_grad():
@@ -84,8 +84,10 @@ class CallPlanner:
         """
         call, context = self._hooked.call, begun.context
         assert context.form is not None
-        call.rotary = context.rotary
-        with self._session.watch.measure(context.form.device), torch.no_grad():
+        call.recalled = context.recalled
+        watch = self._session.watch
+        started = watch.start(context.form.device)
+        with torch.no_grad():
             total = context.engine.prepare(
                 begun.local_step, fixed=replayed or begun.compiled, fused=not begun.compiled
             )
@@ -93,14 +95,15 @@ class CallPlanner:
             if begun.compiled:
                 self._sizes.hold()
                 call.plan = call.plan.of_any_size()
-                call.rotary = [compat.of_any_size(embedding) for embedding in context.rotary]
+                call.recalled = [compat.of_any_size(embedding) for embedding in context.recalled]
+        watch.stop(started)
         if self._hooked.verified:
             return
         call.verifying = True
         self._pause.hold()
         if begun.compiled:
             self._hooked.module.forward(*begun.args, **begun.kwargs)
-            call.rotary_index, call.verifying = 0, False
+            call.recall_index, call.verifying = 0, False
             self._pause.let_go()
 
     def commit(self, begun: BegunCall, output: Any) -> None:

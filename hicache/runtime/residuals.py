@@ -18,6 +18,7 @@ from hicache.compat import pytree
 from hicache.hooks.deferred import real
 from hicache.runtime.context import BegunCall
 from hicache.token_view import TokenView
+from hicache.trees import tensors_of
 
 # what transformers and U-Nets call the residuals of a ControlNet
 _RESIDUALS: Final = (
@@ -39,15 +40,14 @@ NO_RESIDUALS: Final[Scale] = ()  # of a call that is given none
 
 def mark(output: Any, scale: Scale) -> None:
     """A watched ControlNet gives this: it is to be known where it turns up."""
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            setattr(leaf, _SCALE, scale)
+    for tensor in tensors_of(output):
+        setattr(tensor, _SCALE, scale)
 
 
 def scale_of(model_kwargs: Mapping[str, Any]) -> Scale | None:
     """The scale of the residuals a call is given; None where they are no watched ControlNet's, untouched."""
-    given = [model_kwargs.get(name) for name in _RESIDUALS]
-    found = {getattr(leaf, _SCALE, None) for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)}
+    given = [model_kwargs[name] for name in _RESIDUALS if model_kwargs.get(name) is not None]
+    found = {getattr(leaf, _SCALE, None) for leaf in tensors_of(given)} if given else None
     if not found:
         return NO_RESIDUALS
     return found.pop() if len(found) == 1 else None
@@ -61,7 +61,7 @@ def given_to_blocks(begun: BegunCall, names: Sequence[str], full: bool) -> Begun
         names: of its positional arguments.
         full: whether the blocks run.
     """
-    given = {name for name in BLOCK_ONLY_ARGUMENTS if begun.model_kwargs.get(name) is not None}
+    given = [name for name in BLOCK_ONLY_ARGUMENTS if begun.model_kwargs.get(name) is not None]
     if not given:
         return begun
     values = {

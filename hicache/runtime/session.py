@@ -45,6 +45,9 @@ class StepClock(Steps, Protocol):
     def sigmas(self) -> tuple[float, ...] | None:
         """The scheduler's noise levels in the run, one a step, where it has them; reads the device."""
 
+    def counts_alone(self, scheduler: Any) -> bool:
+        """Whether a scheduler's calls can only be of its run, if it is the only clock."""
+
     def tick(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
         """A call of a transformer begins, with these arguments by name."""
 
@@ -207,6 +210,8 @@ class Sessions:
         return self._add(TimestepClock())
 
     def _by_scheduler(self, scheduler: Any, model_kwargs: Mapping[str, Any]) -> Session:
+        if len(self._sessions) == 1 and self.latest.clock.counts_alone(scheduler):
+            return self.latest
         clocks = [(s, s.clock) for s in self._sessions if isinstance(s.clock, SchedulerClock)]
         held = {clock: session for session, clock in clocks if clock.scheduler is scheduler}
         # runs that were begun, and have had no call
@@ -286,7 +291,8 @@ class StepCounter:
         self.step = -1
         self.ordinal = 0  # of the call in the step
         self._timestep: Any = None  # of the step's first call
-        self._moved: Callable[[], Any] = lambda: None  # whether a later one had another; None: not known yet
+        # whether a later one had another, which may not be known yet; None: there was none
+        self._moved: Callable[[], Any] | None = None
 
     @property
     def outdated(self) -> bool:
@@ -300,7 +306,7 @@ class StepCounter:
         clock.tick(module, model_kwargs)
         started = self.run != clock.run
         if started:
-            self.run, self.step, self._moved = clock.run, -1, lambda: None
+            self.run, self.step, self._moved = clock.run, -1, None
         if self.step != clock.step:
             self.step, self.ordinal = clock.step, 0
             self._timestep = None if self.step else timestep_of(model_kwargs)
@@ -317,4 +323,4 @@ class StepCounter:
             timestep = timestep_of(model_kwargs)
             moved = timestep is not None and timestep != self._timestep
             self._moved = reading(moved) if isinstance(moved, Tensor) else lambda: moved
-        return bool(self._moved())
+        return self._moved is not None and bool(self._moved())

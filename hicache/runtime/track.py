@@ -1,4 +1,4 @@
-"""What one denoiser has of one session: its contexts, its count of calls, its recorder, its planner."""
+"""What one denoiser has of a session: its contexts, its count of calls, its recorder, its planner."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from hicache.adapters.base import ModuleAdapter
+from hicache.adapters.gates import held_nbytes, let_go
 from hicache.hooks.hooked import HookedModule
 from hicache.runtime.budget import Policy, RecorderChoice
 from hicache.runtime.context import Context, Contexts
@@ -58,3 +59,76 @@ class Track:
             return []
         last = self.session.clock.step - 1
         return [context for context in self.contexts.current if context.last_step == last]
+
+
+class Tracks:
+    """What one denoiser has of all sessions together.
+
+    Args:
+        name: the pipeline's for the denoiser.
+        hooked: the denoiser, watched.
+        policy: what to cache.
+        modules: records by module; None where nobody knows the modules.
+        warn: tells the user, once.
+        adapter: knows the model; None where nobody does.
+        graphs: of the denoiser, if it has some.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        hooked: HookedModule,
+        policy: Policy,
+        modules: ModuleRecorder | None,
+        warn: Callable[[str], None],
+        adapter: ModuleAdapter | None,
+        graphs: Graphs | None,
+    ) -> None:
+        self._make = lambda session: Track(name, hooked, policy, modules, session, warn, adapter, graphs)
+        self._memory_budget = policy.memory_budget
+        self._adapter = adapter
+        self._tracks: dict[Session, Track] = {}
+
+    def of(self, session: Session) -> Track:
+        """What it has of a session."""
+        track = self._tracks.get(session)
+        if track is None:
+            track = self._tracks[session] = self._make(session)
+        return track
+
+    def going_on(self, session: Session) -> list[Context]:
+        """See :meth:`Track.going_on`; none of a session that it has nothing of."""
+        track = self._tracks.get(session)
+        return [] if track is None else track.going_on()
+
+    def release(self) -> None:
+        """Free all histories and gates."""
+        for track in self._tracks.values():
+            track.contexts.release()
+        if self._adapter is not None:
+            let_go(self._adapter)
+
+    def left_by(self, track: Track) -> int:
+        """Bytes of the budget that the run of a track leaves for graphs."""
+        contexts = track.contexts
+        held = contexts.current_nbytes + contexts.gates_nbytes + contexts.kept_nbytes
+        return self._memory_budget - held - self._adapters_nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of history held."""
+        return sum(track.contexts.nbytes for track in tuple(self._tracks.values()))
+
+    @property
+    def gates_nbytes(self) -> int:
+        """Bytes of gates held."""
+        return self._adapters_nbytes + sum(t.contexts.gates_nbytes for t in tuple(self._tracks.values()))
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes of what else is kept for a run."""
+        return sum(track.contexts.kept_nbytes for track in tuple(self._tracks.values()))
+
+    @property
+    def _adapters_nbytes(self) -> int:
+        return 0 if self._adapter is None else held_nbytes(self._adapter)

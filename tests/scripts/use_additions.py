@@ -10,14 +10,15 @@ import torch
 
 import hicache.fast
 from hicache import HiCacheConfig, full_steps
-from hicache.basis import coefficients
+from hicache.basis import Named, evaluate
+from hicache.run import Position
 from hicache.schedule import EveryOther  # type: ignore[attr-defined]
 
 
 def main() -> None:
     assert Path(hicache.__file__).is_relative_to(Path.cwd()), hicache.__file__
     # a basis
-    assert coefficients("halved", [1.0], 2.0, 2, 0.5) == [1.0, 0.5]
+    assert evaluate(Named("halved"), Position(2, 0, (1.0,), 2)) == [1.0, 0.5]
     # a schedule
     assert full_steps(HiCacheConfig(schedule=EveryOther()), 7) == [0, 2, 4, 6]
     # a model, whose class is in a file of its own

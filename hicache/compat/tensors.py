@@ -1,0 +1,69 @@
+"""Tensors: trees of them, writes to them, sizes under torch.compile, pools of memory (torch 2.11 – 2.13)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils import _python_dispatch, _pytree
+
+pytree: Final = _pytree
+
+TorchDispatchMode = _python_dispatch.TorchDispatchMode
+
+no_torch_function: Final = torch._C._disabled_torch_function_impl  # what torch has subclasses take it from
+
+
+def of_any_size(value: Any) -> Any:
+    """The same tensors, or those in a tuple, whose sizes torch.compile leaves open from the first time on.
+
+    Without it a second size makes a second graph, and that one serves all (``maybe_mark_dynamic``). Aliases:
+    the mark is not to be seen on a tensor of the caller's, nor what that is a view of.
+    """
+    if isinstance(value, tuple):
+        return tuple(map(of_any_size, value))
+    if not isinstance(value, Tensor):
+        return value
+    alias = value.data
+    torch._dynamo.maybe_mark_dynamic(alias, list(range(alias.ndim)))
+    return alias
+
+
+def take_equal_sizes_for_one(taken: bool) -> bool:
+    """Whether torch.compile takes sizes that are open, and the same once, for the same ever after.
+
+    So it does where nothing is said: a square picture and one that is not are two graphs to it
+    (``torch.fx.experimental._config.use_duck_shape``). Returns what held before.
+    """
+    from torch.fx.experimental import _config
+
+    before: bool = _config.use_duck_shape
+    _config.use_duck_shape = taken
+    return before
+
+
+def end_pool_allocation(device: torch.device | None, pool: Any) -> None:
+    """Stop the allocator from serving a graph's memory pool after its capture failed.
+
+    ``torch._C._cuda_endAllocateToPool``, which ``CUDAGraph.capture_end`` calls only where it succeeds (2.13)
+    or not at all once the capture is invalid (2.11, 2.12). Nothing where the allocation has been ended.
+    """
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    if end is None or device is None:
+        return
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with contextlib.suppress(RuntimeError):
+        end(index, pool)
+
+
+def write_count(tensor: Tensor) -> int | None:
+    """How often a tensor was written to (``Tensor._version``); None in inference mode."""
+    return None if tensor.is_inference() else int(tensor._version)
+
+
+def write_counts(tensors: Iterable[Tensor]) -> list[int]:
+    """How often tensors were written to, none of them in inference mode (``Tensor._version``)."""
+    return [tensor._version for tensor in tensors]
