@@ -117,6 +117,7 @@ def test_products_are_sums_over_runs_and_hold_one_run():
             assert len(products._held["t[0]"]) == step + 1
     found = products.sums()
     assert found.keys() == {"t[0]"}
+    assert products.partial == {"late"}
     expected = sum(run @ run.T / run.square().sum() for run in runs)
     assert torch.allclose(found["t[0]"], expected, rtol=1e-12)
 
@@ -161,14 +162,14 @@ def calibrated(pipe: Any, out: Path | None = None) -> Calibration:
         num_inference_steps=STEPS,
         method="closed-form",
         places="searched",
-        held_out_pictures=6,
+        held_out_pictures=4,
         out=out,
     )
 
 
 @pytest.fixture
 def few_choose(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("hicache.fitting.calibrate"), "CHOOSING", 6)
+    monkeypatch.setattr(importlib.import_module("hicache.fitting.calibrate"), "CHOOSING", 4)
 
 
 @pytest.mark.usefixtures("few_choose")
@@ -223,6 +224,15 @@ def test_places_found_in_noise_are_refused(monkeypatch: pytest.MonkeyPatch):
     given, found, kept = fitted
     assert given == kept == tuple(full_steps(CONFIG, STEPS))
     assert found != given
+
+
+def test_denoisers_that_are_called_in_some_steps_only_are_refused(monkeypatch: pytest.MonkeyPatch):
+    take = Products.take
+    late = lambda self, c, s, one: take(self, c, s, one) if s > 1 else None  # noqa: E731
+    monkeypatch.setattr(Products, "take", late)
+    pictures = Pictures(("a red ring on blue",), (0,), {"num_inference_steps": 4}, 1)
+    with Replay(demo()) as replay, pytest.raises(ValueError, match=r"got transformer\[0\] in some of 4 only"):
+        Placing(replay, pictures)
 
 
 def test_without_a_warm_up_the_full_steps_are_the_same():

@@ -21,12 +21,22 @@ class Placing:
     Args:
         replay: the pipeline, entered.
         pictures: that are run in full.
+
+    Raises:
+        ValueError: a denoiser is called in some of the steps only.
     """
 
     def __init__(self, replay: Replay, pictures: Pictures) -> None:
         products = Products()
         self.target: Target = full_runs(replay, pictures, products.take)
         self._products = products.sums()
+        num_steps = len(self.target.inputs)
+        partial = {name for name, one in self._products.items() if len(one) < num_steps} | products.partial
+        if partial:
+            raise ValueError(
+                "hicache: places='searched': expected every denoiser to be called in every step, got "
+                f"{', '.join(sorted(partial))} in some of {num_steps} only: use places='given'"
+            )
         self._weights: Tensor = sway.weights(replay, pictures, self.target, self._products)
 
     def found(self, config: HiCacheConfig) -> HiCacheConfig:

@@ -15,6 +15,7 @@ class Products:
     Every run counts as much: its products are divided by the sum of its features' squares.
     """
 
+    partial: set[str] = field(default_factory=set)  # contexts that begin in the middle of a run: left out
     _sums: dict[str, Tensor] = field(default_factory=dict)  # float64 [T, T] of each context
     _held: dict[str, list[Tensor]] = field(default_factory=dict)  # the run's features so far
     _rows: dict[str, list[Tensor]] = field(default_factory=dict)  # its products so far, a step each
@@ -24,14 +25,15 @@ class Products:
         if step == 0:
             self._add(context)
         elif context not in self._held:
-            return  # it begins in the middle of a run, and keeps the prior
+            self.partial.add(context)
+            return
         # squares are the largest terms of a residual that may be a millionth of them: fp32's are not enough
         held = self._held[context]
         held.append(feature.detach().flatten().clone())
         self._rows[context].append(torch.stack([one.double() @ held[-1].double() for one in held]).cpu())
 
     def sums(self) -> dict[str, Tensor]:
-        """Symmetric ``[T, T]``, of every context that begins with the run."""
+        """Symmetric ``[T, T]``, of every context that begins with the run; T steps, or those it has."""
         for context in list(self._rows):
             self._add(context)
         return dict(self._sums)

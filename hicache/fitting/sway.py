@@ -45,9 +45,9 @@ class AllButOne(InFull):
         return step != self._skipped
 
     def forecast(self, context: str, step: int) -> Tensor:
-        kept = self._kept[context]
-        weights = self._rows[context].tolist() if context in self._rows else [0.0] * (len(kept) - 1) + [1.0]
-        return torch.stack([weight * one for weight, one in zip(weights, kept, strict=True)]).sum(0)
+        weights = self._rows[context].tolist()
+        terms = [weight * one for weight, one in zip(weights, self._kept[context], strict=True)]
+        return torch.stack(terms).sum(0)
 
     def _keep(self, context: str, step: int, feature: Tensor) -> None:
         if step in self._sources:
