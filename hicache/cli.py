@@ -116,6 +116,11 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", default="trajectory", help="trajectory, heads or closed-form (%(default)s)"
     )
+    parser.add_argument(
+        "--places",
+        default="given",
+        help="of the full steps: given by the interval, or as many that are searched (%(default)s)",
+    )
     parser.add_argument("--iterations", type=int, default=150, help="of the fit (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="pictures drawn together (%(default)s)")
     parser.add_argument("--guidance", type=float, help="guidance_scale of the pipeline; its own if left out")

@@ -21,6 +21,7 @@ from hicache.config import HiCacheConfig
 from hicache.fitting import closed_form, trajectory
 from hicache.fitting.judge import Judge, Verdict
 from hicache.fitting.pictures import Pictures
+from hicache.fitting.placing import Placing, freed
 from hicache.fitting.replay import Replay
 from hicache.fitting.rows import Layout
 from hicache.fitting.trajectory import Search
@@ -30,8 +31,12 @@ from hicache.schedule import Steps
 #: How rows are fitted, the best first: gradients of the final error through heads and full steps; through
 #: heads alone, with full steps as constants; by ridge regression on full runs, without gradients.
 METHODS: Final = ("trajectory", "heads", "closed-form")
+#: Where the full steps of a config are: where its schedule has them; where forecasts from them miss least.
+PLACES: Final = ("given", "searched")
 HELD_OUT: Final = 16  # pictures that judge, where nothing else is said
+CHOOSING: Final = 50  # that choose between places, which few pictures cannot
 _SHARES: Final = (1.0, 0.5)  # of what was fitted over the prior, tried in turn
+_TRIAL: Final = 4  # places are tried with so many times fewer iterations
 
 Rows = dict[str, dict[int, Tensor]]
 
@@ -58,6 +63,7 @@ def calibrate(
     num_inference_steps: int = 50,
     call: Mapping[str, Any] | None = None,
     method: str = "trajectory",
+    places: str = "given",
     held_out: Sequence[str] | None = None,
     held_out_pictures: int = HELD_OUT,
     search: Search | None = None,
@@ -75,6 +81,8 @@ def calibrate(
         num_inference_steps: of the runs the rows are for.
         call: other arguments of the pipeline.
         method: of :data:`METHODS`.
+        places: of :data:`PLACES`: ``"searched"`` takes of a config's schedule how many steps are full, and
+            searches their places; where those do not draw other pictures better, the schedule's are kept.
         held_out: prompts that judge and are not fitted to; None: ``prompts``, with other noise.
         held_out_pictures: how many pictures judge.
         search: how gradients move rows; of no use to ``"closed-form"``.
@@ -92,6 +100,8 @@ def calibrate(
     """
     if method not in METHODS:
         raise ValueError(f"hicache: expected method to be one of {', '.join(METHODS)}, got {method!r}")
+    if places not in PLACES:
+        raise ValueError(f"hicache: expected places to be one of {', '.join(PLACES)}, got {places!r}")
     if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError(f"hicache: expected prompts to be a sequence of strings, got {prompts!r}")
     for name, value in {"held_out_pictures": held_out_pictures, "batch": batch}.items():
@@ -103,20 +113,23 @@ def calibrate(
     pictures = Pictures(
         tuple(prompts), tuple(range(seed, seed + len(prompts))), arguments, min(batch, len(prompts))
     )
-    judging = _judging(pictures, held_out or prompts, held_out_pictures)
-    work = _Work(pipe, pictures, judging, method, search, progress)
+    judging = _others(pictures, held_out or prompts, held_out_pictures, 1)
+    choosing = _others(pictures, prompts, CHOOSING, 2) if places == "searched" else None
+    work = _Work(pipe, pictures, judging, choosing, method, search, progress)
     settings = {**work.settings(), "seed": seed}
     entries = _done(out, settings)
     calibration: Calibration | None = None
-    priors = {config.weighed_by for config in configs}
+    # rows begin as what a basis makes of the gaps that may come of it
+    begun = [config if choosing is None else freed(config, num_inference_steps) for config in configs]
+    priors = {config.weighed_by for config in begun}
     if len(priors) != 1:
         raise ValueError(f"hicache: expected configs of one basis, got {', '.join(map(str, priors))}")
     [prior] = priors
-    for config in configs:
+    for asked, config in zip(configs, begun, strict=True):
         layout = Layout.of(config, num_inference_steps)
-        if any(_same(entry, layout) for entry in entries):
+        if any(_same(entry, layout, choosing is not None) for entry in entries):
             continue
-        entry = work.entry(config, layout)
+        entry = work.entry(asked, config, layout)
         if entry is None:
             continue
         entries.append(entry)
@@ -136,6 +149,7 @@ class _Work:
         pipe: Any,
         pictures: Pictures,
         judging: Pictures,
+        choosing: Pictures | None,
         method: str,
         search: Search,
         progress: Callable[[Progress], None],
@@ -143,11 +157,13 @@ class _Work:
         self._pipe = pipe
         self._pictures = pictures
         self._judging = judging
+        self._choosing = choosing
         self._method = method
         self._search = search
         self._progress = progress
         self._target: trajectory.Target | None = None
-        self._judge: Judge | None = None
+        self._placing: Placing | None = None
+        self._judges: dict[int, Judge] = {}
         self._keys = model_keys(find_denoisers(pipe))
         self._sigmas: tuple[float, ...] | None = None
         self.refusals: list[str] = []
@@ -159,34 +175,34 @@ class _Work:
         plain = {name: value for name, value in pictures.call.items() if _is_plain(value)}
         return {
             "method": self._method,
+            "places": "given" if self._choosing is None else "searched",
             "call": plain,
             "prompts": len(pictures),
             "prompts sha256": digest,
             **({} if self._method == "closed-form" else {"search": asdict(self._search)}),
         }
 
-    def entry(self, config: HiCacheConfig, layout: Layout) -> Entry | None:
-        """What was fitted for a config; None where it is refused."""
+    def entry(self, asked: HiCacheConfig, config: HiCacheConfig, layout: Layout) -> Entry | None:
+        """What was fitted for a config; None where it is refused.
+
+        Args:
+            asked: the config that it is to be better than.
+            config: the one that rows are fitted for; its places may be given up for others.
+            layout: its full steps.
+        """
         if not layout.positions:
-            raise ValueError(f"hicache: expected a config that skips steps, got {config}")
+            raise ValueError(f"hicache: expected a config that skips steps, got {asked}")
+        if self._choosing is not None:
+            config = self._better_places(config, layout, self._choosing)
+            layout = Layout.of(config, layout.num_steps)
         prior = config.weighed_by
-        rows = self._fit(config, layout, prior)
-        if self._judge is None:
-            self._judge = Judge(self._pipe, self._judging)
-        before = self._judge.psnr(config)
+        rows = self._fit(config, layout, self._search)
+        judge = self._judge(self._judging)
+        before = judge.psnr(asked)
         best: tuple[Verdict, Entry] | None = None
         for share in _SHARES:
-            entry = Entry(
-                layout.num_steps,
-                layout.order,
-                layout.warmup,
-                layout.full_steps,
-                trajectory.plain(_towards(rows, layout, prior, share)),
-                self._sigmas,
-            )
-            fitted = Fitted(self.file(prior, [entry], {}))
-            settings = replace(config, basis=fitted, schedule=Steps(*layout.full_steps))
-            verdict = Verdict(before, self._judge.psnr(settings))
+            entry = self._entry(layout, _towards(rows, layout, prior, share))
+            verdict = Verdict(before, judge.psnr(self._settings(config, entry)))
             if verdict.better and (best is None or verdict.gain > best[0].gain):
                 best = verdict, replace(entry, scores=verdict.scores())
         if best is None:
@@ -198,11 +214,45 @@ class _Work:
             return None
         return best[1]
 
+    def _better_places(self, config: HiCacheConfig, layout: Layout, pictures: Pictures) -> HiCacheConfig:
+        """The config, or one with other places if that draws better; both with rows of a short fit."""
+        with Replay(self._pipe) as replay:
+            if self._placing is None:
+                self._placing = Placing(replay, self._pictures)
+                self._target = self._placing.target
+        found = self._placing.found(config)
+        if Layout.of(found, layout.num_steps).full_steps == layout.full_steps:
+            return config
+        search = replace(self._search, iterations=max(1, self._search.iterations // _TRIAL))
+        drawn = []
+        for one in (config, found):
+            own = Layout.of(one, layout.num_steps)
+            entry = self._entry(own, self._fit(one, own, search))
+            drawn.append(self._judge(pictures).psnr(self._settings(one, entry)))
+        return found if Verdict(*drawn).better else config
+
+    def _judge(self, pictures: Pictures) -> Judge:
+        """Of these pictures, which are drawn in full once."""
+        if id(pictures) not in self._judges:
+            self._judges[id(pictures)] = Judge(self._pipe, pictures)
+        return self._judges[id(pictures)]
+
+    def _entry(self, layout: Layout, rows: Rows) -> Entry:
+        plain = trajectory.plain(rows)
+        places = layout.full_steps
+        return Entry(layout.num_steps, layout.order, layout.warmup, places, plain, self._sigmas)
+
+    def _settings(self, config: HiCacheConfig, entry: Entry) -> HiCacheConfig:
+        """As users will run it."""
+        fitted = Fitted(self.file(config.weighed_by, [entry], {}))
+        return replace(config, basis=fitted, schedule=Steps(*entry.full_steps))
+
     def file(self, prior: Basis, entries: Sequence[Entry], settings: Mapping[str, Any]) -> Calibration:
         """The file of some entries."""
         return Calibration(self._keys, guidance_of(self._pipe), prior, tuple(entries), settings, "stack")
 
-    def _fit(self, config: HiCacheConfig, layout: Layout, prior: Basis) -> Rows:
+    def _fit(self, config: HiCacheConfig, layout: Layout, search: Search) -> Rows:
+        prior = config.weighed_by
         with Replay(self._pipe) as replay:
             if self._method == "closed-form":
                 rows = closed_form.fit(replay, layout, prior, self._pictures)
@@ -213,9 +263,9 @@ class _Work:
             self._sigmas = self._target.sigmas
 
             def told(iteration: int, loss: float) -> None:
-                self._progress(Progress(config, iteration, self._search.iterations, loss))
+                self._progress(Progress(config, iteration, search.iterations, loss))
 
-            return trajectory.fit(replay, layout, prior, self._pictures, self._target, self._search, told)
+            return trajectory.fit(replay, layout, prior, self._pictures, self._target, search, told)
 
 
 def _towards(rows: Rows, layout: Layout, prior: Basis, share: float) -> Rows:
@@ -229,10 +279,10 @@ def _towards(rows: Rows, layout: Layout, prior: Basis, share: float) -> Rows:
     }
 
 
-def _judging(pictures: Pictures, prompts: Sequence[str], count: int) -> Pictures:
-    """Pictures with noise that nothing was fitted to."""
+def _others(pictures: Pictures, prompts: Sequence[str], count: int, kind: int) -> Pictures:
+    """Pictures with noise that nothing was fitted to, and that those of another kind do not have."""
     drawn = [prompts[index % len(prompts)] for index in range(count)]
-    first = max(pictures.seeds) + 1_000_003
+    first = max(pictures.seeds) + kind * 1_000_003
     return replace(
         pictures,
         prompts=tuple(drawn),
@@ -257,9 +307,13 @@ def _done(out: str | Path | None, settings: Mapping[str, Any]) -> list[Entry]:
     return list(held.entries)
 
 
-def _same(entry: Entry, layout: Layout) -> bool:
-    mine = (layout.num_steps, layout.order, layout.warmup, layout.full_steps)
-    return (entry.num_steps, entry.order, entry.warmup, entry.full_steps) == mine
+def _same(entry: Entry, layout: Layout, searched: bool) -> bool:
+    """Whether an entry is of these full steps, or of as many where their places were searched."""
+    if len(entry.full_steps) != len(layout.full_steps):
+        return False
+    mine = (layout.num_steps, layout.order, layout.warmup)
+    same = searched or entry.full_steps == layout.full_steps
+    return same and (entry.num_steps, entry.order, entry.warmup) == mine
 
 
 def _is_plain(value: Any) -> bool:

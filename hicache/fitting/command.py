@@ -65,6 +65,7 @@ def run(options: Namespace) -> int:
             num_inference_steps=options.steps,
             call=call,
             method=options.method,
+            places=options.places,
             held_out=held_out,
             held_out_pictures=options.held_out_pictures,
             search=Search(iterations=options.iterations),

@@ -53,9 +53,17 @@ class Target:
     sigmas: tuple[float, ...] | None  # the scheduler's noise levels
 
 
-def full_runs(replay: Replay, pictures: Pictures) -> Target:
-    """Run all pictures in full."""
-    found = [_run(replay, InFull(), pictures, batch, False, False) for batch in pictures.batches()]
+def full_runs(
+    replay: Replay, pictures: Pictures, take: Callable[[str, int, Tensor], None] | None = None
+) -> Target:
+    """Run all pictures in full.
+
+    Args:
+        replay: the pipeline, entered.
+        pictures: which.
+        take: given every feature, with its context and its step.
+    """
+    found = [_run(replay, InFull(take), pictures, batch, False, False) for batch in pictures.batches()]
     inputs, final = torch.cat([inputs for inputs, _ in found], 1), torch.cat([final for _, final in found])
     return Target(inputs, final, tuple(replay.contexts), replay.sigmas)
 
