@@ -86,6 +86,11 @@ def test_output_hooks(layer: nn.Linear):
     assert layer.__module__ != type(layer).__module__, "torch.compile takes what it holds for weights"
     compat.remove_output_hook(layer)
     assert "__module__" not in vars(layer)
+    before = dict(vars(layer))
+    compat.leave_sizes_open(layer)
+    assert layer.__module__ != type(layer).__module__
+    compat.fix_sizes(layer)
+    assert vars(layer) == before
     others.remove()
     assert not compat.is_hooked(layer)
     before = layer.register_forward_pre_hook(lambda module, args: None)

@@ -30,14 +30,26 @@ def weights_by_name(module: nn.Module) -> dict[str, nn.Parameter | None]:
 def add_output_hook(module: nn.Module, hook: Callable[..., None]) -> None:
     """Call ``hook(module, args, output)`` after the module's forward (``Module._forward_hooks``)."""
     module._forward_hooks[OUTPUT_HOOK] = hook
-    # torch.compile fixes the shapes of all tensors that it finds by way of a module of torch's own, as it
-    # takes them for weights: those a hook writes to as well, so that every height would be another graph
-    module.__dict__["__module__"] = __name__
+    leave_sizes_open(module)
 
 
 def remove_output_hook(module: nn.Module) -> None:
     """Undo :func:`add_output_hook`."""
     module._forward_hooks.pop(OUTPUT_HOOK, None)
+    fix_sizes(module)
+
+
+def leave_sizes_open(module: nn.Module) -> None:
+    """Have torch.compile take what is found by way of a module for something else than weights.
+
+    It fixes the shapes of all tensors that it finds by way of a module of torch's own (by ``__module__``):
+    those that a hook reads or writes as well, so that every height would be another graph.
+    """
+    module.__dict__["__module__"] = __name__
+
+
+def fix_sizes(module: nn.Module) -> None:
+    """Undo :func:`leave_sizes_open`."""
     module.__dict__.pop("__module__", None)
 
 

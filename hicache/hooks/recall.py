@@ -9,10 +9,12 @@ Nothing of their numbers reaches what a model returns, so it does not matter tha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Final
 
 from torch import nn
 
+from hicache import compat
 from hicache.mixin import mix_in
 
 # diffusers' classes whose output goes to the blocks and nowhere else
@@ -51,7 +53,11 @@ class _Recalling(nn.Module):
 
 def hook(module: nn.Module, recall: Recall) -> list[Callable[[], None]]:
     """Route such children of a model through ``recall``; returns what undoes it."""
-    return [mix_in(child, _Recalling, _KEY, recall) for child in for_blocks_alone(module)]
+    undo: list[Callable[[], None]] = []
+    for child in for_blocks_alone(module):
+        undo += [mix_in(child, _Recalling, _KEY, recall), partial(compat.fix_sizes, child)]
+        compat.leave_sizes_open(child)
+    return undo
 
 
 def for_blocks_alone(module: nn.Module) -> Iterator[nn.Module]:
