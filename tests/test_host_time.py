@@ -16,10 +16,12 @@ from torch.utils import _pytree as pytree
 
 import hicache.fast
 from benchmarks.host_time.probe import NothingReplayed
-from hicache import Engine, HiCacheConfig, register_basis
+from hicache import Engine, HiCacheConfig, compat, register_basis
 from hicache.basis import unregister_basis
 from hicache.hooks.caller import CallerFinder
+from hicache.hooks.timesteps import Rule
 from hicache.runtime.known_call import KnownCall
+from hicache.runtime.timestep_check import TimestepCheck
 from hicache.trees import leaves_of, put_together, take_apart, tensors_of
 from tests.support import pipelines
 from tests.support.graphs import CONFIG
@@ -281,3 +283,38 @@ def test_of_a_run_of_unknown_length_it_is_asked_step_by_step(asked: list[float])
     engine.reset()
     assert forecasts(engine) == [1, 2, 3, 4] * 2
     assert len(asked) == 8
+
+
+# Timesteps.
+
+
+class Launched(compat.TorchDispatchMode):
+    """Counts operations that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wrong", [None, 3, 5])
+def test_a_skipped_step_launches_one_operation_for_its_timestep(wrong: int | None):
+    """And the next full step asks about all of them."""
+    run = torch.linspace(1, 0.1, 10)
+    check = TimestepCheck()
+    check.ask([Rule(run, False, 0)], 2, run[2], ahead=False)
+    assert not check.hear()
+    for step in range(3, 7):
+        given = run[step] + (0.5 if step == wrong else 0)
+        with Launched() as launched:
+            check.used(step, given)
+        assert launched.count == 1
+    check.ask([Rule(run, False, 0)], 7, run[7], ahead=False)
+    if wrong is None:
+        assert not check.hear()
+    else:
+        with pytest.warns(RuntimeWarning, match="timesteps that are not the scheduler's"):
+            assert check.hear()

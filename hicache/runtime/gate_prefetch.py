@@ -31,7 +31,8 @@ class _Fetched:
     first: int  # step of the first
     gates: Tensor  # [steps, num_features, batch, channels]
     constants: _Constants  # the other arguments they were computed for
-    weights: GateWeights | None = None  # those they were computed with; None: they are not written yet
+    by_step: Sequence[Tensor] = ()  # a view a step; empty: they are not written yet
+    weights: GateWeights | None = None  # those they were computed with; None: likewise
 
 
 class GatePrefetch:
@@ -104,7 +105,8 @@ class GatePrefetch:
     def settle(self, adapter: ModuleAdapter) -> None:
         """What :meth:`fetch` computed has been written, and is :meth:`own`, by the weights of now."""
         if self._fetched is not None and self._fetched.weights is None:
-            self._fetched = replace(self._fetched, weights=GateWeights(adapter))
+            rows = self._fetched.gates.unbind()
+            self._fetched = replace(self._fetched, by_step=rows, weights=GateWeights(adapter))
 
     def own(self, ones: int = 0) -> None:
         """Copy what :meth:`fetch` computed, and is written: the adapter uses its memory again.
@@ -155,7 +157,7 @@ class GatePrefetch:
         if not isinstance(timestep, Tensor) or timestep.ndim > 1:
             return None
         self._check.used(step, timestep)
-        return fetched.gates[index]
+        return fetched.by_step[index]
 
     def _hear(self) -> None:
         if self._check.hear():

@@ -24,7 +24,9 @@ class TimestepCheck:
 
     def __init__(self) -> None:
         self._rules: dict[int, Tensor] | None = None  # the run's timesteps by each that may hold
-        self._wrong: Tensor | None = None  # whether gates were used that are of other timesteps
+        self._taken: Tensor | None = None  # those that gates were computed for
+        self._by_step: Sequence[Tensor] = ()  # the same, a view a step
+        self._off: list[Tensor] = []  # where timesteps are others than those that gates were used of
         self._last: int | None = None  # the last step that used such
         # which rules a question is about, and its answer: whether each does not hold, and the above
         self._asked: deque[tuple[tuple[int, ...], Callable[[], Any]]] = deque()
@@ -52,24 +54,27 @@ class TimestepCheck:
         # a scheduler has no timesteps past its last
         self._rules = {index: known for index, known in self._rules.items() if step < len(known)}
         flags = [(timestep != known[step]).any() for known in self._rules.values()]
-        if self._wrong is not None:
-            flags.append(self._wrong)
+        if self._off:
+            flags.append(torch.cat([off.reshape(-1) for off in self._off]).any())
         if flags:
             self._asked.append((tuple(self._rules), reading(torch.stack(flags))))
-        self._wrong = None
+        self._off = []
 
     def used(self, step: int, timestep: Tensor) -> None:
         """Gates computed ahead serve a step: the next full one asks whether they are of its timestep."""
-        expected = self.timesteps
-        assert expected is not None
         if step == self._last:
             return
         self._last = step
-        off = (timestep != expected[step]).any()
-        self._wrong = off if self._wrong is None else self._wrong.logical_or(off)
+        expected = self.timesteps
+        assert expected is not None
+        if expected is not self._taken:
+            self._taken, self._by_step = expected, expected.unbind()
+        self._off.append(timestep != self._by_step[step])  # all that a skipped step launches for it
 
     def hear(self) -> bool:
         """Take in what the device has answered; whether gates computed so far are of other timesteps."""
+        if not self._asked:
+            return False
         before, wrong = self.timesteps, False
         while self._asked and (answer := self._asked[0][1]()) is not None:
             rules, _ = self._asked.popleft()
