@@ -209,3 +209,23 @@ def test_aborted_run_of_the_bundled_model(shapes_pipe):
             shapes_pipe(prompts[::-1], 8, generator=noise(1), callback_on_step_end=abort)
         again = shapes_pipe(prompts, 8, generator=noise(), output_type="pt").images
     assert torch.equal(fresh, again)
+
+
+def test_what_is_fitted_to_the_model_is_used_and_draws_better(shapes_pipe):
+    """Of every number of full steps that the model's own file has, the fitted rows are what users get."""
+    from hicache.calibration.shipped import shipped
+    from hicache.demo.compare import compare
+
+    found = shipped(shapes_pipe)
+    assert found is not None
+    assert {len(entry.full_steps) for entry in found.entries} >= {12, 10, 9, 8, 7}
+    for entry in found.entries:
+        scores = entry.scores
+        assert scores["pictures"] >= 48
+        assert scores["fitted mean dB"] > scores["prior mean dB"] + 2.5
+        assert scores["fitted worst dB"] > scores["prior worst dB"]
+    prompts = ["a small white cross at the top left on red", "a large blue ring on yellow"]
+    paper, fitted = (compare(shapes_pipe, prompts, config, repeats=1) for config in (HiCacheConfig(), None))
+    assert fitted.stats.full_steps == paper.stats.full_steps == 9
+    assert fitted.stats.config.fallbacks == []
+    assert min(fitted.psnr) > min(paper.psnr) + 2.5

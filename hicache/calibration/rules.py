@@ -86,7 +86,8 @@ class FittedSteps(Schedule):
 
     Args:
         calibration: the file's contents.
-        count: full steps wanted: the places of the largest number up to it; 0 takes the file's first.
+        count: full steps wanted: the places of the largest number up to it, none where that is more or fewer
+            than the file has places for; 0 takes the file's first.
     """
 
     calibration: Calibration
@@ -111,9 +112,10 @@ class FittedSteps(Schedule):
         if reason is None:
             if not self.count:
                 return Steps(*entries[0].full_steps)
-            few_enough = [entry.full_steps for entry in entries if len(entry.full_steps) <= self.count]
-            if few_enough:
-                return Steps(*max(few_enough, key=len))
+            places = sorted((entry.full_steps for entry in entries), key=len)
+            few_enough = [one for one in places if len(one) <= self.count]
+            if few_enough and self.count <= len(places[-1]):
+                return Steps(*few_enough[-1])
             reason = f"it has no places for {self.count} full steps"
         first = self.calibration.entries[0]
         count = self.count or max(1, round(len(first.full_steps) / first.num_steps * (run.num_steps or 0)))
