@@ -229,3 +229,17 @@ def test_the_map_of_the_code_names_every_package():
     packages = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "hicache").glob("*/__init__.py")}
     assert named == packages | {"hicache", "hicache_kernels", "csrc", "benchmarks", "tests"}
     assert ".py" not in table[1]
+
+
+def test_the_page_on_calibrating_has_the_scores_of_the_bundled_file():
+    from hicache.calibration.reader import load
+    from hicache.demo import MODEL
+
+    page = (ROOT / "docs" / "calibrating.md").read_text(encoding="utf-8")
+    for entry in load(MODEL / "hicache.json").entries:
+        prior, fitted = (
+            f"{entry.scores[f'{kind} mean dB']:.2f} / {entry.scores[f'{kind} worst dB']:.2f}"
+            for kind in ("prior", "fitted")
+        )
+        places = " ".join(map(str, entry.full_steps))
+        assert f"| {len(entry.full_steps)} | {places} | {prior} | {fitted} |" in page
