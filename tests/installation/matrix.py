@@ -5,7 +5,7 @@
 
 An environment for every pair of an interpreter and a version of diffusers: what is installed is the wheel of
 the source distribution, with the versions that are pinned for the pair; its ``hicache info`` and
-``hicache generate`` are run, and some tests, from the unpacked source distribution. uv installs where it is
+``hicache generate --basis hermite`` are run, and some tests, from the unpacked source distribution. uv installs where it is
 found, and pip elsewhere; a torch of several GB is among what is fetched, so this is not part of any other
 command. Interpreters are those on PATH, and those that ``--python`` names.
 """
@@ -144,7 +144,11 @@ def try_pair(python: Python, diffusers: str | None, source: Path, folder: Path) 
         usable = re.search(r"^native on cpu\s+usable \((.*)\)", info, re.MULTILINE)
         row["native"] = usable[1] if usable else "not usable"
         stage = "demo"
-        drawn = run([bin / "hicache", "generate", "--repeats", "1", "--out", picture], log, folder)
+        drawn = run(
+            [bin / "hicache", "generate", "--basis", "hermite", "--repeats", "1", "--out", picture],
+            log,
+            folder,
+        )
         row["demo"] = " ".join(re.findall(r"\d+\.\d+ dB", drawn)[:1])
         stage = "tests"
         # tests import the packages that stand beside them, the installed extension among them
