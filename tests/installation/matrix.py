@@ -5,9 +5,9 @@
 
 An environment for every pair of an interpreter and a version of diffusers: what is installed is the wheel of
 the source distribution, with the versions that are pinned for the pair; its ``hicache info`` and
-``hicache generate --basis hermite`` are run, and some tests, from the unpacked source distribution. uv installs where it is
-found, and pip elsewhere; a torch of several GB is among what is fetched, so this is not part of any other
-command. Interpreters are those on PATH, and those that ``--python`` names.
+``hicache generate --basis hermite`` are run, and some tests, from the unpacked source distribution. uv
+installs where it is found, and pip elsewhere; a torch of several GB is among what is fetched, so this is not
+part of any other command. Interpreters are those on PATH, and those that ``--python`` names.
 """
 
 from __future__ import annotations
