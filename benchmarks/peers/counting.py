@@ -120,6 +120,13 @@ def held_bytes() -> int:
     return sum(held.values())
 
 
+def held_bytes_at_rest() -> int:
+    """Return :func:`held_bytes` without what only waits to be collected, such as an earlier pipeline."""
+    for _ in range(2):  # finalizers may leave some of it to the second time
+        gc.collect()
+    return held_bytes()
+
+
 def most_bytes_of(pipe: ShapesPipeline, subjects: Sequence[Subject], steps: int) -> int:
     """Return the bytes of tensors that are alive after a step, the most of a few steps.
 

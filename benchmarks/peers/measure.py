@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,7 +43,7 @@ class Bench:
         self._plain = load(name)
         self._full = self._draw_in_full(full)
         self._operators = statistics.median(counting.operators_of(self._plain, subjects[:1], self._steps))
-        before = counting.held_bytes()
+        before = counting.held_bytes_at_rest()
         self._bytes = counting.most_bytes_of(self._plain, subjects[:1], self._steps) - before
 
     def _draw_in_full(self, path: Path) -> list[Tensor]:
@@ -73,9 +72,7 @@ class Bench:
         """
         row = old or Row(method.name, method.package, method.knob, setting, method.runs_blocks)
         pipe = load(self._name)
-        for _ in range(2):  # the pipeline of the setting before; finalizers may leave some of it
-            gc.collect()
-        before = counting.held_bytes()
+        before = counting.held_bytes_at_rest()
         counter = BlockCounter(pipe.transformer)
         try:
             method.apply(pipe, setting, self._steps)
