@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import hicache.demo
 from benchmarks.peers.method import Method
-from hicache.demo import packing, pictures
 from hicache.demo.pipeline import ShapesPipeline
+from hicache.demo.train import flux_of_shapes
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,7 @@ def _bundled() -> ShapesPipeline:
 def _flux() -> ShapesPipeline:
     """FLUX.1's 19 + 38 blocks, two heads wide, random weights: what a skipped step costs besides its sums."""
     torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=packing.CHANNELS,
-        num_layers=19,
-        num_single_layers=38,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=pictures.VOCABULARY,
-        pooled_projection_dim=pictures.VOCABULARY,
-        axes_dims_rope=(8, 12, 12),
-        guidance_embeds=False,
-    )
+    transformer = flux_of_shapes(num_layers=19, num_single_layers=38, num_heads=2)
     transformer.eval().requires_grad_(False)
     return ShapesPipeline(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler())
 

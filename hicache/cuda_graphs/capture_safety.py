@@ -21,7 +21,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from hicache.compat import TorchDispatchMode, pytree
+from hicache.compat import TorchDispatchMode
+from hicache.trees import tensors_of
 
 COPY: Final = "copy"  # between host and device
 SYNC: Final = "sync"  # the host waits for a number on the device
@@ -129,7 +130,7 @@ def unsafe_ops(call: Callable[[], Any], blocks: Iterable[nn.Module] = ()) -> lis
 
 def _kind(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
     """What is wrong with an operation; None: nothing."""
-    hosts = [_on_host(leaf.device) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    hosts = [_on_host(tensor.device) for tensor in tensors_of((args, kwargs))]
     name = func.overloadpacket.__name__
     if name == "copy_":
         return COPY if hosts[0] != hosts[1] else None

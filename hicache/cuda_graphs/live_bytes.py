@@ -17,6 +17,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from hicache.compat import TorchDispatchMode, pytree
+from hicache.trees import tensors_of
 
 _BLOCK: Final = 512  # bytes: torch's allocator gives memory on GPUs in multiples of it
 
@@ -47,7 +48,7 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        made = tensors_of(output)
         if any(tensor.device.type == self._device for tensor in made):
             leaves = pytree.tree_leaves((args, kwargs))
             given = {id(leaf.untyped_storage()) for leaf in leaves if isinstance(leaf, Tensor)}

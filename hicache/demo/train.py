@@ -27,20 +27,25 @@ CAPTION_DROPOUT = 0.1
 SHIFT = 3.0  # of training times towards noise: t -> 3 t / (1 + 2 t)
 
 
-def build_transformer() -> FluxTransformer2DModel:
-    """diffusers' FLUX transformer at 5.1M parameters; every block starts as the identity."""
-    transformer = FluxTransformer2DModel(
+def flux_of_shapes(num_layers: int, num_single_layers: int, num_heads: int) -> FluxTransformer2DModel:
+    """diffusers' FLUX transformer for the pipeline's latents and captions, with random weights."""
+    return FluxTransformer2DModel(
         patch_size=1,
         in_channels=packing.CHANNELS,
-        num_layers=2,
-        num_single_layers=4,
+        num_layers=num_layers,
+        num_single_layers=num_single_layers,
         attention_head_dim=32,
-        num_attention_heads=6,
+        num_attention_heads=num_heads,
         joint_attention_dim=pictures.VOCABULARY,
         pooled_projection_dim=pictures.VOCABULARY,
         axes_dims_rope=(8, 12, 12),
         guidance_embeds=False,
     )
+
+
+def build_transformer() -> FluxTransformer2DModel:
+    """diffusers' FLUX transformer at 5.1M parameters; every block starts as the identity."""
+    transformer = flux_of_shapes(num_layers=2, num_single_layers=4, num_heads=6)
     for name, module in transformer.named_modules():
         # adaLN-zero (DiT, section 3.2): gates and the output start at zero
         if name == "proj_out" or (".norm" in name and name.endswith(".linear")):

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -163,7 +164,6 @@ class _Work:
         self._progress = progress
         self._target: trajectory.Target | None = None
         self._placing: Placing | None = None
-        self._judges: dict[int, Judge] = {}
         self._keys = model_keys(find_denoisers(pipe))
         self._sigmas: tuple[float, ...] | None = None
         self.refusals: list[str] = []
@@ -193,16 +193,15 @@ class _Work:
         if not layout.positions:
             raise ValueError(f"hicache: expected a config that skips steps, got {asked}")
         if self._choosing is not None:
-            config = self._better_places(config, layout, self._choosing)
+            config = self._better_places(config, layout)
             layout = Layout.of(config, layout.num_steps)
         prior = config.weighed_by
         rows = self._fit(config, layout, self._search)
-        judge = self._judge(self._judging)
-        before = judge.psnr(asked)
+        before = self._judge.psnr(asked)
         best: tuple[Verdict, Entry] | None = None
         for share in _SHARES:
             entry = self._entry(layout, _towards(rows, layout, prior, share))
-            verdict = Verdict(before, judge.psnr(self._settings(config, entry)))
+            verdict = Verdict(before, self._judge.psnr(self._settings(config, entry)))
             if verdict.better and (best is None or verdict.gain > best[0].gain):
                 best = verdict, replace(entry, scores=verdict.scores())
         if best is None:
@@ -214,7 +213,7 @@ class _Work:
             return None
         return best[1]
 
-    def _better_places(self, config: HiCacheConfig, layout: Layout, pictures: Pictures) -> HiCacheConfig:
+    def _better_places(self, config: HiCacheConfig, layout: Layout) -> HiCacheConfig:
         """The config, or one with other places if that draws better; both with rows of a short fit."""
         with Replay(self._pipe) as replay:
             if self._placing is None:
@@ -228,14 +227,19 @@ class _Work:
         for one in (config, found):
             own = Layout.of(one, layout.num_steps)
             entry = self._entry(own, self._fit(one, own, search))
-            drawn.append(self._judge(pictures).psnr(self._settings(one, entry)))
+            drawn.append(self._chooser.psnr(self._settings(one, entry)))
         return found if Verdict(*drawn).better else config
 
-    def _judge(self, pictures: Pictures) -> Judge:
-        """Of these pictures, which are drawn in full once."""
-        if id(pictures) not in self._judges:
-            self._judges[id(pictures)] = Judge(self._pipe, pictures)
-        return self._judges[id(pictures)]
+    @cached_property
+    def _judge(self) -> Judge:
+        """Whose word goes into the file."""
+        return Judge(self._pipe, self._judging)
+
+    @cached_property
+    def _chooser(self) -> Judge:
+        """Chooses between places."""
+        assert self._choosing is not None
+        return Judge(self._pipe, self._choosing)
 
     def _entry(self, layout: Layout, rows: Rows) -> Entry:
         plain = trajectory.plain(rows)

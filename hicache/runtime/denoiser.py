@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -66,7 +67,8 @@ class Denoiser(NotCopied):
         self.graphs = graphs
         by_module = adapter is not None and policy.by_module
         self._modules = ModuleRecorder(adapter, hooked.call) if adapter is not None and by_module else None
-        self.tracks = Tracks(name, hooked, policy, self._modules, self._warn, adapter, graphs)
+        track = functools.partial(Track, name, hooked, policy, self._modules, self._warn, adapter, graphs)
+        self.tracks = Tracks(track, policy.memory_budget, adapter)
         self._names = tuple(inspect.signature(type(self.module).forward).parameters)[1:]
         self._name = CallName(self.module)
         self._caller = CallerFinder(self.module)

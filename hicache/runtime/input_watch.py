@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hicache.compat import pytree
 from hicache.input_filter import relative
 from hicache.runtime.reading import reading
 from hicache.schedule import Online
+from hicache.trees import tensors_of
 
 
 class InputWatch:
@@ -44,7 +44,7 @@ class InputWatch:
         """
         if step == self._step or not self._online.measures(step):
             return
-        latents = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+        latents = tensors_of(given)
         if not latents:
             raise TypeError(f"hicache: InputChange: expected latents for the first argument, got {given!r}")
         with torch.no_grad():

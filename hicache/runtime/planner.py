@@ -19,6 +19,7 @@ from hicache.runtime.lesson import FirstCall
 from hicache.runtime.module_recorder import ModuleRecorder
 from hicache.runtime.session import Session
 from hicache.step_plan import FullStep, SkippedStep
+from hicache.trees import tensors_of
 
 
 class CallPlanner:
@@ -134,7 +135,7 @@ class CallPlanner:
     def _telling(self, output: Any) -> list[Tensor]:
         """Tensors that are not finite where a feature is not."""
         parts = list(output.values()) if isinstance(output, Mapping) else output
-        found = [leaf for leaf in compat.pytree.tree_leaves(parts) if isinstance(leaf, Tensor)]
+        found = tensors_of(parts)
         plan = self._hooked.call.plan
         slots = plan.slots if isinstance(plan, FullStep) else ()
         # its range is the only one that is less than that of the others

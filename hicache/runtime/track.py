@@ -28,10 +28,10 @@ class Track:
         hooked: the denoiser, watched.
         policy: what to cache.
         modules: records by module, in all sessions; None where nobody knows the modules.
-        session: what all denoisers of the pipeline share in these runs.
         warn: tells the user, once.
         adapter: knows the model; None where nobody does.
         graphs: of the denoiser, if it has some.
+        session: what all denoisers of the pipeline share in these runs.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class Track:
         hooked: HookedModule,
         policy: Policy,
         modules: ModuleRecorder | None,
-        session: Session,
         warn: Callable[[str], None],
         adapter: ModuleAdapter | None,
         graphs: Graphs | None,
+        session: Session,
     ) -> None:
         self.session = session
         self.counter = StepCounter(session)
@@ -65,27 +65,16 @@ class Tracks:
     """What one denoiser has of all sessions together.
 
     Args:
-        name: the pipeline's for the denoiser.
-        hooked: the denoiser, watched.
-        policy: what to cache.
-        modules: records by module; None where nobody knows the modules.
-        warn: tells the user, once.
+        make: what it has of a session, for one that it has nothing of yet.
+        memory_budget: bytes for histories, gates and graphs.
         adapter: knows the model; None where nobody does.
-        graphs: of the denoiser, if it has some.
     """
 
     def __init__(
-        self,
-        name: str,
-        hooked: HookedModule,
-        policy: Policy,
-        modules: ModuleRecorder | None,
-        warn: Callable[[str], None],
-        adapter: ModuleAdapter | None,
-        graphs: Graphs | None,
+        self, make: Callable[[Session], Track], memory_budget: int, adapter: ModuleAdapter | None
     ) -> None:
-        self._make = lambda session: Track(name, hooked, policy, modules, session, warn, adapter, graphs)
-        self._memory_budget = policy.memory_budget
+        self._make = make
+        self._memory_budget = memory_budget
         self._adapter = adapter
         self._tracks: dict[Session, Track] = {}
 
