@@ -10,7 +10,7 @@ import torch
 
 import hicache.fast
 from hicache.cuda_graphs.capture import CudaBackend
-from tests.support import pipelines
+from tests.support import gpu, pipelines
 from tests.support.graphs import CONFIG, PIPELINES, STEPS, other_prompt
 
 pytestmark = [
@@ -26,22 +26,24 @@ def _deterministic() -> Iterator[None]:
     torch.backends.cudnn.deterministic = False
 
 
-def on_gpu(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {n: value.cuda() if isinstance(value, torch.Tensor) else value for n, value in arguments.items()}
-
-
 def runs(arguments: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
     other = {**other_prompt(arguments), **({"height": 96} if arguments.get("height") == 64 else {})}
     return [(arguments, STEPS), (other, STEPS), (arguments, STEPS - 3), (other, STEPS)]
 
 
-@pytest.mark.parametrize("granularity", ["module", "stack"])
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [
+        *((name, granularity) for granularity in ("module", "stack", "output") for name in PIPELINES),
+        *(
+            (name, "low-rank")
+            for name in ("flux", "flux_cfg", "flux_kontext", "qwen", "sd3", "hunyuan", "dit")
+        ),
+    ],
+)
 def test_replay_is_eager_bit_for_bit(name, granularity):
     """Runs with other prompts, resolutions and step counts."""
-    pipe, arguments = pipelines.build(name)
-    pipe.to("cuda")
-    arguments = on_gpu(arguments)
+    pipe, arguments = gpu.build(name)
     with torch.no_grad():
         with hicache.fast.apply(pipe, CONFIG, granularity=granularity, cuda_graphs=True) as handle:
             drawn = [pipelines.draw(pipe, given, steps) for given, steps in runs(arguments)]
@@ -57,10 +59,27 @@ def test_replay_is_eager_bit_for_bit(name, granularity):
                 assert torch.equal(ours, pipelines.draw(pipe, given, steps))
 
 
+@pytest.mark.parametrize("choice", ["full", "skipped"])
+@pytest.mark.parametrize("granularity", ["module", "stack"])
+def test_full_steps_or_skipped_ones_alone(granularity, choice):
+    pipe, arguments = gpu.build("flux")
+    with hicache.fast.apply(pipe, CONFIG, granularity=granularity, cuda_graphs=False):
+        expected = gpu.draw(pipe, arguments)
+    with hicache.fast.apply(pipe, CONFIG, granularity=granularity, cuda_graphs=choice) as handle:
+        for _ in range(3):
+            torch.testing.assert_close(gpu.draw(pipe, arguments), expected)
+        stats = handle.stats.graphs["transformer"]
+        assert stats.captures > 0
+        before, held = torch.cuda.memory_reserved(), stats.pool_nbytes
+        assert held > 0
+        handle.release()
+        torch.cuda.empty_cache()
+        assert before - torch.cuda.memory_reserved() >= held
+        assert handle.stats.graphs["transformer"].pool_nbytes == 0
+
+
 def test_a_call_that_cannot_be_captured_has_its_blocks_captured():
-    pipe, arguments = pipelines.build("flux")
-    pipe.to("cuda")
-    arguments = on_gpu(arguments)
+    pipe, arguments = gpu.build("flux")
     with torch.no_grad():
         with hicache.fast.apply(pipe, CONFIG, cuda_graphs=False):
             expected = pipelines.draw(pipe, arguments)

@@ -18,6 +18,7 @@ import hicache.fast
 from benchmarks.common.machine import available_bytes
 from benchmarks.pipelines.models import Model, build, denoise, random_inputs
 from hicache import HiCacheConfig
+from hicache.plan import Plan
 from hicache.schedule import full_steps
 
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
@@ -156,14 +157,25 @@ class Bench:
     def module_fits(self) -> bool:
         """Say whether the history by module fits beside the activations, a graph's included."""
         release(self.device)
-        plan = hicache.fast.plan(
+        history = self._plan(Variant("module")).history_bytes
+        return history + 2 * self.activations <= 0.9 * available_bytes(self.device)
+
+    def planned_graphs_bytes(self, variant: Variant) -> int:
+        """Return what ``plan()`` says of the CUDA graphs of a variant."""
+        [plan] = self._plan(variant).denoisers.values()
+        return plan.graphs_nbytes
+
+    def _plan(self, variant: Variant) -> Plan:
+        assert variant.granularity is not None
+        return hicache.fast.plan(
             self.transformer,
             self.config,
             **self.model.drawn,
-            granularity="module",
+            granularity=variant.granularity,
+            memory_budget=_BUDGET,
+            cuda_graphs=variant.graphs,
             dtype=DTYPES[self.device],
         )
-        return plan.history_bytes + 2 * self.activations <= 0.9 * available_bytes(self.device)
 
     def reset_peak(self) -> None:
         """Count the bytes allocated at most from here on."""

@@ -56,6 +56,7 @@ class Measured:
     cache_ms: float | None = None
     history_bytes: int = 0
     peak_bytes: int | None = None
+    graphs_bytes: int | None = None
 
 
 def check_parity(bench: Bench, granularity: str) -> None:
@@ -121,8 +122,10 @@ def measure_variant(
             if taken.full_ms is None:
                 taken.full_ms, taken.skipped_ms = bench.step_ms(stop if cached else PARITY_STEPS + 1)
             taken.peak_bytes = bench.peak() or None
-            if variant.graphs and not _graphs(handle).replays:
-                return "nothing was captured"
+            if variant.graphs:
+                if not _graphs(handle).replays:
+                    return "nothing was captured"
+                taken.graphs_bytes = _graphs(handle).nbytes
     return None
 
 
@@ -264,6 +267,8 @@ def rows_of(bench: Bench, taken: dict[Variant, Measured]) -> list[Row]:
                 found.cache_ms,
                 found.history_bytes,
                 found.peak_bytes,
+                found.graphs_bytes,
+                bench.planned_graphs_bytes(variant) if variant.graphs else None,
             )
         )
     return rows

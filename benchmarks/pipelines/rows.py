@@ -33,10 +33,13 @@ class Row:
     cache_ms: float | None  # of a whole loop, spent in recording and forecasting
     history_bytes: int
     peak_bytes: int | None  # allocated at most, weights included; CUDA only
+    graphs_bytes: int | None  # that CUDA graphs took, their copies of inputs included
+    planned_graphs_bytes: int | None  # of them what plan() says
 
 
 def line(row: Row) -> str:
     """Format a row for a terminal."""
+    planned = shown(row.planned_graphs_bytes and row.planned_graphs_bytes / 1e6, ".0f", " MB") or "-"
     parts = [
         f"{row.model:<18} {row.variant:<28}",
         f"{shown(row.seconds, '.3f', ' s'):>11}",
@@ -46,7 +49,9 @@ def line(row: Row) -> str:
         f"skipped {shown(row.skipped_step_ms, '.2f', ' ms') or '-'},",
         f"cache {shown(row.cache_ms, '.2f', ' ms') or '-'},",
         f"history {row.history_bytes / 1e6:.1f} MB,",
-        f"peak {shown(row.peak_bytes and row.peak_bytes / 1e9, '.2f', ' GB') or '-'}",
+        f"peak {shown(row.peak_bytes and row.peak_bytes / 1e9, '.2f', ' GB') or '-'},",
+        f"graphs {shown(row.graphs_bytes and row.graphs_bytes / 1e6, '.0f', ' MB') or '-'}",
+        f"(planned {planned})",
     ]
     return " ".join(parts)
 
@@ -54,7 +59,7 @@ def line(row: Row) -> str:
 def page(rows: Sequence[Row], left_out: Sequence[str], place: Place) -> str:
     """Write the rows and what was left out as Markdown."""
     header = ["model", "size", "variant", "loop", "over uncached", "bound", "of bound"]
-    header += ["full step", "skipped step", "cache", "history", "peak memory"]
+    header += ["full step", "skipped step", "cache", "history", "peak memory", "graphs", "graphs, planned"]
     lines = [
         [
             row.model, row.size, row.variant, shown(row.seconds, ".3f", " s"),
@@ -62,6 +67,8 @@ def page(rows: Sequence[Row], left_out: Sequence[str], place: Place) -> str:
             shown(row.full_step_ms, ".2f", " ms"), shown(row.skipped_step_ms, ".3f", " ms"),
             shown(row.cache_ms, ".1f", " ms"), f"{row.history_bytes / 1e6:,.0f} MB",
             shown(row.peak_bytes and row.peak_bytes / 1e9, ".1f", " GB"),
+            shown(row.graphs_bytes and row.graphs_bytes / 1e6, ".0f", " MB"),
+            shown(row.planned_graphs_bytes and row.planned_graphs_bytes / 1e6, ".0f", " MB"),
         ]
         for row in rows
     ]  # fmt: skip
