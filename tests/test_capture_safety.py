@@ -239,6 +239,21 @@ def test_not_found(name: str):
     assert _found(HARMLESS[name]) == []
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_operation_with_a_kernel_of_its_own_is_not_taken_apart(mode: Any):
+    """As RMSNorm's on a GPU: made of others it rounds otherwise, and the first picture is another."""
+    with torch.library._scoped_library("hicache_test", "FRAGMENT") as library:
+        library.define("tenth(Tensor x) -> Tensor")
+        library.impl("tenth", lambda x: x / 10, "CompositeImplicitAutograd")
+        library.impl("tenth", lambda x: x * 0.1, "CPU")
+        given = torch.rand(1000)
+        with mode():
+            found: list[Tensor] = []
+            assert unsafe_ops(lambda: found.append(torch.ops.hicache_test.tenth(given))) == []
+            assert torch.equal(found[0], given * 0.1)
+            assert not torch.equal(found[0], given / 10)
+
+
 def test_places():
     class Model(nn.Module):
         def __init__(self) -> None:

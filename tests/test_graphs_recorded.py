@@ -17,10 +17,11 @@ from torch import Tensor
 import hicache.fast
 from hicache.cuda_graphs import capture_safety
 from hicache.cuda_graphs.capture import CudaBackend
+from hicache.runtime.stream_order import StreamOrder
 from hicache.stats import GraphStats
 from tests.support import pipelines
 from tests.support.comparisons import close
-from tests.support.cuda.runtime import Runtime, Violation
+from tests.support.cuda.runtime import Runtime, Stream, Violation
 from tests.support.cuda.tape import FreedMemory
 from tests.support.graphs import CONFIG, PIPELINES, STEPS, other_prompt
 
@@ -91,6 +92,30 @@ def test_replays_equal_eager(name: str, number: int, granularity: str, runtime: 
     for ours, theirs in zip(drawn, expected, strict=True):
         assert close(ours, theirs)
     assert runtime.device == 0
+
+
+@pytest.mark.parametrize("granularity", ["module", "stack"])
+def test_a_run_on_another_stream_waits_for_the_one_before(
+    granularity: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+):
+    """As those of two threads: what graphs read and write is there once."""
+    follow = StreamOrder.follow
+    there = torch.device("cuda", runtime.tensors)
+    monkeypatch.setattr(StreamOrder, "follow", lambda order, device: follow(order, there))
+    pipe, arguments = pipelines.build("flux")
+    default = runtime.default(runtime.tensors)
+    streams = [Stream(runtime, runtime.tensors) for _ in range(2)]
+    for stream in streams:
+        stream.wait_stream(default)
+    with hicache.fast.apply(pipe, CONFIG, granularity=granularity) as handle:
+        drawn = []
+        for stream in [*streams, *streams]:
+            with torch.cuda.stream(stream):
+                drawn.append(draw(pipe, arguments))
+        assert handle.stats.graphs["transformer"].replays > 0
+    for stream in streams:
+        default.wait_stream(stream)
+    assert all(torch.equal(picture, drawn[0]) for picture in drawn)
 
 
 def test_full_steps_alone_are_eager_where_there_is_no_room(runtime: Runtime):

@@ -44,6 +44,7 @@ from hicache.compat.modules import (
 from hicache.compat.tensors import (
     TorchDispatchMode,
     end_pool_allocation,
+    has_kernel,
     no_torch_function,
     of_any_size,
     pytree,
@@ -65,6 +66,7 @@ __all__ = [
     "fix_sizes",
     "guard_calls",
     "guider_prediction",
+    "has_kernel",
     "hook_keys",
     "inside_compiled_call",
     "is_calling",

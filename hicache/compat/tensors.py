@@ -17,6 +17,12 @@ TorchDispatchMode = _python_dispatch.TorchDispatchMode
 no_torch_function: Final = torch._C._disabled_torch_function_impl  # what torch has subclasses take it from
 
 
+def has_kernel(operation: Any, device: str) -> bool:
+    """Whether an operator of torch's has a kernel registered for a type of device, not only one made of others."""
+    key = torch._C._dispatch_key_for_device(device)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), key)
+
+
 def of_any_size(value: Any) -> Any:
     """The same tensors, or those in a tuple, whose sizes torch.compile leaves open from the first time on.
 

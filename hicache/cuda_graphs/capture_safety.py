@@ -21,6 +21,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from hicache import compat
 from hicache.compat import TorchDispatchMode
 from hicache.trees import tensors_of
 
@@ -102,7 +103,7 @@ class UnsafeOps(TorchDispatchMode):
         if kind is not None:
             place = INSIDE if self._depth else AFTER if self._entered else BEFORE
             self.found.append(UnsafeOp(kind, func.overloadpacket.__name__, place, *_caller()))
-        elif func.namespace != "hicache":
+        elif func.namespace != "hicache" and not _has_kernel(func, args, kwargs):
             # in inference mode, operations made of others arrive whole: look at the others
             super().__enter__()  # the mode alone, not what it watches
             try:
@@ -156,6 +157,15 @@ def _kind_of_index(
     # one number of the host's is filled in under a mask without looking for its places
     fills = value is not None and value.numel() == 1 and _on_host(value.device) and not any(more)
     return None if fills else SHAPE
+
+
+def _has_kernel(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation that could be made of others has a kernel of its own where its tensors are.
+
+    Taken apart it would round otherwise: ``torch.nn.RMSNorm`` does.
+    """
+    devices = {tensor.device.type for tensor in tensors_of((args, kwargs))}
+    return any(compat.has_kernel(func, device) for device in devices)
 
 
 def _on_host(device: torch.device) -> bool:

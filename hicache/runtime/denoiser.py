@@ -25,6 +25,7 @@ from hicache.runtime.planner import forecast
 from hicache.runtime.residuals import given_to_blocks, scale_of
 from hicache.runtime.session import Sessions
 from hicache.runtime.signature import requires_grad
+from hicache.runtime.stream_order import StreamOrder
 from hicache.runtime.track import Track, Tracks
 from hicache.runtime.turns import Turns
 from hicache.step_plan import SkippedStep
@@ -73,6 +74,7 @@ class Denoiser(NotCopied):
         self._name = CallName(self.module)
         self._caller = CallerFinder(self.module)
         self._turns = Turns(self.module)
+        self._order = StreamOrder()
         self._track: Track | None = None  # of the call whose turn it is
         self._begun: BegunCall | None = None
         self._seen: list[Any] = []  # the model's fingerprint when it was learned from
@@ -119,6 +121,9 @@ class Denoiser(NotCopied):
         if not self._undo:  # removed while it waited
             self._turns.give_back()
             return None
+        given = next((value for value in model_kwargs.values() if isinstance(value, Tensor)), None)
+        if given is not None:
+            self._order.follow(given.device)
         if torch.is_grad_enabled() and (module.training or requires_grad(model_kwargs)):
             self._warn("is called for its gradients: it runs uncached")
             return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -51,6 +51,14 @@ class Stream:
 
     def knows(self, stream: Stream, work: int) -> bool:
         return stream is self or self.seen.get(stream, 0) >= work
+
+
+class _Use(NamedTuple):
+    """Of a piece of memory: by which of a stream's kernels, and what was there, as memory is used again."""
+
+    stream: Stream
+    work: int
+    storage: StorageWeakRef | None
 
 
 class Pool:
@@ -120,7 +128,7 @@ class Graph:
             self.tape.replay()
             reads, writes = self.tape.outside(writes=False), self.tape.outside(writes=True)
             writes |= self.tape._mine.keys()
-        runtime.launched(reads, writes)
+        runtime.launched(reads, writes, of_graph=True)
         runtime.replays += 1
 
 
@@ -144,7 +152,8 @@ class Runtime(TorchDispatchMode):
         self._defaults: dict[int, Stream] = {}
         self._current: dict[int, Stream] = {}
         self.memory = Memory()
-        self._writes: dict[int, tuple[Stream, int]] = {}  # by place
+        self._writes: dict[int, _Use] = {}  # by place
+        self._of_graphs: dict[int, _Use] = {}  # the last of memory that graphs work in, by place
         self._quiet = False
 
     @property
@@ -196,15 +205,32 @@ class Runtime(TorchDispatchMode):
         self.launched(reads, (made - reads) | targets)
         return output
 
-    def launched(self, reads: set[int], writes: set[int]) -> None:
-        """Work on the current stream: what it reads must be known to have been written."""
+    def launched(self, reads: set[int], writes: set[int], of_graph: bool = False) -> None:
+        """Work on the current stream: what it reads must be known to have been written.
+
+        And what it writes of a graph's memory, which is there once for all replays, to have been read.
+        """
         stream = self.stream(f"cuda:{self.tensors}")
         stream.work += 1
         for where in reads:
-            if where in self._writes and not stream.knows(*self._writes[where]):
+            if self._unknown(self._writes, where, stream):
                 raise Violation("a stream reads what another one may not have written yet")
         for where in writes:
-            self._writes[where] = stream, stream.work
+            if self._unknown(self._of_graphs, where, stream):
+                raise Violation("a stream writes to memory of a graph that another one may be working with")
+            self._writes[where] = _Use(stream, stream.work, self.memory.at(where))
+        for where in reads | writes:
+            if of_graph or where in self._of_graphs:
+                self._of_graphs[where] = _Use(stream, stream.work, self.memory.at(where))
+
+    def _unknown(self, uses: dict[int, _Use], where: int, stream: Stream) -> bool:
+        """Whether the last of these uses of what is at a place may not be over for a stream."""
+        use = uses.get(where)
+        return (
+            use is not None
+            and use.storage is self.memory.at(where)
+            and not stream.knows(use.stream, use.work)
+        )
 
     @contextmanager
     def _device(self, device: Any) -> Iterator[None]:
@@ -269,6 +295,7 @@ class Runtime(TorchDispatchMode):
                 "Stream": lambda: Stream(self, self.device),
                 "current_stream": self.stream,
                 "current_device": lambda: self.device,
+                "is_current_stream_capturing": lambda: self.graph is not None,
                 "graph_pool_handle": self._pool,
                 "CUDAGraph": self._graph,
                 "synchronize": self._synchronize,
