@@ -160,7 +160,7 @@ class _Watched:
         self._before = 0
         self._memory = LiveBytes("meta")
         blocks = [block for blocks in hooked.lists for block in compat.children_of_list(blocks)]
-        unsafe, peaks = UnsafeOps(blocks), [0]
+        unsafe = UnsafeOps(blocks)
         self._standing_for = standing_for
         with ExitStack() as stack:
             for block in blocks:
@@ -168,18 +168,17 @@ class _Watched:
                 after = block.register_forward_hook(self._leave)
                 stack.callback(before.remove)
                 stack.callback(after.remove)
-            self._peaks = peaks
             stack.enter_context(self._memory)
             stack.enter_context(unsafe)
             output = model(**given, return_dict=False)
-        self.peak = max(*peaks, self._memory.peak)
+        self.peak = self._memory.reserved
         self.held = sum(map(nbytes, [*tensors_of(output), *hooked.call.result.partial_sums.values()]))
         # the pool of blocks: what all of them give stays, and each needs room to work in
         self.block_peak += self.block_held
         self.unsafe = unsafe.found
 
     def _enter(self, block: nn.Module, args: Any, kwargs: Any) -> None:
-        self._peaks.append(self._memory.mark())
+        self._memory.mark()
         self._before = self._memory.live
         for tensor in tensors_of((args, kwargs)):
             if id(tensor) not in self._known:
@@ -187,9 +186,7 @@ class _Watched:
                 self.block_inputs += nbytes(tensor)
 
     def _leave(self, block: nn.Module, args: Any, output: Any) -> None:
-        peak = self._memory.mark()
-        self._peaks.append(peak)
-        self.block_peak = max(self.block_peak, peak - self._before)
+        self.block_peak = max(self.block_peak, self._memory.reserved_since_mark)
         self.block_held += self._standing_for.get(block, 1) * (self._memory.live - self._before)
         for tensor in tensors_of(output):
             self._note(tensor)

@@ -72,9 +72,7 @@ def test_subclasses_of_tensor_without_torch_function():
 def test_operators_with_kernels_of_their_own():
     add, linear = torch.ops.aten.add.Tensor, torch.ops.aten.linear.default
     found = compat.has_kernel(add, "cpu"), compat.has_kernel(add, "meta"), compat.has_kernel(linear, "cpu")
-    assert found == (True, True, False), moved(
-        "torch._C._dispatch_has_kernel_for_dispatch_key", "has_kernel"
-    )
+    assert found == (True, True, False), moved("torch._C._dispatch_has_kernel_for_dispatch_key", "has_kernel")
 
 
 def test_children_of_a_list(layer: nn.Linear):

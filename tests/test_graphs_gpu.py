@@ -34,7 +34,9 @@ def runs(arguments: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
 @pytest.mark.parametrize(
     ("name", "granularity"),
     [
-        *((name, granularity) for granularity in ("module", "stack", "output") for name in PIPELINES),
+        *((name, granularity) for granularity in ("module", "stack") for name in PIPELINES),
+        # what Qwen-Image does before its blocks cannot be captured, and by output there are no blocks
+        *((name, "output") for name in PIPELINES if name != "qwen"),
         *(
             (name, "low-rank")
             for name in ("flux", "flux_cfg", "flux_kontext", "qwen", "sd3", "hunyuan", "dit")
@@ -70,6 +72,7 @@ def test_full_steps_or_skipped_ones_alone(granularity, choice):
             torch.testing.assert_close(gpu.draw(pipe, arguments), expected)
         stats = handle.stats.graphs["transformer"]
         assert stats.captures > 0
+        torch.cuda.empty_cache()
         before, held = torch.cuda.memory_reserved(), stats.pool_nbytes
         assert held > 0
         handle.release()

@@ -18,7 +18,7 @@ no_torch_function: Final = torch._C._disabled_torch_function_impl  # what torch 
 
 
 def has_kernel(operation: Any, device: str) -> bool:
-    """Whether an operator of torch's has a kernel registered for a type of device, not only one made of others."""
+    """Whether an operator has a kernel of its own for a type of device: it may only be made of others."""
     key = torch._C._dispatch_key_for_device(device)
     return torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), key)
 

@@ -95,7 +95,7 @@ class CudaBackend:
         with self._on_stream():
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # a pool of graphs cannot use what others have cached
-            before, _ = torch.cuda.mem_get_info()
+            before = torch.cuda.memory_reserved()  # other processes may take of the device meanwhile
             graph = torch.cuda.CUDAGraph()
             try:
                 # other threads (a data loader's) may go on using the device
@@ -108,6 +108,7 @@ class CudaBackend:
                 compat.end_pool_allocation(self._device, self._pool)
                 self.drop()
                 raise
+            taken = torch.cuda.memory_reserved() - before
             free, _ = torch.cuda.mem_get_info()
         device = self._device
 
@@ -115,7 +116,7 @@ class CudaBackend:
             with torch.cuda.device(device):
                 graph.replay()
 
-        return Captured(replay, output, before - free, free)
+        return Captured(replay, output, taken, free)
 
     def drop(self) -> None:
         """Take another pool from the next capture on.

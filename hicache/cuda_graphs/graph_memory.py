@@ -99,4 +99,4 @@ def expected(memory: LiveBytes, output: Any, sums: Iterable[Tensor] = ()) -> Exp
         output: of the call.
         sums: tensors that it left beside.
     """
-    return Expected(memory.peak, sum(map(nbytes, [*tensors_of(output), *sums])))
+    return Expected(memory.reserved, sum(map(nbytes, [*tensors_of(output), *sums])))

@@ -3,30 +3,27 @@
 >>> import torch
 >>> with LiveBytes("meta") as memory:
 ...     total = torch.empty(1024, device="meta") + torch.empty(1024, device="meta")
->>> memory.peak, memory.live
-(12288, 4096)
+>>> memory.peak, memory.live, memory.reserved
+(12288, 4096, 2097152)
 """
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor
 
 from hicache.compat import TorchDispatchMode, pytree
+from hicache.cuda_graphs.arena import BLOCK, Arena, round_up
 from hicache.trees import tensors_of
-
-_BLOCK: Final = 512  # bytes: torch's allocator gives memory on GPUs in multiples of it
 
 
 class LiveBytes(TorchDispatchMode):
     """Counts the memory that operations allocate while it is entered, and that is let go of again.
 
-    Not seen is what an operation takes and frees inside (a workspace of a library), and what is lost between
-    pieces of a pool: less is counted than a GPU takes.
+    Not seen is what an operation takes and frees inside (a workspace of a library).
 
     Args:
         device: type of the device whose memory counts.
@@ -35,14 +32,24 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, device: str) -> None:
         super().__init__()
         self.live = 0  # bytes held now
-        self.peak = 0  # at most, since it was entered or since :meth:`mark`
+        self.peak = 0  # at most
+        self._arena, self._since_mark = Arena(), Arena()
         self._device = device
         self._held: dict[int, weakref.ref[Any]] = {}  # storages, by their ids
 
-    def mark(self) -> int:
-        """Begin to look for a peak anew; returns the last one."""
-        peak, self.peak = self.peak, self.live
-        return peak
+    @property
+    def reserved(self) -> int:
+        """Bytes of a pool that serves all of it."""
+        return self._arena.reserved
+
+    @property
+    def reserved_since_mark(self) -> int:
+        """Bytes of a pool that serves what was allocated since :meth:`mark`."""
+        return self._since_mark.reserved
+
+    def mark(self) -> None:
+        """Begin to count :attr:`reserved_since_mark` anew."""
+        self._since_mark = Arena()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -62,21 +69,20 @@ class LiveBytes(TorchDispatchMode):
         key = id(storage)
         if key in self._held:
             return
-        taken = _rounded(storage.nbytes())
+        taken = [(arena, arena.take(storage.nbytes())) for arena in (self._arena, self._since_mark)]
+        size = taken[0][1].size
 
         def freed(_: Any) -> None:
-            self.live -= taken
+            self.live -= size
+            for arena, block in taken:
+                arena.give_back(block)
             del self._held[key]
 
         self._held[key] = weakref.ref(storage, freed)
-        self.live += taken
+        self.live += size
         self.peak = max(self.peak, self.live)
 
 
 def nbytes(tensor: Tensor) -> int:
     """Bytes that a tensor like this takes in memory of its own, strides aside."""
-    return _rounded(tensor.nbytes)
-
-
-def _rounded(taken: int) -> int:
-    return math.ceil(taken / _BLOCK) * _BLOCK
+    return round_up(tensor.nbytes, BLOCK)

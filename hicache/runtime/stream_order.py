@@ -10,16 +10,16 @@ import torch
 class StreamOrder:
     """Which stream of a device the last call was on.
 
-    Calls of a transformer share memory that is there once: what graphs read and write, gates and embeddings
-    that are recalled. Their turns on the host (:class:`~hicache.runtime.turns.Turns`) say nothing of the device:
-    streams of two threads run side by side.
+    Calls of a transformer share memory that is there once: what graphs read and write, what contexts of one
+    form add features up in. Their turns on the host (:class:`~hicache.runtime.turns.Turns`) say nothing of
+    the device: streams of two threads run side by side.
     """
 
     def __init__(self) -> None:
         self._last: Any = None
 
     def follow(self, device: torch.device) -> None:
-        """A call begins on the current stream of a device: it waits there for the call before, not the host."""
+        """A call begins on the current stream of a device: there, not on the host, it waits for the one before."""
         if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return
         stream = torch.cuda.current_stream(device)

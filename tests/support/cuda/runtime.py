@@ -300,6 +300,7 @@ class Runtime(TorchDispatchMode):
                 "CUDAGraph": self._graph,
                 "synchronize": self._synchronize,
                 "empty_cache": self._empty_cache,
+                "memory_reserved": lambda device=None: self.pool_nbytes,
                 "mem_get_info": lambda device=None: (self.free, 2 * FREE),
             }.items():
                 patch.setattr(torch.cuda, name, value)
