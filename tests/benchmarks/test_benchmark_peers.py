@@ -22,8 +22,8 @@ from benchmarks.peers.of_cache_dit import full_steps
 from benchmarks.peers.rows import Row
 from benchmarks.peers.table import METHODS, OURS, chosen, installed
 from hicache import HiCacheConfig
-from hicache.cli import PROMPTS
 from hicache.demo.pictures import parse
+from hicache.demo.prompts import PROMPTS
 from tests.support.operations import Operations
 
 ROOT = Path(hicache.__file__).parent.parent
