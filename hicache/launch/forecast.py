@@ -31,12 +31,11 @@ def memory_plan(settings: Settings, batch: int = 1, **more: Any) -> hicache.fast
     if settings.mode == ORIGINAL:
         return None
     pipe = skeleton(settings.model or "")
-    side = _side(pipe)
     return hicache.fast.plan(
         pipe,
         settings.config(),
-        height=settings.height or side,
-        width=settings.width or side,
+        height=settings.height or _side(pipe),
+        width=settings.width or _side(pipe),
         num_frames=settings.frames or 1,
         batch=2 * batch if _doubles(pipe, settings) else batch,
         steps=settings.steps or 1,
@@ -47,9 +46,15 @@ def memory_plan(settings: Settings, batch: int = 1, **more: Any) -> hicache.fast
 
 
 def _side(pipe: Any) -> int:
-    """Pixels a side of a pipeline that draws one size, or of its usual one."""
-    factor = getattr(pipe, "vae_scale_factor", None) or 8
-    return int(getattr(pipe, "default_sample_size", None) or pipe.transformer.config.sample_size) * factor
+    """Pixels a side of a pipeline that draws one size, or of its usual one.
+
+    Raises:
+        ValueError: it has none.
+    """
+    side = getattr(pipe, "default_sample_size", None) or pipe.transformer.config.get("sample_size")
+    if not isinstance(side, int):
+        raise ValueError("expected --width and --height: the model has no usual size")
+    return side * (getattr(pipe, "vae_scale_factor", None) or 8)
 
 
 def _doubles(pipe: Any, settings: Settings) -> bool:
