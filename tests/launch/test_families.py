@@ -28,6 +28,16 @@ from tests.support import model_folders, text_models
 MODES = ("original", "hicache", "taylor", "reuse")
 STEPS = 8
 EDITS = ("flux-kontext", "qwen-image-edit")
+GUIDANCE = {
+    "flux": 3.5,
+    "flux-kontext": 2.5,
+    "sd3": 4.5,
+    "hunyuan-video": 6.0,
+    "wan": 5.0,
+    "ltx": 3.0,
+    "cogvideox": 6.0,
+    "dit": 4.0,
+}
 VIDEOS = ("hunyuan-video", "wan", "ltx", "cogvideox")
 
 
@@ -62,20 +72,11 @@ def picture(tmp_path: Path) -> Path:
     return path
 
 
-def _settings(name: str, folder: Path, mode: str, picture: Path, **more: Any) -> Settings:
+def _settings(name: str, folder: Path, mode: str, picture: Path) -> Settings:
     image = (str(picture),) if name in EDITS else ()
     chosen = {"interval": 3, "warmup": 2} if mode != "original" else {}
-    settings = Settings(
-        model=str(folder),
-        backend=name,
-        mode=mode,
-        steps=STEPS,
-        image=image,
-        **chosen,
-        **model_folders.CALLS[name],
-        **more,
-    )
-    return settings
+    call = {**model_folders.CALLS[name], **chosen}
+    return Settings(model=str(folder), backend=name, mode=mode, steps=STEPS, image=image, **call)
 
 
 def _text(name: str) -> str:
@@ -96,15 +97,7 @@ def _by_hand(name: str, folder: Path, picture: Path, seed: int) -> Any:
     if name.startswith("qwen"):
         call |= {"true_cfg_scale": 4.0, "negative_prompt": " "}
     else:
-        guidance = {
-            "flux": 3.5,
-            "flux-kontext": 2.5,
-            "sd3": 4.5,
-            "hunyuan-video": 6.0,
-            "wan": 5.0,
-            "ltx": 3.0,
-        }
-        call["guidance_scale"] = {"cogvideox": 6.0, "dit": 4.0, **guidance}[name]
+        call["guidance_scale"] = GUIDANCE[name]
     call["class_labels" if name == "dit" else "prompt"] = [1] if name == "dit" else _text(name)
     output = pipe(**call, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(seed))
     return np.asarray(output[0][0])
@@ -174,7 +167,7 @@ def test_a_family_is_found_by_the_folder(folders: Any):
     for name in ("sd3", "wan"):
         settings, backend = resolve(Settings(model=str(folders(name))))
         assert backend.name == settings.backend == name
-    with pytest.raises(ValueError, match="--backend flux: expected a FluxPipeline, got .*, a WanPipeline"):
+    with pytest.raises(ValueError, match=r"--backend flux: expected a FluxPipeline, got .*, a WanPipeline"):
         resolve(Settings(model=str(folders("wan")), backend="flux"))
 
 

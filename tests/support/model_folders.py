@@ -1,4 +1,4 @@
-"""Whole tiny pipelines, saved to folders as models of the hub are: one for each family of ``hicache generate``.
+"""Whole tiny pipelines in folders, as models of the hub are: one for each family of ``hicache generate``.
 
 ``save(name, folder)`` makes one of the pipelines of :mod:`tests.support.pipelines` whole, with text encoders,
 tokenizers and an autoencoder, and saves it. :data:`CALLS` has what each is drawn with.
