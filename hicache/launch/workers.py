@@ -8,6 +8,7 @@ process that started all, so workers need no folder in common with it.
 from __future__ import annotations
 
 import os
+import socket
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -174,11 +175,14 @@ class RayWorkers:
             known = given.split(",") if given else [str(card) for card in range(torch.cuda.device_count())]
             if cards:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(known[int(card)] for card in cards)
-            where = {"num_cpus": staff.workers, "num_gpus": len(cards)}
+            # "local": not a cluster that happens to run here
+            where = {"address": "local", "num_cpus": staff.workers, "num_gpus": len(cards)}
         try:
+            _knock(staff.ray)
             self._ray.init(**where, **quiet)
         except (ConnectionError, OSError, ValueError, RuntimeError) as error:
-            raise RuntimeError(f"--ray: cannot reach a cluster at {staff.ray}: {error}") from error
+            place = "start here" if staff.ray is None else f"reach a cluster at {staff.ray}"
+            raise RuntimeError(f"Ray cannot {place}: {error}") from error
 
     def _gpus(self) -> int:
         return int(self._ray.cluster_resources().get("GPU", 0))
@@ -215,3 +219,14 @@ class RayWorkers:
         for actor in self._actors:
             self._ray.kill(actor)
         self._ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """Find out at once whether anybody listens: Ray itself tries for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, colon, port = (address or "").rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
