@@ -28,6 +28,7 @@ from hicache.launch.tasks import Picture
 
 RUN, DONE, LOCK, HOLDER = "run.json", "done.jsonl", ".lock", ".lock.json"
 _PART: Final = ".part"
+_SYNC_SECONDS: Final = 1.0
 _OURS: Final = re.compile(r"\d{6,}\.(png|jpg|mp4)(\.part)?")
 
 
@@ -67,6 +68,7 @@ class RunFolder:
     def __init__(self, path: str | Path, settings: Settings, force: bool = False) -> None:
         self.path, self._settings = Path(path), settings
         self._done: dict[int, str] = {}  # index → digest of its prompt
+        self._synced = 0.0  # when the disk had all
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / LOCK, timeout=0)
@@ -230,9 +232,10 @@ class RunFolder:
         part = self.path / (name + _PART)
         with self._writing():
             try:
+                sync = self._is_sync_due()
                 if made.data is not None:
-                    _write(part, "wb", made.data)
-                _write(self.path / DONE, "ab", (json.dumps(line, ensure_ascii=False) + "\n").encode())
+                    _write(part, "wb", made.data, sync)
+                _write(self.path / DONE, "ab", (json.dumps(line, ensure_ascii=False) + "\n").encode(), sync)
                 if made.data is not None:
                     part.rename(self.path / name)
             except OSError:
@@ -241,6 +244,16 @@ class RunFolder:
                 raise
         if made.error is None:
             self._done[picture.index] = picture.prompt.digest
+
+    def _is_sync_due(self) -> bool:
+        """Whether to wait for the disk: not where pictures come faster than that is worth it.
+
+        A process that is killed loses nothing of what it has written in any case; a machine may.
+        """
+        due = time.monotonic() - self._synced > _SYNC_SECONDS
+        if due:
+            self._synced = time.monotonic()
+        return due
 
     @contextlib.contextmanager
     def _writing(self) -> Any:
@@ -253,14 +266,15 @@ class RunFolder:
             ) from error
 
 
-def _write(path: Path, mode: str, data: bytes) -> None:
-    """Write bytes to the disk itself; a line that did not fit is taken back."""
+def _write(path: Path, mode: str, data: bytes, sync: bool) -> None:
+    """Write bytes, with ``sync`` to the disk itself; a line that did not fit is taken back."""
     before = path.stat().st_size if mode == "ab" and path.exists() else 0
     try:
         with path.open(mode) as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
     except OSError as error:
         if mode == "ab" and path.exists():
             os.truncate(path, before)

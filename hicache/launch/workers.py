@@ -175,6 +175,8 @@ class RayWorkers:
             known = given.split(",") if given else [str(card) for card in range(torch.cuda.device_count())]
             if cards:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(known[int(card)] for card in cards)
+            # as urgent as one process would be, which is not what Ray does of itself
+            os.environ.setdefault("RAY_worker_niceness", "0")
             # "local": not a cluster that happens to run here
             where = {"address": "local", "num_cpus": staff.workers, "num_gpus": len(cards)}
         try:

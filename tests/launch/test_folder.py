@@ -213,12 +213,12 @@ def test_what_is_stopped_at_any_moment_is_whole_or_not_there(
 def test_a_full_disk_stops_all_and_leaves_nothing_half_written(tmp_path: Path, error: Any, monkeypatch: Any):
     write, count = manifest._write, []
 
-    def full(path: Path, mode: str, data: bytes) -> None:
+    def full(path: Path, mode: str, data: bytes, sync: bool) -> None:
         count.append(path)
         if len(count) == 5:
             path.open(mode).write(data[:10])
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(path, mode, data)
+        write(path, mode, data, sync)
 
     monkeypatch.setattr(manifest, "_write", full)
     assert draw(tmp_path) == 2
@@ -234,7 +234,7 @@ def test_a_full_disk_stops_all_and_leaves_nothing_half_written(tmp_path: Path, e
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is full")
 def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path):
     with pytest.raises(OSError, match="No space left"):
-        manifest._write(Path("/dev/full"), "wb", b"x")
+        manifest._write(Path("/dev/full"), "wb", b"x", False)
 
 
 def test_a_folder_that_cannot_be_made(error: Any):
@@ -326,7 +326,6 @@ class Nobody:
 @pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_memory_is_flat_over_many_prompts(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of a prompt nothing is held: the texts of 10⁵ would be 100 MB."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
     path = tmp_path / "prompts.jsonl"
     with path.open("w") as file:
         for number in range(count):
