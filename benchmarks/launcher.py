@@ -84,9 +84,7 @@ def overhead_rows(pictures: int, steps: int, rounds: int) -> list[Row]:
             ours = out / "launched"
             calls = {
                 "bare loop": functools.partial(_bare, pipe, prompts, steps, out),
-                "hicache generate": functools.partial(
-                    _launched, painter, prompts, settings, out / "launched"
-                ),
+                "hicache generate": functools.partial(_launched, painter, prompts, settings, ours),
             }
             for name, call in calls.items():
                 pipe.seconds, start = 0.0, time.perf_counter()
