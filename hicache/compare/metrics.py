@@ -117,11 +117,18 @@ def _clip() -> Score:
     except (OSError, ValueError) as error:
         raise UnavailableError(f"the weights of {name} are not on this machine") from error
 
+    most = model.config.text_config.max_position_embeddings
+
     @torch.no_grad()
     def score(batch: Batch) -> list[float]:
         images = [as_image(picture) for picture in batch.pictures]
         inputs = processor(
-            text=list(batch.prompts), images=images, return_tensors="pt", padding=True, truncation=True
+            text=list(batch.prompts),
+            images=images,
+            return_tensors="pt",
+            padding=True,
+            truncation=True,
+            max_length=most,
         )
         found = model(**inputs.to(_device()))
         cosines = torch.nn.functional.cosine_similarity(found.image_embeds, found.text_embeds)

@@ -110,7 +110,7 @@ class Request:
 
     def command(self) -> str:
         """The command line that asks for the same."""
-        words = ["hicache", "compare", *self.prompt]
+        words: list[str] = []
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name in ("prompt", "call", "out") or value == item.default:
@@ -119,7 +119,10 @@ class Request:
         for option, name in CALL.items():
             if name in self.call:
                 words += [f"--{option}", str(self.call[name])]
-        return shlex.join([*words, "--out", self.out.name])
+        words += ["--out", self.out.name]
+        dashed = any(prompt.startswith("-") for prompt in self.prompt)  # would be taken for options
+        asked = [*words, "--", *self.prompt] if dashed else [*self.prompt, *words]
+        return shlex.join(["hicache", "compare", *asked])
 
 
 def arguments(parser: ArgumentParser) -> None:
