@@ -77,7 +77,9 @@ def test_wheel(checkout, monkeypatch):
     assert "Description-Content-Type: text/markdown\n" in text
     assert f"Project-URL: Repository, {URL}\n" in text
     assert f"({URL}/raw/HEAD/docs/demo.png)" in text
-    assert {"all", "bench", "compare", "demo", "test"} <= set(re.findall(r"^Provides-Extra: (\w+)$", text, re.MULTILINE))
+    assert {"all", "bench", "compare", "demo", "test"} <= set(
+        re.findall(r"^Provides-Extra: (\w+)$", text, re.MULTILINE)
+    )
     for package in ("transformers", "accelerate", "peft", "sentencepiece"):
         assert re.search(rf"^Requires-Dist: {package}.*extra == .all.$", text, re.MULTILINE), package
 

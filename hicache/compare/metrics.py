@@ -91,8 +91,8 @@ def _pairs(batch: Batch) -> zip[tuple[Array, Array]]:
 
 def _lpips() -> Score:
     package = _package("lpips")
-    weights = Path(torch.hub.get_dir()) / "checkpoints"
-    if not list(weights.glob("alexnet-owt-*.pth")):
+    address = _package("torchvision.models").AlexNet_Weights.IMAGENET1K_V1.url  # of what it would fetch
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / Path(address).name).is_file():
         raise UnavailableError("the weights of torchvision's AlexNet are not on this machine")
     model = package.LPIPS(net="alex", verbose=False).to(_device())
 
@@ -156,8 +156,9 @@ def _image_reward() -> Score:
 
 
 def _package(name: str) -> Any:
-    if importlib.util.find_spec(name) is None:
-        raise UnavailableError(f"the package {name} is not installed")
+    package = name.split(".")[0]
+    if importlib.util.find_spec(package) is None:
+        raise UnavailableError(f"the package {package} is not installed")
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -147,8 +147,8 @@ def test_flip_difference_and_size(open_page):
     assert image.bounding_box()["width"] == 16 * 32
     page.set_viewport_size({"width": 700, "height": 600})
     page.locator("#pane-full .pan").evaluate("el => el.scrollTo(60, 40)")
-    page.wait_for_function("document.querySelector('#pane-variant .pan').scrollTop === 40")
-    assert page.locator("#pane-variant .pan").evaluate("el => el.scrollLeft") == 60
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    assert page.locator("#pane-variant .pan").evaluate("el => [el.scrollLeft, el.scrollTop]") == [60, 40]
     page.get_by_role("button", name="Smaller").click()
     assert image.bounding_box()["width"] == 8 * 32
 

@@ -19,6 +19,14 @@ from hicache.compare.pictures import as_arrays, as_image, data_uri, size_text
 BY_KEY = {metric.key: metric for metric in METRICS}
 
 
+def package(name: str, **parts: object) -> types.ModuleType:
+    """One that is installed, as far as anybody can see."""
+    module = types.ModuleType(name)
+    module.__spec__ = types.SimpleNamespace()
+    vars(module).update(parts)
+    return module
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
     """And nothing of the machine's own: neither packages of others nor their weights."""
@@ -30,6 +38,9 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setenv("HICACHE_CLIP_MODEL", str(tmp_path / "clip"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("HOME", str(tmp_path))
+    weights = types.SimpleNamespace(IMAGENET1K_V1=types.SimpleNamespace(url="https://nowhere/alexnet.pth"))
+    for name, more in (("torchvision", {}), ("torchvision.models", {"AlexNet_Weights": weights})):
+        monkeypatch.setitem(sys.modules, name, package(name, **more))
     for name in ("lpips", "ImageReward"):
         monkeypatch.setitem(sys.modules, name, None)
 
@@ -68,9 +79,7 @@ def test_what_cannot_be_measured_says_why():
 
 @pytest.mark.parametrize("name", ["lpips", "ImageReward"])
 def test_a_package_without_its_weights_fetches_nothing(name, monkeypatch):
-    module = types.ModuleType(name)
-    module.__spec__ = types.SimpleNamespace()  # found, and of no use
-    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, name, package(name))
     reason = metrics.load(None)[1]["LPIPS" if name == "lpips" else name]
     assert reason.endswith("not on this machine")
 
@@ -88,12 +97,10 @@ def test_lpips_is_given_what_it_wants(monkeypatch, tmp_path):
             seen.append((one, other))
             return (one - other).abs().mean((1, 2, 3), keepdim=True)
 
-    module = types.ModuleType("lpips")
-    module.__spec__, module.LPIPS = types.SimpleNamespace(), LPIPS
-    monkeypatch.setitem(sys.modules, "lpips", module)
+    monkeypatch.setitem(sys.modules, "lpips", package("lpips", LPIPS=LPIPS))
     weights = tmp_path / "torch" / "hub" / "checkpoints"
     weights.mkdir(parents=True)
-    (weights / "alexnet-owt-7be5be79.pth").touch()
+    (weights / "alexnet.pth").touch()
     full = [np.zeros((32, 48, 3), np.float32), np.zeros((5, 80, 80, 3), np.float32)]
     other = [full[0] + 1, full[1]]
     assert BY_KEY["lpips"].load()(Batch(other, full, ["a", "b"])) == [2.0, 0.0]

@@ -264,3 +264,10 @@ def test_the_loader_is_the_callers(tmp_path, shapes_pipe):
     assert command.run(request, load) == 0
     assert names == ["somewhere"]
     assert json.loads(request.numbers.read_text())["model"] == "somewhere"
+
+
+def test_pictures_of_the_docs_are_small():
+    folder = Path(__file__).parents[2] / "docs" / "images"
+    sizes = {path.name: path.stat().st_size for path in folder.glob("compare-*.png")}
+    assert {"compare-light.png", "compare-dark.png", "compare-phone.png"} <= sizes.keys()
+    assert max(sizes.values()) <= 300_000
