@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -202,7 +201,5 @@ class _Drawing:
         judged = Batch(pictures, full, [self._comparison.asked.prompts[index] for index in batch])
         for metric, score in self._metrics.items():
             if measured.variant is not None or not metric.compares:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", RuntimeWarning)  # of equal pictures: 0 / 0
-                    measured.scores.setdefault(metric.key, []).extend(score(judged))
+                measured.scores.setdefault(metric.key, []).extend(score(judged))
         measured.pictures += [data_uri(as_image(picture)) for picture in pictures]
