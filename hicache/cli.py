@@ -14,6 +14,8 @@ from typing import Any, Final
 import hicache
 from hicache.basis import known_bases
 from hicache.calibration.shipped import shipped
+from hicache.compare import command as comparing
+from hicache.compare import request
 from hicache.config import HiCacheConfig
 from hicache.schedule import full_steps
 
@@ -51,6 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
             description="Fit rows of coefficients to a model; other pictures judge them.",
         )
     )
+    request.arguments(
+        commands.add_parser(
+            "compare",
+            help="modes × intervals on the same seeds: one page, with its numbers as JSON",
+            description="Draw prompts in full and by modes × intervals; one HTML page shows what came of it.",
+        )
+    )
     commands.add_parser("info", help="versions, devices and backends")
     options = parser.parse_args(arguments)
     try:
@@ -59,6 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
                 return info()
             case "calibrate":
                 return calibrate(options)
+            case "compare":
+                return comparing.run(request.read(options, PROMPTS))
         return generate(options)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         print(f"hicache {options.command}: {error}", file=sys.stderr)

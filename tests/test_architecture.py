@@ -63,6 +63,7 @@ LAYERS = [
     {"hicache.reference"},
     {"hicache.demo"},
     {"hicache.fitting"},
+    {"hicache.compare"},
     {"hicache.cli"},
 ]
 # The module that calls kernels, and all that any other may use of hicache_kernels.

@@ -45,7 +45,7 @@ def run(options: Namespace) -> int:
         for interval in (options.interval if options.schedule is None else options.interval[:1])
     ]
     disable_progress_bar()
-    pipe = _pipeline(options.model)
+    pipe = pipeline(options.model)
     pipe.set_progress_bar_config(disable=True)
     call = {} if options.guidance is None else {"guidance_scale": options.guidance}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -92,11 +92,20 @@ def _prompts(options: Namespace) -> tuple[list[str], list[str] | None]:
         return random_prompts(PICTURES, FITTED_SEED), judging
     if options.prompts is None:
         raise ValueError("--prompts: expected a text file of prompts, a prompt a line")
-    held_out = None if options.held_out is None else _lines("--held-out", options.held_out)
-    return _lines("--prompts", options.prompts), held_out
+    held_out = None if options.held_out is None else lines("--held-out", options.held_out)
+    return lines("--prompts", options.prompts), held_out
 
 
-def _lines(option: str, path: Path) -> list[str]:
+def lines(option: str, path: Path) -> list[str]:
+    """Prompts of a text file, a line each.
+
+    Args:
+        option: that named the file, for messages.
+        path: the file.
+
+    Raises:
+        ValueError: it cannot be read, or has no prompt.
+    """
     try:
         found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -106,7 +115,8 @@ def _lines(option: str, path: Path) -> list[str]:
     return found
 
 
-def _pipeline(model: str | None) -> Any:
+def pipeline(model: str | None) -> Any:
+    """The pipeline of ``--model``: a folder or a name; None is the bundled one."""
     if model is None:
         import hicache.demo
 
