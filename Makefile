@@ -10,7 +10,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csr
 .PHONY: demo test test-slow lint coverage bench matrix compilers sanitize wheels clean
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/hicache generate --out demo.png
+	$(BIN)/hicache demo --out demo.png
 
 # two workers of one thread each; what times code (-m perf) and the slow rest (-m slow) is left out
 test: $(VENV)/test.stamp

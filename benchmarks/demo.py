@@ -18,8 +18,8 @@ from benchmarks.common import command, tables
 from benchmarks.common.machine import device_name, versions
 from benchmarks.common.timing import time_together
 from hicache import HiCacheConfig
-from hicache.cli import PROMPTS
 from hicache.demo.compare import compare
+from hicache.demo.prompts import PROMPTS
 from hicache_kernels import History, update_forecast_
 
 NUMEL = 16 * 2**20

@@ -1,7 +1,7 @@
 """How far pictures cached with gates of low rank are from full ones, by rank, on the bundled model.
 
 ``python -m benchmarks.low_rank --csv benchmarks/results/low-rank.csv``: 50 steps, order 2, the eight prompts
-of ``hicache generate`` from two seeds, PSNR of each picture against its full run. Beside every rank stand
+of ``hicache demo`` from two seeds, PSNR of each picture against its full run. Beside every rank stand
 module and stack, and what a history in bf16 costs them. Every picture is a function of its seed, so the
 numbers do not depend on the machine beyond rounding.
 """
@@ -20,8 +20,8 @@ import hicache.fast
 from benchmarks.common import command, tables
 from benchmarks.common.machine import versions
 from hicache import HiCacheConfig
-from hicache.cli import PROMPTS
 from hicache.demo.pipeline import ShapesPipeline
+from hicache.demo.prompts import PROMPTS
 from hicache.plan import RANKS
 
 STEPS = 50

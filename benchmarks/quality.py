@@ -1,7 +1,7 @@
 """How far cached pictures are from full ones, by interval, granularity and basis, on the bundled model.
 
 ``python -m benchmarks.quality --csv benchmarks/results/quality.csv --plot docs/quality.png``: 50 steps, order
-2, warm-up 3, the eight prompts of ``hicache generate``, PSNR of each picture against its full run, averaged.
+2, warm-up 3, the eight prompts of ``hicache demo``, PSNR of each picture against its full run, averaged.
 Every picture is a function of its seed, so the numbers do not depend on the machine beyond rounding.
 """
 
@@ -20,8 +20,8 @@ import hicache.fast
 from benchmarks.common import command, tables
 from benchmarks.common.machine import versions
 from hicache import HiCacheConfig
-from hicache.cli import PROMPTS
 from hicache.demo.pipeline import ShapesPipeline
+from hicache.demo.prompts import PROMPTS
 
 STEPS = 50
 INTERVALS = range(3, 11)

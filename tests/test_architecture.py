@@ -63,12 +63,13 @@ LAYERS = [
     {"hicache.reference"},
     {"hicache.demo"},
     {"hicache.fitting"},
+    {"hicache.launch"},
     {"hicache.compare"},
     {"hicache.cli"},
 ]
 # The module that calls kernels, and all that any other may use of hicache_kernels.
 ENGINE = "hicache.engine"
-USED_BY_OTHERS = {"hicache.cli": {"BACKENDS", "auto_backend", "backend_status", "backends.native"}}
+USED_BY_OTHERS = {"hicache.cli.info": {"auto_backend", "backends.native"}}
 USED_BY_ANY = {"BACKENDS", "backend_status"}
 # What may touch private parts of torch, diffusers and accelerate: one package, one module of the other.
 COMPAT = ("hicache.compat", "hicache_kernels.compat")
@@ -415,8 +416,8 @@ MUTATIONS = {
     ),
     "an op of a module imported": Mutation(
         only_the_engine_calls_kernels,
-        {"hicache.cli": "from hicache_kernels import ops\nops.update_forecast_()"},
-        "hicache.cli uses hicache_kernels.ops",
+        {"hicache.cli.info": "from hicache_kernels import ops\nops.update_forecast_()"},
+        "hicache.cli.info uses hicache_kernels.ops",
     ),
     "an op by its name": Mutation(
         only_the_engine_calls_kernels,

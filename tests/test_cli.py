@@ -14,12 +14,11 @@ from hicache.cli import main
 from tests.support.scripts import run_python, run_script
 
 
-def test_generate(tmp_path, capsys):
+def test_demo(tmp_path, capsys):
     out = tmp_path / "sheet.png"
     prompts = ["a red ring on blue", "a white square on green"]
     assert (
-        main(["generate", *prompts, "--steps", "9", "--interval", "3", "--repeats", "1", "--out", str(out)])
-        == 0
+        main(["demo", *prompts, "--steps", "9", "--interval", "3", "--repeats", "1", "--out", str(out)]) == 0
     )
     with Image.open(out) as sheet:
         assert sheet.width > sheet.height > 150
@@ -38,12 +37,12 @@ def test_generate(tmp_path, capsys):
         assert re.search(row, printed), (row, printed)
 
 
-def test_generate_at_interval_one_is_the_full_run(tmp_path, capsys):
+def test_demo_at_interval_one_is_the_full_run(tmp_path, capsys):
     out = tmp_path / "sheet.png"
     assert (
         main(
             [
-                "generate",
+                "demo",
                 "a red ring on blue",
                 "--steps",
                 "4",
@@ -86,9 +85,9 @@ def test_bad_input_is_one_clear_line(arguments, message, capsys, monkeypatch):
 
     if arguments != ["a dragon"]:
         monkeypatch.setattr("hicache.demo.compare.compare", run)
-    assert main(["generate", *arguments]) == 2
+    assert main(["demo", *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("hicache generate: ")
+    assert error.startswith("hicache demo: ")
     assert message in error
 
 
@@ -115,10 +114,12 @@ def test_what_is_fitted_to_the_model_is_the_default(arguments, fitted, speedup, 
 
     rows = dict.fromkeys((3, 4, 5, 7, 8, 9), (1.0, 0.0, 0.0))
     entry = Entry(10, 2, 3, (0, 1, 2, 6), {"transformer[0]": rows})
-    monkeypatch.setattr("hicache.cli.shipped", lambda pipe: Calibration({}, None, Hermite(0.5), (entry,)))
+    monkeypatch.setattr(
+        "hicache.cli.demo.shipped", lambda pipe: Calibration({}, None, Hermite(0.5), (entry,))
+    )
     monkeypatch.setattr("hicache.demo.compare.compare", compare)
     with pytest.raises(Seen):
-        main(["generate", "a red ring on blue", *arguments])
+        main(["demo", "a red ring on blue", *arguments])
 
 
 def test_info(capsys):

@@ -276,7 +276,7 @@ def test_a_backend_that_runs_on_no_device_here():
     ],
 )
 def test_options_of_the_command_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["generate", *options]) != 0
+    assert cli.main(["demo", *options]) != 0
     assert message in capsys.readouterr().err
 
 

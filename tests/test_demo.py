@@ -11,10 +11,10 @@ from PIL import Image
 import hicache.demo
 import hicache.fast
 from hicache import HiCacheConfig
-from hicache.cli import PROMPTS
 from hicache.demo import packing, pictures, train
 from hicache.demo.pictures import COLOURS, POSITIONS, SHAPES, Caption
 from hicache.demo.pipeline import ShapesPipeline
+from hicache.demo.prompts import PROMPTS
 
 MEGABYTE = 10**6
 

@@ -13,9 +13,9 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from hicache.cli import PROMPTS
 from hicache.demo import packing
 from hicache.demo.pictures import COLOURS, POSITIONS, SHAPES, SIZES, Caption
+from hicache.demo.prompts import PROMPTS
 
 PROMPT_SEED: Final = 990_099
 NOISE_SEED: Final = 991_000  # the n-th picture's noise is of this seed + n
@@ -29,7 +29,7 @@ class Subject(NamedTuple):
 
 
 def prompts(count: int) -> list[str]:
-    """Return the first prompts of the judged ones: all different, and none of ``hicache generate``'s.
+    """Return the first prompts of the judged ones: all different, and none of ``hicache demo``'s.
 
     Half of them say a size and half a place, as the model's training pictures do.
     """

@@ -17,9 +17,9 @@ from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConf
 from torch import Tensor
 
 from benchmarks.peers.method import WARMUP, Apply, Method
-from hicache.cli import PROMPTS
 from hicache.demo import packing
 from hicache.demo.pipeline import ShapesPipeline
+from hicache.demo.prompts import PROMPTS
 
 PACKAGE: Final = "diffusers"
 
@@ -60,7 +60,7 @@ def taylorseer(**settings: Any) -> Apply:
 def magnitude_ratios(pipe: ShapesPipeline, steps: int) -> list[float]:
     """Calibrate MagCache: its configuration prints what a run found, for its user to copy.
 
-    On the first prompt of ``hicache generate``, which nothing is judged on.
+    On the first prompt of ``hicache demo``, which nothing is judged on.
     """
     pipe.transformer.enable_cache(MagCacheConfig(num_inference_steps=steps, calibrate=True))
     printed = io.StringIO()

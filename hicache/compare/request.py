@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import shlex
-from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 from hicache.checks import check_whole
@@ -125,41 +125,11 @@ class Request:
         return shlex.join(["hicache", "compare", *asked])
 
 
-def arguments(parser: ArgumentParser) -> None:
-    """Give a parser the options that :func:`read` reads."""
-    known = {item.name: _joined(item.default) for item in fields(Request)}
-    for name, about in (
-        ("steps", "denoising steps"),
-        ("order", "O of all variants"),
-        ("warmup", "full steps first"),
-        ("seed", "of the first picture; each has the next"),
-        ("batch", "pictures drawn together"),
-        ("repeats", "timed rounds; medians count"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=int(known[name]), help=f"{about} ({known[name]})")
-    for option in CALL:
-        number = float if option == "guidance" else int
-        parser.add_argument(f"--{option}", type=number, help="of the pipeline; its own if left out")
-    for name, kind, about in (
-        ("model", str, "folder of a diffusers pipeline, or its name; the bundled model where it is left out"),
-        ("prompts", Path, "text file, a prompt a line"),
-        ("out", Path, f"the page ({known['out']}); its numbers are written beside it, as .json"),
-        ("mode", str, "with commas: hicache, taylor, reuse, fitted, … or any basis"),
-        ("interval", str, f"N, with commas ({known['interval']})"),
-        ("sigma", float, f"contraction ({known['sigma']})"),
-        ("metrics", str, "with commas: psnr, ssim, lpips, clip, image-reward; those that can be measured"),
-        ("granularity", str, "what is cached: auto, module, low-rank, stack or output"),
-        ("backend", str, f"of hicache_kernels ({known['backend']})"),
-    ):
-        parser.add_argument(f"--{name}", type=kind, help=about)
-    parser.add_argument("prompt", nargs="*", help='such as "a red ring on blue"')
-
-
-def read(options: Namespace, usual: tuple[str, ...]) -> Request:
+def read(options: SimpleNamespace, usual: tuple[str, ...]) -> Request:
     """What options ask for; those that are None are left at their defaults.
 
     Args:
-        options: of a parser that :func:`arguments` was given.
+        options: of the command line, by their names; None where one was left out.
         usual: prompts for the bundled model, where there are none.
 
     Raises:
@@ -167,7 +137,7 @@ def read(options: Namespace, usual: tuple[str, ...]) -> Request:
     """
     if options.prompt and options.prompts:
         raise ValueError("expected prompts or --prompts, got both")
-    prompt = lines("--prompts", options.prompts) if options.prompts else options.prompt
+    prompt = lines("--prompts", options.prompts) if options.prompts else options.prompt or ()
     given = {item.name: getattr(options, item.name, None) for item in fields(Request)}
     several = {name: _parts(text) for name in SEVERAL if (text := given[name]) is not None}
     given |= several

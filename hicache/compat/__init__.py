@@ -21,6 +21,7 @@ from hicache.compat.diffusers import (
     is_offloaded,
     is_offloaded_by_blocks,
     kept_in_fp32,
+    pipeline_kind,
     processor_attention_backend,
     split_for_rank,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "of_any_size",
     "original_module",
     "passed_by",
+    "pipeline_kind",
     "processor_attention_backend",
     "pytree",
     "remove_output_hook",

@@ -92,3 +92,9 @@ def diffusers_cache(module: nn.Module) -> str | None:
 def kept_in_fp32(model: Any) -> set[str]:
     """Names of the parts of a model whose weights stay in fp32, whatever dtype it is loaded in."""
     return set(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
+def pipeline_kind(index: Mapping[str, Any]) -> str | None:
+    """The class that a ``model_index.json`` says its pipeline is of (``_class_name``); None: it says none."""
+    kind = index.get("_class_name")
+    return kind if isinstance(kind, str) else None

@@ -26,6 +26,10 @@ class ShapesPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer"
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
+    # as if an autoencoder came before the patches of 2 x 2 that FLUX has: what plan() reckons with
+    vae_scale_factor: ClassVar[int] = packing.PATCH // 2
+    default_sample_size: ClassVar[int] = packing.PICTURE_SIZE // vae_scale_factor
+    guided_in_one_batch: ClassVar[bool] = True
 
     def __init__(
         self, transformer: FluxTransformer2DModel, scheduler: FlowMatchEulerDiscreteScheduler

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 from hicache.config import HiCacheConfig
@@ -16,8 +16,11 @@ PICTURES: Final = 48
 FITTED_SEED, HELD_OUT_SEED = 7, 11
 
 
-def run(options: Namespace) -> int:
-    """Carry the command out; returns the exit status.
+def run(options: SimpleNamespace) -> None:
+    """Carry the command out.
+
+    Args:
+        options: of the command line, by name.
 
     Raises:
         ValueError: a file that is not there or empty, or a model without prompts.
@@ -29,7 +32,7 @@ def run(options: Namespace) -> int:
         from rich.progress import Progress as Bar
         from rich.table import Table
     except ImportError as error:
-        raise RuntimeError(f"needs the demo extra: pip install 'hicache[demo]' ({error})") from error
+        raise RuntimeError(f"needs the cli extra: pip install 'hicache[cli]' ({error})") from error
 
     if not options.out.parent.is_dir():
         raise ValueError(f"--out: expected a file in an existing folder, got {options.out}")
@@ -81,10 +84,9 @@ def run(options: Namespace) -> int:
         names = ("prior mean dB", "prior worst dB", "fitted mean dB", "fitted worst dB")
         table.add_row(str(len(entry.full_steps)), *(f"{entry.scores[name]:.2f}" for name in names))
     Console().print(table)
-    return 0
 
 
-def _prompts(options: Namespace) -> tuple[list[str], list[str] | None]:
+def _prompts(options: SimpleNamespace) -> tuple[list[str], list[str] | None]:
     if options.prompts is None and options.model is None:
         from hicache.demo.prompts import random_prompts
 

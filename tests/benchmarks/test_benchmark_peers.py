@@ -24,9 +24,9 @@ from benchmarks.peers.table import METHODS, OURS, chosen, installed
 from hicache import HiCacheConfig
 from hicache.calibration.reader import load
 from hicache.calibration.shipped import NAME
-from hicache.cli import PROMPTS
 from hicache.demo import MODEL
 from hicache.demo.pictures import parse
+from hicache.demo.prompts import PROMPTS
 from hicache.run import Run
 from hicache.schedule import with_speedup
 from tests.support.operations import Operations

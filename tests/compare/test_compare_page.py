@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from argparse import ArgumentParser
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 from hicache import HiCacheConfig
 from hicache.cli import main
 from hicache.compare import command
-from hicache.compare import request as requests
 from hicache.compare.files import appearing
 from hicache.compare.metrics import METRICS
 from hicache.compare.origin import Origin
@@ -176,12 +174,12 @@ def test_the_command_on_the_page_asks_for_the_same(request_, tmp_path, monkeypat
         metrics=("ssim",),
         call={"guidance_scale": 1.5, "width": 64, "height": 32},
     )
+    asked: list[Request] = []
+    monkeypatch.setattr(command, "run", asked.append)
     for one in (replace(request_, out=Path("compare.html")), other):
-        parser = ArgumentParser()
-        requests.arguments(parser)
-        words = shlex.split(one.command())
-        assert words[:2] == ["hicache", "compare"]
-        assert requests.read(parser.parse_args(words[2:]), ()) == one
+        program, *words = shlex.split(one.command())
+        assert (program, main(words)) == ("hicache", 0)
+        assert asked.pop() == one
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@
 
 An environment for every pair of an interpreter and a version of diffusers: what is installed is the wheel of
 the source distribution, with the versions that are pinned for the pair; its ``hicache info`` and
-``hicache generate --basis hermite`` are run, and some tests, from the unpacked source distribution. uv
+``hicache demo --basis hermite`` are run, and some tests, from the unpacked source distribution. uv
 installs where it is found, and pip elsewhere; a torch of several GB is among what is fetched, so this is not
 part of any other command. Interpreters are those on PATH, and those that ``--python`` names.
 """
@@ -145,7 +145,7 @@ def try_pair(python: Python, diffusers: str | None, source: Path, folder: Path) 
         row["native"] = usable[1] if usable else "not usable"
         stage = "demo"
         drawn = run(
-            [bin / "hicache", "generate", "--basis", "hermite", "--repeats", "1", "--out", picture],
+            [bin / "hicache", "demo", "--basis", "hermite", "--repeats", "1", "--out", picture],
             log,
             folder,
         )

@@ -22,7 +22,7 @@ def main() -> None:
     sys.meta_path.insert(0, Missing())
     from hicache.cli import main as run
 
-    picture = ["generate", "a red ring on blue", "--out", sys.argv[1]]
+    picture = ["demo", "a red ring on blue", "--out", sys.argv[1]]
     assert run(["info"]) == 0
     assert run([*picture, "--steps", "5"]) == 0
     assert run([*picture, "--backend", "native"]) == 2

@@ -262,7 +262,7 @@ def _qwen_prompts(size: int) -> Arguments:
     return {**_prompts(1, 5, 16, negative=4), **masks, "true_cfg_scale": 4.0, **_latent(size)}
 
 
-def _qwen_autoencoder() -> diffusers.AutoencoderKLQwenImage:
+def qwen_autoencoder() -> diffusers.AutoencoderKLQwenImage:
     return diffusers.AutoencoderKLQwenImage(
         base_dim=24,
         z_dim=4,
@@ -285,7 +285,7 @@ def qwen_edit(plus: bool = False) -> Built:
     pipeline_qwenimage_edit.calculate_dimensions = lambda area, ratio: (32, 32, None)
     pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = 32 * 32
     pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE = 32 * 32
-    vae = _qwen_autoencoder()
+    vae = qwen_autoencoder()
     kind = "QwenImageEditPlusPipeline" if plus else "QwenImageEditPipeline"
     pipe = _pipeline(kind, _qwen_transformer(zero_cond_t=plus), vae=vae)
     return pipe, {**_qwen_prompts(32), "image": plain_picture("black", 32)}
@@ -301,7 +301,7 @@ def qwen_edit_2509() -> Built:
 def qwen_layered() -> Built:
     """Three pictures are drawn, the layers and the whole; the last is given."""
     pipeline_qwenimage_layered.calculate_dimensions = lambda area, ratio: (32, 32)
-    vae = _qwen_autoencoder()
+    vae = qwen_autoencoder()
     model = _qwen_transformer(use_layer3d_rope=True, use_additional_t_cond=True)
     # of the text encoder its dtype is asked
     pipe = _pipeline("QwenImageLayeredPipeline", model, vae=vae, text_encoder=vae)
@@ -333,7 +333,7 @@ def qwen_controlnet(union: bool = False) -> Built:
     controlnet = randomize(controlnet.eval())
     if union:
         controlnet = diffusers.QwenImageMultiControlNetModel([controlnet])
-    parts = {"vae": _qwen_autoencoder(), "controlnet": controlnet}
+    parts = {"vae": qwen_autoencoder(), "controlnet": controlnet}
     pipe = _pipeline("QwenImageControlNetPipeline", model, **parts)
     return pipe, {**_qwen_prompts(32), **_controls(1 + union, size=32)}
 
