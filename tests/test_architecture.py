@@ -64,6 +64,7 @@ LAYERS = [
     {"hicache.demo"},
     {"hicache.fitting"},
     {"hicache.launch"},
+    {"hicache.compare"},
     {"hicache.cli"},
 ]
 # The module that calls kernels, and all that any other may use of hicache_kernels.

@@ -71,13 +71,15 @@ def test_wheel(checkout, monkeypatch):
         stale.write_text("raise AssertionError")
     monkeypatch.setenv("HICACHE_REPOSITORY_URL", URL + "/")
     wheel = zipfile.ZipFile(make("wheel", checkout, monkeypatch))
-    assert "hicache/fast.py" in wheel.namelist()
+    assert {"hicache/fast.py", "hicache/compare/templates/page.html.j2"} <= set(wheel.namelist())
     assert not [name for name in wheel.namelist() if name.endswith("gone.py")]
     text = wheel.read(f"hicache-{__version__}.dist-info/METADATA").decode()
     assert "Description-Content-Type: text/markdown\n" in text
     assert f"Project-URL: Repository, {URL}\n" in text
     assert f"({URL}/raw/HEAD/docs/demo.png)" in text
-    assert {"all", "bench", "demo", "test"} <= set(re.findall(r"^Provides-Extra: (\w+)$", text, re.MULTILINE))
+    assert {"all", "bench", "compare", "demo", "test"} <= set(
+        re.findall(r"^Provides-Extra: (\w+)$", text, re.MULTILINE)
+    )
     for package in ("transformers", "accelerate", "peft", "sentencepiece"):
         assert re.search(rf"^Requires-Dist: {package}.*extra == .all.$", text, re.MULTILINE), package
 

@@ -28,6 +28,7 @@ class Method:
         runs_blocks: at skipped steps it runs some of the transformer's blocks.
         looks: what it decides or fits depends on what is drawn. Pictures are drawn one by one then, as they
             would be for one who asks for one; else together, which changes nothing but the roundings.
+        fitted: its numbers were fitted to the bundled model, so it is measured on no other.
         default: what its package's user gets who sets the interval alone.
     """
 
@@ -38,4 +39,5 @@ class Method:
     settings: tuple[float, ...] = INTERVALS
     runs_blocks: bool = False
     looks: bool = False
+    fitted: bool = False
     default: bool = False

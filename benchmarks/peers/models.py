@@ -45,6 +45,8 @@ def _flux() -> ShapesPipeline:
 
 
 def _interval_or_fastest(method: Method) -> tuple[float, ...]:
+    if method.fitted:
+        return ()
     return (7.0,) if 7.0 in method.settings else method.settings[-1:]
 
 

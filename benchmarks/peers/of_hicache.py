@@ -1,4 +1,4 @@
-"""Ours: the fixed bases over σ and order, and what a user gets by default.
+"""Ours: what a user gets by default, the bundled model's own file, and the fixed bases over σ and order.
 
 A further method is one entry: a name, and a function from the interval to the arguments of
 :func:`hicache.fast.apply`.
@@ -11,7 +11,10 @@ from typing import Any, Final
 
 import hicache.fast
 from benchmarks.peers.method import WARMUP, Method
-from hicache import HiCacheConfig
+from hicache import HiCacheConfig, full_steps
+from hicache.calibration.reader import load
+from hicache.calibration.shipped import NAME
+from hicache.demo import MODEL
 from hicache.demo.pipeline import ShapesPipeline
 
 Arguments = Callable[[int], dict[str, Any]]
@@ -21,19 +24,19 @@ SIGMAS: Final = (0.3, 0.4, 0.5, 0.6)
 ORDERS: Final = (1, 2, 3)
 
 
-def method(name: str, arguments: Arguments, default: bool = False) -> Method:
+def method(name: str, arguments: Arguments, **more: Any) -> Method:
     """Make the entry of one of our methods.
 
     Args:
         name: of the method.
         arguments: interval → keywords of :func:`hicache.fast.apply`.
-        default: this is what a user gets who sets the interval alone.
+        more: of :class:`~benchmarks.peers.method.Method`.
     """
 
     def apply(pipe: ShapesPipeline, setting: float, steps: int) -> None:
         hicache.fast.apply(pipe, **arguments(int(setting)))
 
-    return Method(name, PACKAGE, apply, default=default)
+    return Method(name, PACKAGE, apply, **more)
 
 
 def fixed(granularity: str, **settings: Any) -> Arguments:
@@ -44,8 +47,20 @@ def fixed(granularity: str, **settings: Any) -> Arguments:
     }
 
 
+def fitted(interval: int) -> dict[str, Any]:
+    """Return the arguments of the bundled model's file, with as many full steps as the interval makes.
+
+    They are what ``speedup=`` alone takes of it, of the stack, as it was fitted.
+    """
+    calibration = load(MODEL / NAME)
+    steps = calibration.entries[0].num_steps
+    count = len(full_steps(HiCacheConfig(interval=interval, warmup=WARMUP), steps))
+    return {"config": HiCacheConfig.of(calibration, count)}
+
+
 METHODS: Final = (
     method("hicache, default", lambda interval: {"config": HiCacheConfig(interval=interval)}, default=True),
+    method("hicache, fitted", fitted, fitted=True),
     method("hicache, module", fixed("module")),
     *(
         method(f"hicache, stack, Hermite σ={sigma} O={order}", fixed("stack", sigma=sigma, order=order))

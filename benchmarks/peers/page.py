@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.common.judging import NOISE_SEED, PROMPT_SEED
+from benchmarks.common.judging import NOISE_SEED, PROMPT_SEED, prompts
 from benchmarks.common.tables import markdown, shown
 from benchmarks.peers import rows
 from benchmarks.peers.__main__ import FILES
@@ -15,6 +15,9 @@ from benchmarks.peers.models import MODELS
 from benchmarks.peers.rows import Row
 from benchmarks.peers.table import METHODS, OURS
 from benchmarks.peers.wins import Win, no_more_full_steps, no_slower, wins
+from hicache.demo.prompts import random_prompts
+from hicache.fitting.command import FITTED_SEED
+from hicache.fitting.command import PICTURES as FITTED_PICTURES
 
 _INTERVAL = 7.0  # at which methods are compared in full
 
@@ -53,14 +56,20 @@ a large one.
 - **Bytes** are all tensors held after a step beyond those of an uncached run, for one picture.
 - **Operators** are torch's that compute, in a whole skipped step, with its head and the scheduler.
 - **Times** are of loops of one picture, against uncached ones in the same process, in turn.
-- LPIPS is not measured: its weights are a download of their own."""  # noqa: E501
+- LPIPS is not measured: its weights are a download of their own.
+- **hicache, fitted** is what comes with the bundled model, rows and places of full steps ([calibrating.md](calibrating.md)):
+  as many full steps as the interval makes, of which the first alone has to be full. It was fitted to {fitted} pictures, none
+  of them judged here; {shared} of their prompts are, with other noise. Of the others MagCache is calibrated, where it says so."""  # noqa: E501
 
 
 def _head(bundled: Sequence[Row]) -> Sections:
+    pictures = max((row.pictures for row in bundled), default=0)
     said = _HEAD.format(
         steps=MODELS["bundled"].steps,
         warmup=WARMUP,
-        pictures=max((row.pictures for row in bundled), default=0),
+        pictures=pictures,
+        fitted=FITTED_PICTURES,
+        shared=len({*prompts(pictures)} & {*random_prompts(FITTED_PICTURES, FITTED_SEED)}),
         prompt_seed=PROMPT_SEED,
         noise_seed=NOISE_SEED,
     )
@@ -123,12 +132,15 @@ def _by_full_steps(measured: Sequence[Row]) -> Sections:
     """The best of each side at the numbers of full steps that our intervals have."""
     lines = []
     rivals = _counted(measured)
-    default = {row.setting: row for row in rivals if row.package == OURS and METHODS[row.method].default}
+    ours = [row for row in rivals if row.package == OURS]
+    default = {row.setting: row for row in ours if METHODS[row.method].default}
+    fitted = [row for row in ours if METHODS[row.method].fitted]
     for interval, mine in sorted(default.items()):
         assert mine.full_steps is not None
         within = [row for row in rivals if no_more_full_steps(row, mine)]
         sides = (
-            [row for row in within if row.package == OURS],
+            [row for row in within if row in fitted],
+            [row for row in within if row.package == OURS and row not in fitted],
             [row for row in within if row.package != OURS and not row.runs_blocks],
             [row for row in within if row.package != OURS and row.runs_blocks],
         )
@@ -144,7 +156,8 @@ def _by_full_steps(measured: Sequence[Row]) -> Sections:
                 "N",
                 "full steps",
                 "our default",
-                "best of ours",
+                "fitted to the model",
+                "our best fixed basis",
                 "best peer that runs no block",
                 "that runs some",
             ],

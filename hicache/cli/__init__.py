@@ -1,4 +1,4 @@
-"""The ``hicache`` command: generate, demo, plan, calibrate and info."""
+"""The ``hicache`` command: generate, demo, compare, plan, calibrate and info."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import typer
 
 import hicache
 from hicache.cli.calibrate import calibrate
+from hicache.cli.compare import compare
 from hicache.cli.demo import demo
 from hicache.cli.generate import generate
 from hicache.cli.info import info
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (generate, demo, plan, calibrate, info):
+for _command in (generate, demo, compare, plan, calibrate, info):
     app.command()(_command)
 
 

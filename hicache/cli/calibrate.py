@@ -52,9 +52,10 @@ def calibrate(
     hicache calibrate --model FOLDER --prompts prompts.txt --interval 5,7 --places searched --out rows.json
     """
     from hicache.fitting.command import run
+    from hicache.launch.loading import pipeline
 
     options = {**locals(), "interval": _numbers(interval)}
-    run(SimpleNamespace(**options))
+    run(SimpleNamespace(**options), pipeline)
 
 
 def _numbers(text: str) -> list[int]:

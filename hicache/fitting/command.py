@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -16,11 +17,12 @@ PICTURES: Final = 48
 FITTED_SEED, HELD_OUT_SEED = 7, 11
 
 
-def run(options: SimpleNamespace) -> None:
+def run(options: SimpleNamespace, load: Callable[[str | None], Any]) -> None:
     """Carry the command out.
 
     Args:
         options: of the command line, by name.
+        load: gives the pipeline of a folder or a name, None being the bundled one.
 
     Raises:
         ValueError: a file that is not there or empty, or a model without prompts.
@@ -48,7 +50,7 @@ def run(options: SimpleNamespace) -> None:
         for interval in (options.interval if options.schedule is None else options.interval[:1])
     ]
     disable_progress_bar()
-    pipe = _pipeline(options.model)
+    pipe = load(options.model)
     pipe.set_progress_bar_config(disable=True)
     call = {} if options.guidance is None else {"guidance_scale": options.guidance}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -94,11 +96,20 @@ def _prompts(options: SimpleNamespace) -> tuple[list[str], list[str] | None]:
         return random_prompts(PICTURES, FITTED_SEED), judging
     if options.prompts is None:
         raise ValueError("--prompts: expected a text file of prompts, a prompt a line")
-    held_out = None if options.held_out is None else _lines("--held-out", options.held_out)
-    return _lines("--prompts", options.prompts), held_out
+    held_out = None if options.held_out is None else lines("--held-out", options.held_out)
+    return lines("--prompts", options.prompts), held_out
 
 
-def _lines(option: str, path: Path) -> list[str]:
+def lines(option: str, path: Path) -> list[str]:
+    """Prompts of a text file, a line each.
+
+    Args:
+        option: that named the file, for messages.
+        path: the file.
+
+    Raises:
+        ValueError: it cannot be read, or has no prompt.
+    """
     try:
         found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -106,13 +117,3 @@ def _lines(option: str, path: Path) -> list[str]:
     if not found:
         raise ValueError(f"{option}: expected a prompt a line in {path}, got none")
     return found
-
-
-def _pipeline(model: str | None) -> Any:
-    if model is None:
-        import hicache.demo
-
-        return hicache.demo.load()
-    from diffusers import DiffusionPipeline
-
-    return DiffusionPipeline.from_pretrained(model, torch_dtype="auto")

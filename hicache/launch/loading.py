@@ -77,6 +77,17 @@ def call_of(kind: str) -> inspect.Signature:
     return inspect.signature(class_of(kind).__call__)
 
 
+def pipeline(model: str | None) -> Any:
+    """The pipeline of a folder or a name, on a GPU if there is one; None: the bundled one, on the CPU.
+
+    Raises:
+        ModelError: it is not there, or cannot be loaded.
+    """
+    settings, _ = resolve(Settings(model=model or BUNDLED))
+    on_gpu = model is not None and torch.cuda.is_available()
+    return load(settings, Place("cuda:0" if on_gpu else "cpu"))
+
+
 def load(settings: Settings, place: Place) -> Any:
     """The pipeline, on its device, with LoRA, quiet.
 

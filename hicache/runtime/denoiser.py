@@ -121,9 +121,9 @@ class Denoiser(NotCopied):
         if not self._undo:  # removed while it waited
             self._turns.give_back()
             return None
-        given = next((value for value in model_kwargs.values() if isinstance(value, Tensor)), None)
-        if given is not None:
-            self._order.follow(given.device)
+        latents = model_kwargs.get(self._names[0])
+        if isinstance(latents, Tensor):
+            self._order.follow(latents.device)
         if torch.is_grad_enabled() and (module.training or requires_grad(model_kwargs)):
             self._warn("is called for its gradients: it runs uncached")
             return None
@@ -149,7 +149,7 @@ class Denoiser(NotCopied):
         checked = not self.hooked.side_lists
         self._begun = BegunCall(context, counter.step, args, kwargs, model_kwargs, compiled, checked)
         if track.session.latents is not None:
-            track.session.latents.see(counter.step, model_kwargs.get(self._names[0]))
+            track.session.latents.see(counter.step, latents)
         full = track.planner.is_full(self._begun)
         if full:
             track.session.begin_full(counter.step)

@@ -19,7 +19,7 @@ class StreamOrder:
         self._last: Any = None
 
     def follow(self, device: torch.device) -> None:
-        """A call begins on the current stream of a device: there, not on the host, it waits for the one before."""
+        """A call begins on the current stream of a device, and waits there for the one before it."""
         if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return
         stream = torch.cuda.current_stream(device)

@@ -58,6 +58,20 @@ def test_the_page_says_first_where_a_peer_wins():
     assert made.count("Not measured.") == 2  # times
 
 
+def test_what_is_fitted_is_apart_from_the_fixed_bases():
+    """By full steps: a basis that needs no calibration is compared by itself."""
+    measured = {"full_steps": 9.0, "pictures": 48, "blocks_run": 0.2, "psnr_worst": 30.0}
+    table = [
+        row("hicache, default", OURS, 7.0, psnr_mean=38.0, **measured),
+        row("hicache, fitted", OURS, 7.0, psnr_mean=42.0, **measured),
+        row("hicache, stack, reuse", OURS, 7.0, psnr_mean=39.0, **measured),
+        row("behind", "hicache-pp", 7.0, psnr_mean=37.0, **measured),
+    ]
+    sides = ["hicache, fitted, N=7", "hicache, stack, reuse, N=7", "behind, N=7"]
+    found = [f"{mean} / 30.0 ({side})" for mean, side in zip((42.0, 39.0, 37.0), sides, strict=True)]
+    assert f"| 7 | 9 | 38.0 / 30.0 | {' | '.join(found)} |  |" in page.text(table, [])
+
+
 @pytest.mark.parametrize(
     ("seconds", "drawn"), [("", {"a-steps.png"}), ("0.5", {"a-steps.png", "a-seconds.png"})]
 )

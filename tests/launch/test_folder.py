@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-import hicache.demo
+import hicache.fast
+from hicache import Fitted
 from hicache._version import __version__
 from hicache.cli import main
 from hicache.demo.prompts import PROMPTS
@@ -345,7 +346,25 @@ def test_the_bundled_model_is_drawn_as_by_hand(tmp_path: Path, shapes_pipe: Any)
     by_hand = shapes_pipe(PROMPTS[0], 4, generator=torch.Generator().manual_seed(0)).images[0]
     with Image.open(tmp_path / "000000.png") as picture:
         assert picture.tobytes() == by_hand.tobytes()
-    assert hicache.demo.MODEL.is_dir()
+
+
+def test_what_comes_with_the_model_is_a_mode(tmp_path: Path, shapes_pipe: Any):
+    """``fitted`` is what apply() takes of itself."""
+    out = str(tmp_path / "out")
+    assert (
+        main(["generate", PROMPTS[0], "--mode", "fitted", "--steps", "50", "--gpus", "cpu", "--out", out])
+        == 0
+    )
+    with hicache.fast.apply(shapes_pipe) as handle:
+        by_hand = shapes_pipe(PROMPTS[0], 50, generator=torch.Generator().manual_seed(0)).images[0]
+    assert isinstance(handle.stats.config.basis, Fitted)
+    with Image.open(tmp_path / "out" / "000000.png") as picture:
+        assert picture.tobytes() == by_hand.tobytes()
+    [line] = lines(tmp_path / "out")
+    assert (line["full_steps"], line["skipped_steps"]) == (
+        handle.stats.full_steps,
+        handle.stats.skipped_steps,
+    )
 
 
 def test_a_line_that_is_none_of_ours(tmp_path: Path):

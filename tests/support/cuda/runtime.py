@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hicache.cuda_graphs import arena
 from tests.support.cuda.tape import Memory, Tape, place, written
 
 # operators that make the host wait for the device
@@ -28,6 +29,15 @@ SYNCS = {
     torch.ops.aten.is_nonzero.default,
 }
 FREE = 1 << 30  # bytes of the device that are free when nothing is captured
+
+
+def cut_to_size(patch: pytest.MonkeyPatch) -> None:
+    """Have the allocator that estimates go by cut a segment for every tensor.
+
+    All that a tiny model works in would be a small part of one that torch takes.
+    """
+    for name, value in {"_SMALL": 0, "_OWN_SEGMENT": 0, "_ROUND": arena.BLOCK}.items():
+        patch.setattr(arena, name, value)
 
 
 class Violation(AssertionError):
@@ -304,6 +314,7 @@ class Runtime(TorchDispatchMode):
                 "mem_get_info": lambda device=None: (self.free, 2 * FREE),
             }.items():
                 patch.setattr(torch.cuda, name, value)
+            cut_to_size(patch)
             patch.setattr(torch._C, "_cuda_endAllocateToPool", self._end_pool, raising=False)
             patch.setattr(torch.Tensor, "record_stream", lambda tensor, to: self._record_stream(tensor, to))
             yield self
