@@ -134,7 +134,7 @@ def arguments(parser: ArgumentParser) -> None:
         ("warmup", "full steps first"),
         ("seed", "of the first picture; each has the next"),
         ("batch", "pictures drawn together"),
-        ("repeats", "timed rounds; medians count"),
+        ("repeats", "timed rounds; the fastest counts"),
     ):
         parser.add_argument(f"--{name}", type=int, default=int(known[name]), help=f"{about} ({known[name]})")
     for option in CALL:
