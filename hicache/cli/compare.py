@@ -29,7 +29,7 @@ def compare(
     warmup: Annotated[int | None, typer.Option(help="Full steps first.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the first picture; each has the next. [0]")] = None,
     batch: Annotated[int | None, typer.Option(help="Pictures drawn together. [8]")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Timed rounds; medians count. [3]")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Timed rounds; the fastest counts. [3]")] = None,
     granularity: Annotated[
         str | None, typer.Option(help="What is cached: auto, module, low-rank, stack or output.")
     ] = None,

@@ -90,6 +90,6 @@ def _print(found: Comparison) -> None:
         scores = [
             metric.text(one.mean(metric.key)) if metric.key in one.scores else "" for metric in found.metrics
         ]
-        numbers = f"{one.median_seconds:.3f}", f"{found.speedup(one):.2f}x"
+        numbers = f"{one.least_seconds:.3f}", f"{found.speedup(one):.2f}x"
         table.add_row(one.name, str(one.full_steps), *numbers, *scores)
     Console().print(table)

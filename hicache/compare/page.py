@@ -69,7 +69,7 @@ def _plain(comparison: Comparison, measured: Measured) -> dict[str, Any]:
         "full_steps": measured.full_steps,
         "skipped_steps": measured.skipped_steps,
         "bound": measured.bound,
-        "seconds": measured.median_seconds,
+        "seconds": measured.least_seconds,
         "seconds_of_rounds": measured.seconds,
         "speedup": comparison.speedup(measured),
         "history_bytes": measured.history_bytes,
@@ -99,7 +99,7 @@ def _row(comparison: Comparison, measured: Measured) -> dict[str, Any]:
         "colour": _colour(comparison, measured),
         "speedup": f"{comparison.speedup(measured):.2f}×",
         "bound": f"{measured.bound:.2f}×",
-        "seconds": f"{measured.median_seconds / len(comparison.asked):.3f}",
+        "seconds": f"{measured.least_seconds / len(comparison.asked):.3f}",
         "scores": scores,
         "best": _best(comparison, measured),
     }

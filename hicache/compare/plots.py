@@ -102,7 +102,7 @@ def _quality(metric: Metric, label: str, figure: Figure, comparison: Comparison)
     said = []
     for mode, colour, marker, mine in _lines(comparison):
         costs = [
-            one.full_steps if label == "full steps" else one.median_seconds / len(comparison.asked)
+            one.full_steps if label == "full steps" else one.least_seconds / len(comparison.asked)
             for one in mine
         ]
         means = [one.mean(metric.key) for one in mine]

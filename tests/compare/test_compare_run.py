@@ -127,7 +127,9 @@ def test_every_run_is_counted_and_each_round_timed(shapes_pipe, tmp_path):
     found = compared(shapes_pipe, asked(tmp_path, repeats=2), on_step=lambda: steps.append(0))
     # two rounds, five of them (full run and variants), two batches, untimed and timed, 12 steps
     assert len(steps) == 2 * 5 * 2 * 2 * 12
-    assert all(len(one.seconds) == 2 for one in (found.full, *found.variants))
+    for one in (found.full, *found.variants):
+        assert len(one.seconds) == 2
+        assert one.least_seconds == min(one.seconds)
     assert all(len(one.scores["psnr"]) == 3 for one in found.variants)
 
 
