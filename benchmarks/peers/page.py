@@ -29,13 +29,14 @@ def text(bundled: Sequence[Row], flux: Sequence[Row]) -> str:
     measured = [row for row in bundled if not row.note]
     sections = [
         *_head(bundled),
-        *_where_peers_win(measured),
+        *_where_peers_win(measured, bundled),
         *_by_full_steps(measured),
         *_by_interval(measured),
         *_by_threshold(measured),
         *_costs(measured),
         *_flux([row for row in flux if not row.note]),
         *_left_out(bundled, flux),
+        *_missing(bundled, flux),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -79,7 +80,12 @@ def _head(bundled: Sequence[Row]) -> Sections:
     return [said, *drawn]
 
 
-def _where_peers_win(measured: Sequence[Row]) -> Sections:
+_WINS = """Each setting of a peer against the best of all of ours that costs no more. Ours begin at N=3: peers with more full
+steps than that are compared with it. Of the peers' {wanted} settings {there} have rows so far; the last section names the
+others, at which a peer may win unseen."""  # noqa: E501
+
+
+def _where_peers_win(measured: Sequence[Row], bundled: Sequence[Row]) -> Sections:
     """Say first where others are better."""
     questions = (
         ("Mean PSNR, at no more full steps", "psnr_mean", no_more_full_steps, _counted(measured)),
@@ -87,9 +93,13 @@ def _where_peers_win(measured: Sequence[Row]) -> Sections:
         ("Mean PSNR, no slower", "psnr_mean", no_slower, _timed(measured)),
         ("The worst picture, no slower", "psnr_worst", no_slower, _timed(measured)),
     )
+    there = sum(row.package != OURS for row in bundled)
+    wanted = sum(
+        len(MODELS["bundled"].settings(method)) for method in METHODS.values() if method.package != OURS
+    )
     sections = [
         "## Where a peer wins",
-        "Each setting of a peer against the best of all of ours that costs no more.",
+        _WINS.format(there=there, wanted=wanted),
     ]
     for title, field, affordable, found in questions:
         sections.append(f"### {title}")
@@ -256,6 +266,25 @@ def _left_out(bundled: Sequence[Row], flux: Sequence[Row]) -> Sections:
     }
     lines = [[method, model, note] for (model, method), note in notes.items()]
     return ["## What does not apply", markdown(["method", "model", "why"], lines) if lines else "Nothing."]
+
+
+def _missing(bundled: Sequence[Row], flux: Sequence[Row]) -> Sections:
+    """Say which settings have no row: a table is filled as there is time, what matters most first."""
+    lines = []
+    for model, table in (("bundled", bundled), ("flux", flux)):
+        if not table:
+            lines.append(["all", model, "all"])
+            continue
+        known = {row.key for row in table}
+        for method in METHODS.values():
+            settings = MODELS[model].settings(method)
+            missing = [setting for setting in settings if (method.name, setting) not in known]
+            if missing:
+                listed = ", ".join(f"{setting:g}" for setting in missing)
+                what = "all" if len(missing) == len(settings) else f"{method.knob} {listed}"
+                lines.append([method.name, model, what])
+    table_of = markdown(["method", "model", "settings"], lines) if lines else "Nothing."
+    return ["## What is not measured yet", table_of]
 
 
 def _place(found: Sequence[Row]) -> str:

@@ -72,6 +72,25 @@ def test_what_is_fitted_is_apart_from_the_fixed_bases():
     assert f"| 7 | 9 | 38.0 / 30.0 | {' | '.join(found)} |  |" in page.text(table, [])
 
 
+def test_the_page_names_what_has_no_row():
+    """An empty cell is not a method that does not apply."""
+    name = "hicache-pp auto"
+    measured = {"full_steps": 9.0, "pictures": 48, "blocks_run": 0.2, "psnr_mean": 38.0, "psnr_worst": 30.0}
+    table = [row(name, "hicache-pp", setting, **measured) for setting in METHODS[name].settings[:-2]]
+    made = page.text(table, [])
+    listed = made[made.index("## What is not measured yet") :]
+    assert f"| {name} | bundled | interval 9, 10 |" in listed
+    assert "| hicache-pp DMD | bundled | all |" in listed
+    assert "| all | flux | all |" in listed
+    assert " settings 6 have rows so far" in made
+    whole = [
+        row(name, method.package, setting, **measured)
+        for name, method in METHODS.items()
+        for setting in method.settings
+    ]
+    assert "| bundled |" not in page.text(whole, [])
+
+
 @pytest.mark.parametrize(
     ("seconds", "drawn"), [("", {"a-steps.png"}), ("0.5", {"a-steps.png", "a-seconds.png"})]
 )
