@@ -28,6 +28,7 @@ from benchmarks.common.machine import device_name, versions
 from hicache.demo.pipeline import ShapesPipeline
 from hicache.demo.prompts import random_prompts
 from hicache.launch.drawing import Painter
+from hicache.launch.hiring import hire
 from hicache.launch.loading import Place, load, resolve
 from hicache.launch.manifest import RunFolder
 from hicache.launch.prompts import given
@@ -117,7 +118,7 @@ def worker_rows(pictures: int, steps: int, rounds: int) -> list[Row]:
     settings, backend = resolve(Settings(steps=steps))
     work = Work(given(random_prompts(pictures, 3)), settings)
     rates: dict[int, list[float]] = {1: [], 2: []}
-    teams = {count: Staff(gpus="cpu", workers=count, threads=1).hire(settings, backend) for count in rates}
+    teams = {count: hire(Staff(gpus="cpu", workers=count, threads=1), settings, backend) for count in rates}
     for workers in teams.values():
         _rate(workers, work)  # loads, and draws the first pictures
     for _ in range(rounds):

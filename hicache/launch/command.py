@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hicache.launch.backends import Backend
 from hicache.launch.forecast import memory_plan, steps_line
+from hicache.launch.hiring import hire
 from hicache.launch.loading import resolve
 from hicache.launch.manifest import RunFolder
 from hicache.launch.prompts import Prompt, PromptFile, given
@@ -93,14 +94,12 @@ def carry_out(request: Request) -> int:
 def _draw(work: Work, request: Request, settings: Settings, backend: Backend, staff: Staff) -> int:
     from hicache.launch.screen import Screen
 
-    wanted = sum(
-        1 for _ in work.pictures()
-    )  # reads all prompts: what is wrong in them is told before a folder is made
-    if not wanted:
+    # reads all prompts: what is wrong in them is told before a folder is made
+    if not sum(1 for _ in work.pictures()):
         raise ValueError("expected prompts to draw, got none after --offset")
     screen = Screen(settings.tag)
     with RunFolder(request.out, settings, request.force) as folder, screen.bar() as show:
-        summary = run(work, folder, lambda: staff.hire(settings, backend), show)
+        summary = run(work, folder, lambda: hire(staff, settings, backend), show)
     screen.end(summary, str(request.out))
     return summary.status
 

@@ -18,6 +18,9 @@ from typing import Any
 import pytest
 
 from hicache.demo.prompts import random_prompts
+from hicache.launch.cluster import Shift
+from hicache.launch.prompts import Prompt
+from hicache.launch.tasks import Picture, Task
 from tests.support.scripts import ROOT
 
 ray = pytest.importorskip("ray", reason="pip install 'hicache[cluster]'")
@@ -112,6 +115,58 @@ def test_a_cluster_draws_what_one_process_does(prompts: Path, tmp_path: Path, cl
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="workers are found by /proc")
+def test_the_others_go_on_when_a_worker_is_lost(prompts: Path, tmp_path: Path):
+    """And Ray starts it again: the launcher ends well by itself, twice robbed of a worker."""
+    out, mark = tmp_path / "out", uuid.uuid4().hex
+    process = start(prompts, out, "--workers", "2", mark=mark)
+    deadline = time.monotonic() + 300
+    for wanted in (4, 20):
+        while len(digests(out)) < wanted:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(workers_of(mark)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors
+    assert [line["error"] for line in lines(out)] == [None] * 64
+    assert sorted(digests(out)) == list(range(64))
+
+
+def task(index: int) -> Task:
+    return Task((Picture(index, index, Prompt(index, "a prompt")),), frozenset({index}))
+
+
+def test_who_has_what_when_a_worker_is_lost():
+    """Its tasks go to the others, it gets none until it is back, and what kills three workers has failed."""
+    shift, tasks = Shift(2), map(task, range(9))
+    for expected in (0, 1, 0, 1):
+        worker, one = shift.idle(), shift.next(tasks)
+        assert worker == expected
+        shift.give(f"answer {one.pictures[0].index}", worker, one)
+    assert shift.idle() is None  # everybody has one to draw and one that waits
+    for loss in range(3):
+        worker, first = shift.take("answer 0")
+        behind = [answer for answer, (whose, _) in shift.running.items() if whose == worker]
+        assert shift.lose(worker, first)
+        failed = list(shift.given_up(first, RuntimeError("it died")))
+        shift.give("back", worker, None)
+        for answer in behind:
+            _, other = shift.take(answer)
+            assert not shift.lose(worker, other)  # no news, and not charged
+            assert not list(shift.given_up(other, RuntimeError("it died")))
+        assert [made.error for _, made in failed] == ["3 workers were lost drawing it: it died"] * (loss == 2)
+        assert shift.idle() != worker
+        shift.take("back")
+        shift.away.discard(worker)
+        assert shift.idle() == worker
+        if loss < 2:
+            shift.again.remove(first)
+            shift.give("answer 0", worker, first)
+    assert [one.pictures[0].index for one in shift.again] == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="workers are found by /proc")
 def test_what_is_killed_is_made_up_for(prompts: Path, tmp_path: Path):
     """Workers and drivers in turn, at random moments; then it is started again."""
     alone, out, chance = draw(prompts, tmp_path / "one"), tmp_path / "killed", random.Random(14)
@@ -135,6 +190,7 @@ def test_what_is_killed_is_made_up_for(prompts: Path, tmp_path: Path):
                 os.kill(process.pid, signal.SIGKILL)
         process.communicate(timeout=60)
     assert draw(prompts, out, "--workers", "2") == alone
+    assert not [line["error"] for line in lines(out) if line["error"]]
     assert Counter(line["index"] for line in lines(out) if line["error"] is None) == dict.fromkeys(
         range(64), 1
     )
