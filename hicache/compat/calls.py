@@ -108,10 +108,13 @@ def inside_compiled_call(module: nn.Module) -> bool:
 def is_calling(thread: int, module: nn.Module) -> bool:
     """Whether a thread is in a call of a module (``_call_impl``, ``__call__``), or in a compiled one of any.
 
-    Compiled calls go on in functions called ``torch_dynamo_resume_in_...``.
+    Compiled calls go on in functions called ``torch_dynamo_resume_in_...``. A thread that goes on while its
+    frames are looked at may show one that is none (Python 3.11): it is in a call, then, and asked again.
     """
-    frame = sys._current_frames().get(thread)
+    frame: Any = sys._current_frames().get(thread)
     while frame is not None:
+        if not isinstance(frame, FrameType):
+            return True
         name = frame.f_code.co_name
         if name.startswith("torch_dynamo_resume") or name == "compile_wrapper":
             return True
