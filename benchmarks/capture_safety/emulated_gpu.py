@@ -132,6 +132,7 @@ class EmulatedGpu(TorchDispatchMode):
             stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor))
             stack.enter_context(mock.patch("torch.cuda.Event", functools.partial(Event, self._done)))
             stack.enter_context(mock.patch("torch.cuda.current_stream", return_value=None))
+            stack.enter_context(mock.patch("torch.cuda.is_current_stream_capturing", return_value=False))
             stack.enter_context(mock.patch.dict(os.environ, {"HICACHE_CUDA_GRAPHS": "0"}))
             # torch.tensor(…, device=…) is to show its copy
             stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
