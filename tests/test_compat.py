@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -416,6 +418,14 @@ def test_parts_of_a_model_that_stay_in_fp32():
         model = WanTransformer3DModel(num_layers=1, num_attention_heads=2, attention_head_dim=12)
     assert "time_embedder" in compat.kept_in_fp32(model)
     assert compat.kept_in_fp32(nn.Linear(2, 2)) == set()
+
+
+def test_the_class_that_a_saved_pipeline_names(tmp_path: Path):
+    pipe = diffusers.DiTPipeline(None, None, diffusers.DDIMScheduler())
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert compat.pipeline_kind(index) == "DiTPipeline", moved("model_index.json", "pipeline_kind")
+    assert compat.pipeline_kind({}) is None
 
 
 def test_every_entry_has_a_test():
