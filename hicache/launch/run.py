@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from hicache.launch.manifest import Made, RunFolder
 from hicache.launch.tasks import Picture, Work
 from hicache.launch.workers import Workers
+
+_REASONS: Final = 10  # that are told of pictures that failed; done.jsonl has them all
+_LAST: Final = 1000  # pictures whose seconds count
 
 
 @dataclass
@@ -25,8 +29,10 @@ class Summary:
     wanted: int
     there: int
     made: int = 0
-    failed: dict[int, str] = field(default_factory=dict)  # index → why
-    seconds: list[float] = field(default_factory=list)  # a picture, but for each worker's first
+    failed: int = 0
+    reasons: dict[int, str] = field(default_factory=dict)  # index → why, of the first that failed
+    # of each picture but the workers' first; of the last ones only, as there may be any number
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=_LAST))
     full_steps: int = 0
     skipped_steps: int = 0
     took: float = 0.0  # seconds, loading included
@@ -35,7 +41,9 @@ class Summary:
     def add(self, made: Made) -> None:
         """Count a picture."""
         if made.error is not None:
-            self.failed[made.index] = made.error
+            self.failed += 1
+            if len(self.reasons) < _REASONS:
+                self.reasons[made.index] = made.error
             return
         self.made += 1
         self.full_steps += made.facts["full_steps"]
@@ -51,8 +59,8 @@ class Summary:
     def rows(self) -> dict[str, str]:
         """For people."""
         steps = self.full_steps + self.skipped_steps
-        rows = {"drawn": str(self.made), "there already": str(self.there), "failed": str(len(self.failed))}
-        rows["not drawn"] = str(self.wanted - self.there - self.made - len(self.failed))
+        rows = {"drawn": str(self.made), "there already": str(self.there), "failed": str(self.failed)}
+        rows["not drawn"] = str(self.wanted - self.there - self.made - self.failed)
         if self.made:
             rows["full / all steps"] = f"{self.full_steps} / {steps}"
             rows["bound, steps / full steps"] = f"{steps / max(1, self.full_steps):.2f}x"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,8 +19,6 @@ from rich.table import Table
 
 from hicache.launch.run import Summary
 from hicache.launch.tasks import Picture
-
-_FAILURES: Final = 10  # that are shown
 
 
 class Screen:
@@ -49,8 +47,8 @@ class Screen:
             task = progress.add_task(self._title, total=None, rate="loading")
 
             def show(summary: Summary, picture: Picture) -> None:
-                done = summary.made + len(summary.failed)
-                rate = f"{done / summary.took:.3g} pictures/s, {len(summary.failed)} failed"
+                done = summary.made + summary.failed
+                rate = f"{done / summary.took:.3g} pictures/s, {summary.failed} failed"
                 progress.update(task, total=summary.wanted, completed=summary.there + done, rate=rate)
 
             yield show
@@ -63,7 +61,9 @@ class Screen:
         for name, value in summary.rows().items():
             table.add_row(name, value)
         Console().print(table)
-        for index, why in sorted(summary.failed.items())[:_FAILURES]:
+        for index, why in sorted(summary.reasons.items()):
             self._console.print(f"picture {index}: {why}", markup=False, highlight=False, soft_wrap=True)
-        if len(summary.failed) > _FAILURES:
-            self._console.print(f"… and {len(summary.failed) - _FAILURES} more: done.jsonl has them all")
+        if summary.failed > len(summary.reasons):
+            self._console.print(
+                f"… and {summary.failed - len(summary.reasons)} more: done.jsonl has them all"
+            )
