@@ -70,7 +70,7 @@ class LiveBytes(TorchDispatchMode):
         if key in self._held:
             return
         taken = [(arena, arena.take(storage.nbytes())) for arena in (self._arena, self._since_mark)]
-        size = taken[0][1].size
+        size = round_up(storage.nbytes(), BLOCK)
 
         def freed(_: Any) -> None:
             self.live -= size

@@ -98,14 +98,7 @@ def _wan() -> Parts:
 
 
 def _ltx() -> Parts:
-    vae = diffusers.AutoencoderKLLTXVideo(
-        latent_channels=8,
-        block_out_channels=(8,) * 4,
-        decoder_block_out_channels=(8,) * 4,
-        layers_per_block=(1,) * 5,
-        decoder_layers_per_block=(1,) * 5,
-    )
-    return {"vae": vae, **_one(text_models.t5())}
+    return {"vae": pipelines.ltx_vae(), **_one(text_models.t5())}
 
 
 def _cogvideox() -> Parts:

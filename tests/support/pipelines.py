@@ -493,14 +493,7 @@ def ltx(given: int = 0) -> Built:
     more: Arguments = {}
     kind = "LTXPipeline"
     if given:
-        vae = diffusers.AutoencoderKLLTXVideo(
-            latent_channels=8,
-            block_out_channels=(8,) * 4,
-            decoder_block_out_channels=(8,) * 4,
-            layers_per_block=(1,) * 5,
-            decoder_layers_per_block=(1,) * 5,
-        )
-        kind, parts, more = "LTXImageToVideoPipeline", {"vae": vae.eval()}, {"image": plain_picture()}
+        kind, parts, more = "LTXImageToVideoPipeline", {"vae": ltx_vae().eval()}, {"image": plain_picture()}
     if given > 1:
         kind = "LTXConditionPipeline"
         more = {
@@ -669,3 +662,14 @@ def in_float64(name: str) -> Built:
         for key, value in arguments.items()
     }
     return pipe.to(torch.float64), doubled
+
+
+def ltx_vae() -> Any:
+    """A small autoencoder of LTX's."""
+    return diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+    )
