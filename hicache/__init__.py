@@ -5,7 +5,7 @@
 """
 
 import importlib
-from typing import Any
+from typing import Any, Final
 
 from hicache._version import __version__
 from hicache.basis import (
@@ -55,11 +55,14 @@ __all__ = [
     "known_bases",
     "register_basis",
     "unregister_basis",
+    "wrap",
 ]
+
+_ELSEWHERE: Final = {"calibrate": "hicache.fitting", "wrap": "hicache.wrapped"}
 
 
 def __getattr__(name: str) -> Any:
-    """``hicache.calibrate``, which needs diffusers: imported when it is asked for."""
-    if name == "calibrate":
-        return importlib.import_module("hicache.fitting").calibrate
+    """What needs diffusers: imported when it is asked for."""
+    if name in _ELSEWHERE:
+        return getattr(importlib.import_module(_ELSEWHERE[name]), name)
     raise AttributeError(f"module 'hicache' has no attribute {name!r}")

@@ -60,6 +60,7 @@ LAYERS = [
     {"hicache.planned_memory"},
     {"hicache.plan"},
     {"hicache.fast"},
+    {"hicache.wrapped"},
     {"hicache.reference"},
     {"hicache.demo"},
     {"hicache.fitting"},
