@@ -169,7 +169,7 @@ def test_one_buffer_serves_two_calls_of_a_step(mode: Callable[[], Any]):
 
 def tiled_loop(transformer: nn.Module, tiles: Sequence[int], scheduler: CountingScheduler) -> list[Tensor]:
     """Pictures drawn tile by tile, each a call in every step with the same text."""
-    fixed = {name: value for name, value in flux_call(models.noise(1, 16, 4), torch.tensor(1.0)).items()}
+    fixed = dict(flux_call(models.noise(1, 16, 4), torch.tensor(1.0)))
     drawn = [models.noise(1, 16, 4) * (1 + tile / 7) for tile in tiles]
     scheduler.set_timesteps(STEPS)
     for sigma in torch.linspace(1, 0.1, STEPS):

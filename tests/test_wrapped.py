@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -46,7 +48,7 @@ def heun(network, x: Tensor, steps: int = STEPS) -> Tensor:
 
     sigmas = levels(steps)
     x = x * sigmas[0]
-    for now, later in zip(sigmas, sigmas[1:], strict=False):
+    for now, later in itertools.pairwise(sigmas):
         first = slope(x, now)
         moved = x + (later - now) * first
         if later:
