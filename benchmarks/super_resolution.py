@@ -1,7 +1,7 @@
 """Super-resolution by 4 with and without a cache: how near to the full run, and to the true picture.
 
-``python -m benchmarks.super_resolution --csv benchmarks/results/super-resolution.csv``: the bundled upscaler, 28
-steps, pictures of shapes that it was not trained on. ``whole``: 8 × 8 pixels to 32 × 32, one call a step.
+``python -m benchmarks.super_resolution --csv benchmarks/results/super-resolution.csv``: the bundled upscaler,
+28 steps, pictures of shapes that it was not trained on. ``whole``: 8 × 8 pixels to 32 × 32, one call a step.
 ``tiled``: 16 × 16 to 64 × 64 by four tiles, four calls a step with histories of their own. ``module`` records
 every attention and MLP; ``output`` what the transformer returns. Bicubic interpolation is beside it.
 """
