@@ -9,11 +9,10 @@ every attention and MLP; ``output`` what the transformer returns. Bicubic interp
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import hicache.demo
 import hicache.fast
@@ -21,6 +20,7 @@ from benchmarks.common import command, tables
 from benchmarks.common.machine import versions
 from hicache import HiCacheConfig, full_steps
 from hicache.demo import pictures, upscaler
+from hicache.demo.compare import Pictures, psnr, ssim
 
 STEPS: Final = 28
 PICTURES: Final = 48
@@ -40,8 +40,6 @@ HEADER: Final = (
     "SSIM to truth, mean",
 )
 
-Pictures = np.ndarray[Any, Any]  # [pictures, height, width, 3] in [0, 1]
-
 
 @dataclass(frozen=True)
 class Row:
@@ -55,17 +53,15 @@ class Row:
     def cells(self, full: Pictures, truth: Pictures) -> tuple[str, ...]:
         """As in :data:`HEADER`; nothing is compared with itself."""
         near = ("", "", "") if self.drawn is full else _near(self.drawn, full)
-        psnr, _, ssim = _near(self.drawn, truth)
+        true, _, like = _near(self.drawn, truth)
         steps = "" if self.full_steps is None else str(self.full_steps)
-        return (self.size, self.method, steps, *near, psnr, ssim)
+        return (self.size, self.method, steps, *near, true, like)
 
 
 def _near(drawn: Pictures, wanted: Pictures) -> tuple[str, str, str]:
     """PSNR in dB, its mean and its worst, and the mean SSIM."""
-    pairs = list(zip(drawn, wanted, strict=True))
-    psnr = [peak_signal_noise_ratio(right, left, data_range=1.0) for left, right in pairs]
-    ssim = [structural_similarity(right, left, channel_axis=2, data_range=1.0) for left, right in pairs]
-    return f"{np.mean(psnr):.2f}", f"{min(psnr):.2f}", f"{np.mean(ssim):.4f}"
+    decibels = psnr(wanted, drawn)
+    return f"{np.mean(decibels):.2f}", f"{min(decibels):.2f}", f"{np.mean(ssim(wanted, drawn)):.4f}"
 
 
 def sweep(size: str, count: int, steps: int) -> list[tuple[str, ...]]:
