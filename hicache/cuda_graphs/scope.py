@@ -34,7 +34,7 @@ class Scope:
     def _choose(self) -> None:
         self.why_not_full = None
         if self._full_only and self._eager_full is not None:
-            self.leave_out_all(f"{_NOTHING}, and of full steps: {self._eager_full}")
+            self.leave_out_all(f"{_NOTHING}, and full steps are not captured: {self._eager_full}")
         elif self._full_only:
             self._stats.partly = f"only full steps are captured: {_NOTHING}"
         elif self._eager_full is not None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import hicache.fast
 import hicache.reference
 from hicache import HiCacheConfig
+from hicache.cli import main
 from hicache.companion import FullCall
 from hicache.companions.sparse import SparseAttention, attach, square_order
 from hicache.companions.sparse.layer import Inputs, Layer, Phase, Sparsity, Tokens, Turn
@@ -20,6 +23,7 @@ from hicache.companions.sparse.order import grid_positions
 from hicache.cuda_graphs import capture_safety
 from hicache.cuda_graphs.capture import CudaBackend
 from hicache.cuda_graphs.scope import Scope
+from hicache.demo.prompts import PROMPTS
 from hicache.stats import GraphStats
 from hicache_kernels import sparse_attention as kernels
 from tests.support import pipelines
@@ -502,7 +506,28 @@ def test_skipped_steps_are_captured_and_full_ones_are_not(monkeypatch):
 def test_nothing_is_captured_where_the_rest_is_not_run():
     stats = GraphStats()
     Scope(stats, "of a reason", full_only=True)
-    assert stats.eager == "nothing of the model runs at skipped steps, and of full steps: of a reason"
+    assert stats.eager == (
+        "nothing of the model runs at skipped steps, and full steps are not captured: of a reason"
+    )
+
+
+def test_generate_has_it_as_a_mode(tmp_path, shapes_pipe):
+    arguments = ["generate", PROMPTS[0], "--steps", "12", "--interval", "2", "--gpus", "cpu"]
+    assert main([*arguments, "--mode", "sparse", "--out", str(tmp_path / "sparse")]) == 0
+    with hicache.fast.apply(shapes_pipe, HiCacheConfig(interval=2), sparse=SparseAttention()) as handle:
+        by_hand = shapes_pipe(PROMPTS[0], 12, generator=torch.Generator().manual_seed(0)).images[0]
+        assert not handle.stats.companions["transformer"].startswith("sparse attention: 0 of")
+    with Image.open(tmp_path / "sparse" / "000000.png") as picture:
+        assert picture.tobytes() == by_hand.tobytes()
+    [line] = (tmp_path / "sparse" / "done.jsonl").read_text().splitlines()
+    assert json.loads(line)["skipped_steps"] > 0
+    assert '"keep": 0.15' in (tmp_path / "sparse" / "run.json").read_text()
+    code = (
+        "import sys; from hicache.launch.settings import Settings; s = Settings(steps=9); s.plain()\n"
+        "assert 'hicache.companions.sparse' not in sys.modules; Settings(mode='sparse').plain()\n"
+        "assert 'hicache.companions.sparse' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_nothing_of_it_is_imported_by_hicache():
