@@ -1,8 +1,8 @@
 """Operations and bytes of sparse full steps by sequence length: ``python -m benchmarks.sparse_cost``.
 
-Counted, not timed: multiplications and additions of the blocks, and bytes that columns and remainders hold, for
-the true sizes of FLUX.1 and Wan-14B in bf16. What each full step does and how many columns are kept is asked of
-the code that does it. Prints a Markdown table and writes a CSV.
+Counted, not timed: multiplications and additions of the blocks, and bytes that columns and remainders hold,
+for the true sizes of FLUX.1 and Wan-14B in bf16. What each full step does and how many columns are kept is
+asked of the code that does it. Prints a Markdown table and writes a CSV.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Model:
             kept: columns.
             retaken: not for the first time, so that constants are taken in the same step.
         """
-        scores = self.dense(tokens) // 2
+        scores = self.dense(tokens) // 2 // SPARSE.sample
         few = 4 * tokens * kept * self.width
         return {
             Phase.DENSE: self.dense(tokens),

@@ -2,7 +2,7 @@
 
 Source: Chipmunk (arXiv 2506.03275), whose column-sparse attention with a cached remainder this serves.
 Nothing imports this package but who uses it. Tensors are ``[batch, heads, tokens, width]``, query, key and
-value alike in shape, dtype and device; a group is ``group`` consecutive rows, the last one perhaps fewer.
+value of one dtype and device; a group is ``group`` consecutive rows of the query, the last one perhaps fewer.
 
 CUDA tensors go to Triton where it can launch, all others to torch; ``backend="triton"`` or ``"torch"`` asks
 for one of them.
@@ -39,19 +39,19 @@ def row_constants(query: Tensor, key: Tensor, *, scale: float | None = None, bac
     """The softmax constants of every row: ``log Σ_j exp(scale · q_i·k_j)``.
 
     Args:
-        query: ``[batch, heads, tokens, width]``.
-        key: alike.
+        query: ``[batch, heads, rows, width]``: of all tokens, or of some.
+        key: ``[batch, heads, tokens, width]``.
         scale: of the products; None: ``1 / √width``.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Returns:
-        ``[batch, heads, tokens]``, float32.
+        ``[batch, heads, rows]``, float32.
 
     Raises:
-        ValueError: tensors that are not alike, or an unknown backend.
+        ValueError: tensors that do not fit, or an unknown backend.
         RuntimeError: Triton was asked for and cannot run.
     """
-    _check_alike(query, key)
+    _check_pair(query, key)
     run = _pick(backend, query)
     return run.row_constants(*_laid_out(query, key), _scale(scale, query))  # type: ignore[no-any-return]
 
@@ -70,9 +70,9 @@ def column_sums(
     With the constants of an earlier step this takes one pass, and is not exactly a sum of probabilities.
 
     Args:
-        query: ``[batch, heads, tokens, width]``.
-        key: alike.
-        constants: ``[batch, heads, tokens]``, float32, of :func:`row_constants`.
+        query: ``[batch, heads, rows, width]``.
+        key: ``[batch, heads, tokens, width]``.
+        constants: ``[batch, heads, rows]``, float32, of :func:`row_constants`.
         group: rows that are summed together.
         scale: see :func:`row_constants`.
         backend: see :func:`row_constants`.
@@ -83,7 +83,7 @@ def column_sums(
     Raises:
         ValueError, RuntimeError: as :func:`row_constants`; or a shape that does not fit.
     """
-    _check_alike(query, key)
+    _check_pair(query, key)
     _check_form("constants", constants, query.shape[:3], torch.float32)
     _check_group(group)
     run = _pick(backend, query)
@@ -108,9 +108,9 @@ def choose_columns(
     Heads are done a few at a time, so that sums never hold more than :data:`SUMS_NBYTES` or one head's.
 
     Args:
-        query: ``[batch, heads, tokens, width]``.
-        key: alike.
-        constants: ``[batch, heads, tokens]``, float32.
+        query: ``[batch, heads, rows, width]``.
+        key: ``[batch, heads, tokens, width]``.
+        constants: ``[batch, heads, rows]``, float32.
         group: rows that share their columns.
         kept: columns of a group, at most ``tokens``.
         text: columns at the beginning that every group keeps.
@@ -123,14 +123,15 @@ def choose_columns(
     Raises:
         ValueError, RuntimeError: as :func:`column_sums`; or a number of columns that cannot be had.
     """
-    batch, heads, tokens = query.shape[:3]
+    _check_pair(query, key)
+    batch, heads, tokens = key.shape[:3]
     if not text <= kept <= tokens or kept < 1:
         raise ValueError(
             f"hicache_kernels: expected {max(1, text)} (the text's) to {tokens} (all) columns, got {kept}"
         )
     _check_group(group)
     query, key = _laid_out(query, key)
-    most = max(1, SUMS_NBYTES // (4 * batch * -(-tokens // group) * tokens))
+    most = max(1, SUMS_NBYTES // (4 * batch * -(-query.shape[2] // group) * tokens))
     return torch.cat(
         [
             top_columns(
@@ -223,8 +224,8 @@ def _token_major(tensor: Tensor) -> Tensor:
 
 
 def _laid_out(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with the same strides, channels next to each other; copies where they are not."""
-    if query.stride() == key.stride() and query.stride(-1) == 1:
+    """Both with the same strides but for their batches, channels next to each other; else copies that are."""
+    if query.stride()[1:] == key.stride()[1:] and query.stride(-1) == 1:
         return query, key
     return _token_major(query), _token_major(key)
 
@@ -237,6 +238,13 @@ def _check_alike(*tensors: Tensor) -> None:
             "hicache_kernels: expected tensors [batch, heads, tokens, width] of one shape, dtype and device, "
             f"got {', '.join(found)}"
         )
+
+
+def _check_pair(query: Tensor, key: Tensor) -> None:
+    """Check rows of a query against a key."""
+    if query.ndim == 4 and key.ndim == 4:
+        query = query[:, :, :1].expand(-1, -1, key.shape[2], -1)  # as many rows as there are tokens
+    _check_alike(query, key)
 
 
 def _check_form(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -16,12 +16,11 @@ CHUNK: Final = 1 << 25  # elements of one intermediate tensor
 
 
 def row_constants(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """``log Σ_j exp(scale · q_i·k_j)`` of every row i, ``[batch, heads, tokens]`` in float32."""
-    tokens = query.shape[2]
-    rows = max(1, CHUNK // (query.shape[0] * tokens))
+    """``log Σ_j exp(scale · q_i·k_j)`` of every row i, ``[batch, heads, rows]`` in float32."""
+    rows = max(1, CHUNK // (key.shape[0] * key.shape[2]))
     found = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     for head in range(query.shape[1]):
-        for begin in range(0, tokens, rows):
+        for begin in range(0, query.shape[2], rows):
             at = slice(begin, begin + rows)
             found[:, head, at] = _scores(query[:, head, at], key[:, head], scale).logsumexp(-1)
     return found
@@ -32,8 +31,8 @@ def column_sums(query: Tensor, key: Tensor, constants: Tensor, group: int, scale
 
     ``[batch, heads, groups, tokens]``.
     """
-    batch, heads, tokens, _ = query.shape
-    groups = -(-tokens // group)
+    batch, heads, tokens, _ = key.shape
+    groups = -(-query.shape[2] // group)
     sums = torch.empty(batch, heads, groups, tokens, dtype=torch.float32, device=query.device)
     for head in range(heads):
         for index in range(groups):

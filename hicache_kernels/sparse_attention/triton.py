@@ -107,8 +107,10 @@ if MISSING is None:
         query,
         key,
         out,
+        queries,
         tokens,
         heads,
+        query_batch_stride,
         batch_stride,
         head_stride,
         token_stride,
@@ -118,12 +120,14 @@ if MISSING is None:
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
     ):
-        """``out[batch, heads, tokens] = log Σ_j exp(…)`` of every row; ``scale`` has log₂ e in it."""
+        """``out[batch, heads, queries] = log Σ_j exp(…)`` of every row; ``scale`` has log₂ e in it."""
         tile = tl.program_id(0).to(tl.int64)
-        sample, head, _, row, real = _rows(tile, tokens, heads, ROWS, ROWS)
+        sample, head, _, row, real = _rows(tile, queries, heads, ROWS, ROWS)
         channel = tl.arange(0, BLOCK_WIDTH)
         begin = sample * batch_stride + head * head_stride
-        at = begin + row[:, None] * token_stride + channel[None, :]  # [R, W]
+        at = (
+            sample * query_batch_stride + head * head_stride + row[:, None] * token_stride + channel[None, :]
+        )  # [R, W]
         rows = tl.load(query + at, mask=real[:, None] & (channel < WIDTH)[None, :], other=0.0)
         best = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
@@ -138,7 +142,7 @@ if MISSING is None:
             best = higher
         # from log₂ to log
         natural = (best + tl.log2(total)) * 0.6931471805599453
-        tl.store(out + (sample * heads + head) * tokens + row, natural, mask=real)
+        tl.store(out + (sample * heads + head) * queries + row, natural, mask=real)
 
     @triton.jit
     def _column_sums_kernel(
@@ -146,8 +150,10 @@ if MISSING is None:
         key,
         constants,
         out,
+        queries,
         tokens,
         heads,
+        query_batch_stride,
         batch_stride,
         head_stride,
         token_stride,
@@ -160,10 +166,10 @@ if MISSING is None:
     ):
         """``out[batch, heads, groups, tokens]``: a tile of columns of one group a program, with no atomics.
 
-        ``scale`` has log₂ e in it; ``constants[batch, heads, tokens]`` have not.
+        ``scale`` has log₂ e in it; ``constants[batch, heads, queries]`` have not.
         """
         program = tl.program_id(0).to(tl.int64)
-        groups, column_tiles = tl.cdiv(tokens, GROUP), tl.cdiv(tokens, COLUMNS)
+        groups, column_tiles = tl.cdiv(queries, GROUP), tl.cdiv(tokens, COLUMNS)
         column = program % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
         group = program // column_tiles % groups
         head = program // column_tiles // groups % heads
@@ -178,12 +184,17 @@ if MISSING is None:
         for first in range(0, GROUP, ROWS):
             inside = first + tl.arange(0, ROWS)
             row = group * GROUP + inside
-            real = (inside < GROUP) & (row < tokens)
-            at = begin + row[:, None] * token_stride + channel[None, :]
+            real = (inside < GROUP) & (row < queries)
+            at = (
+                sample * query_batch_stride
+                + head * head_stride
+                + row[:, None] * token_stride
+                + channel[None, :]
+            )
             rows = tl.load(query + at, mask=real[:, None] & (channel < WIDTH)[None, :], other=0.0)
             # rows that are not there weigh nothing
             constant = tl.load(
-                constants + (sample * heads + head) * tokens + row, mask=real, other=float("inf")
+                constants + (sample * heads + head) * queries + row, mask=real, other=float("inf")
             )
             scores = _scores(rows, columns, scale) - (constant * 1.4426950408889634)[:, None]
             total += tl.sum(tl.exp2(scores), 0)
@@ -199,39 +210,45 @@ if MISSING is None:
 def _launch(
     launcher: Launcher,
     programs: int,
-    query: Tensor,
     pointers: tuple[Tensor | None, ...],
-    numbers: tuple[int, ...],
+    sizes: tuple[int, ...],
+    key: Tensor,
     scale: float,
     constants: tuple[int, ...],
 ) -> None:
-    """Launch a kernel over query, key and what follows them, all laid out as ``query`` is."""
-    width = query.shape[-1]
+    """Launch a kernel; ``sizes`` are what comes before the strides of ``key``."""
+    width = key.shape[-1]
     block = max(16, triton.next_power_of_2(width))  # the least that tensor cores multiply
     launcher(
         programs,
         pointers,
-        (query.shape[2], query.shape[1], *numbers, *query.stride()[:3], scale * _LOG2E),
+        (*sizes, *key.stride()[:3], scale * _LOG2E),
         (*constants, width, block, ROWS, COLUMNS),
         tuple(OPTIONS.items()),
     )
+
+
+def _sizes(query: Tensor, key: Tensor) -> tuple[int, ...]:
+    """Of a kernel whose rows are some of the tokens."""
+    return query.shape[2], key.shape[2], key.shape[1], query.stride(0)
 
 
 def row_constants(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """See the reference."""
     out = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     programs = out[..., ::ROWS].numel()
-    _launch(_CONSTANTS, programs, query, (query, key, out), (), scale, ())
+    _launch(_CONSTANTS, programs, (query, key, out), _sizes(query, key), key, scale, ())
     return out
 
 
 def column_sums(query: Tensor, key: Tensor, constants: Tensor, group: int, scale: float) -> Tensor:
     """See the reference."""
-    batch, heads, tokens, _ = query.shape
-    groups = -(-tokens // group)
+    batch, heads, tokens, _ = key.shape
+    groups = -(-query.shape[2] // group)
     out = torch.empty(batch, heads, groups, tokens, dtype=torch.float32, device=query.device)
     programs = batch * heads * groups * -(-tokens // COLUMNS)
-    _launch(_SUMS, programs, query, (query, key, constants.contiguous(), out), (), scale, (group,))
+    pointers = query, key, constants.contiguous(), out
+    _launch(_SUMS, programs, pointers, _sizes(query, key), key, scale, (group,))
     return out
 
 
@@ -248,6 +265,6 @@ def sparse_attention(
     """See the reference; with ``base`` added in the same launch."""
     out = torch.empty_like(query)
     programs = columns[..., 0].numel() * -(-group // ROWS)
-    numbers, constants = (columns.shape[3],), (base is not None, sign, group)
-    _launch(_SPARSE, programs, query, (query, key, value, columns, base, out), numbers, scale, constants)
+    sizes, constants = (key.shape[2], key.shape[1], columns.shape[3]), (base is not None, sign, group)
+    _launch(_SPARSE, programs, (query, key, value, columns, base, out), sizes, key, scale, constants)
     return out

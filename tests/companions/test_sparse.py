@@ -95,7 +95,7 @@ def test_2_unchanged_inputs_give_the_dense_result(text):
     given = next(walk(1))
     order = torch.randperm(256 - text, generator=torch.Generator().manual_seed(1)) + text
     tokens = Tokens(text, torch.cat([torch.arange(text), order]))
-    layer = retaken(Sparsity(0.15, 48), given, given, tokens)
+    layer = retaken(Sparsity(0.15, 48, 1), given, given, tokens)
     found = layer.attend(Turn(Phase.SPARSE, 1), tokens, inputs(*given))
     assert layer.columns.shape == (1, 2, 6, 64)
     assert (found - F.scaled_dot_product_attention(*given)).abs().max() < 1e-6
@@ -103,7 +103,7 @@ def test_2_unchanged_inputs_give_the_dense_result(text):
 
 def test_3_columns_are_chosen_with_constants_of_the_step_before():
     first, second = walk(2, size=1.0)
-    layer = retaken(Sparsity(0.15, 48), first, second, plain_order(256))
+    layer = retaken(Sparsity(0.15, 48, 1), first, second, plain_order(256))
     old, new = ((q.double() @ k.double().transpose(2, 3)) / 32**0.5 for q, k, _ in (first, second))
     weights = F.pad((new - old.logsumexp(-1, keepdim=True)).exp(), (0, 0, 0, 32))
     sums = weights.unflatten(2, (6, 48)).sum(3)
@@ -139,7 +139,7 @@ def test_5_nothing_that_is_kept_is_given_away():
     """What a step gives may be changed in place, and what is kept does not change with it."""
     first, second, third = walk(3)
     tokens = plain_order(256)
-    layers = [retaken(Sparsity(0.15, 48), first, second, tokens) for _ in range(2)]
+    layers = [retaken(Sparsity(0.15, 48, 1), first, second, tokens) for _ in range(2)]
     results = []
     for layer, spoil in zip(layers, (False, True), strict=True):
         for _ in range(3):
@@ -158,7 +158,7 @@ def test_10_errors_grow_with_staleness_and_fall_with_what_is_kept():
     tokens, errors = plain_order(256), {}
     for keep in (0.2, 0.4, 0.7):
         first, second, *later = walk(8, size=0.1)
-        layer = retaken(Sparsity(keep, 48), first, second, tokens)
+        layer = retaken(Sparsity(keep, 48, 4), first, second, tokens)
         errors[keep] = [
             relative_rms(
                 layer.attend(Turn(Phase.SPARSE, 1), tokens, inputs(*given)),
@@ -174,7 +174,7 @@ def test_10_errors_grow_with_staleness_and_fall_with_what_is_kept():
 def test_an_attention_that_was_left_out_of_a_retake_is_dense():
     first, second, third = walk(3)
     tokens = plain_order(256)
-    layer = retaken(Sparsity(0.15, 48), first, second, tokens)
+    layer = retaken(Sparsity(0.15, 48, 1), first, second, tokens)
     stale = layer.attend(Turn(Phase.SPARSE, 4), tokens, inputs(*third))
     assert torch.equal(stale, F.scaled_dot_product_attention(*third))
 
@@ -445,6 +445,7 @@ def test_masks_and_other_attention_backends_are_refused():
         ({"keep": "most"}, "expected keep to be a number, got 'most'"),
         ({"group": 0}, "group: expected an int >= 1, got 0"),
         ({"refresh": 0}, "refresh: expected an int >= 1, got 0"),
+        ({"group": 50}, "expected group to be a multiple of sample=4, got 50"),
         ({"dense_layers": -1}, "dense_layers: expected an int >= 0, got -1"),
     ],
 )

@@ -112,6 +112,23 @@ def test_3_column_sums_are_softmax_sums_with_old_constants(backend, shape):
 
 
 @backends
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=lambda s: "x".join(map(str, s)))
+def test_some_rows_tell_of_a_group(backend, shape):
+    """Constants and sums of every fourth row are those rows' own."""
+    query, key, *_ = tensors(shape)
+    some, group = query[:, :, ::4], shape[4] // 4
+    constants = sparse.row_constants(some, key, backend=backend)
+    assert (constants - scores(some, key).logsumexp(-1)).abs().max() < 1e-5
+    padded = torch.nn.functional.pad(scores(some, key).softmax(-1), (0, 0, 0, -some.shape[2] % group))
+    expected = padded.unflatten(2, (-1, group)).sum(3)
+    found = sparse.column_sums(some, key, constants, group, backend=backend)
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1e-5
+    columns = sparse.choose_columns(some, key, constants, group, 32, backend=backend)
+    assert columns.shape == (*shape[:2], -(-shape[2] // shape[4]), 32)
+
+
+@backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_scale_strides_and_heads_apart(backend, dtype):
     """Any layout that query, key and value come in, and a scale of one's own."""
@@ -172,9 +189,9 @@ def test_bad_arguments_are_named():
     query, key, value, *_ = tensors(SHAPES[0])
     columns, constants = random_columns(SHAPES[0]), torch.zeros(1, 2, 128)
     with pytest.raises(
-        ValueError, match=r"of one shape, dtype and device, got \(1, 2, 128, 32\) .*, \(1, 2, 64"
+        ValueError, match=r"of one shape, dtype and device, got \(1, 2, 128, 32\) .*, \(1, 1, 128"
     ):
-        sparse.row_constants(query, key[:, :, :64])
+        sparse.row_constants(query, key[:, :1])
     with pytest.raises(ValueError, match=r"expected constants to be \(1, 2, 128\) torch.float32, got"):
         sparse.column_sums(query, key, constants.double(), 64)
     with pytest.raises(ValueError, match=r"expected columns to be \(1, 2, 2, 64\) torch.int32, got"):

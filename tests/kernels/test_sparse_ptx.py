@@ -56,7 +56,7 @@ def compiled(name: str, dtype: str, arch: int, tokens: str = "i32", **changes: o
             signature[argument] = {"scale": "fp32", "out": "*fp32", "tokens": tokens, **POINTERS}.get(
                 argument, "i32"
             )
-        if argument not in ("tokens", "heads", "scale"):
+        if argument not in ("queries", "tokens", "heads", "scale"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(backend.OPTIONS))

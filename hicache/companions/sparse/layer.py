@@ -60,10 +60,12 @@ class Sparsity:
     Args:
         keep: share of the columns that are not text.
         group: rows that share their columns.
+        sample: of the rows of a group, every such one tells which columns those are.
     """
 
     keep: float
     group: int
+    sample: int
 
 
 @dataclass
@@ -106,7 +108,7 @@ class Layer:
 
     def __init__(self, sparsity: Sparsity) -> None:
         self._sparsity = sparsity
-        self.constants: Tensor | None = None  # [B, H, N], of the step before columns are chosen
+        self.constants: Tensor | None = None  # [B, H, N / sample], of the step before columns are chosen
         self.columns: Tensor | None = None  # [B, H, groups, kept]
         self.remainder: Tensor | None = None  # [B, H, N, D], its rows in the order of groups
         self.taken = -1  # the full step that columns and remainder are of
@@ -122,20 +124,23 @@ class Layer:
         return inputs.dense()
 
     def _take_constants(self, turn: Turn, tokens: Tokens, inputs: Inputs) -> Tensor:
-        query = _ordered(inputs.query, tokens.order)
-        self.constants = row_constants(query, inputs.key, scale=inputs.scale)
+        rows = self._sampled(_ordered(inputs.query, tokens.order))
+        self.constants = row_constants(rows, inputs.key, scale=inputs.scale)
         return inputs.dense()
 
     def _retake(self, turn: Turn, tokens: Tokens, inputs: Inputs) -> Tensor:
         out = inputs.dense()
         query, scale, group = _ordered(inputs.query, tokens.order), inputs.scale, self._sparsity.group
+        rows = self._sampled(query)
         # after a sparse step there are none of the step before
         constants, self.constants = self.constants, None
-        if constants is None or constants.shape != query.shape[:3]:
-            constants = row_constants(query, inputs.key, scale=scale)
+        if constants is None:
+            constants = row_constants(rows, inputs.key, scale=scale)
         kept = kept_columns(query.shape[2], tokens.text, self._sparsity.keep)
         self.columns = self.remainder = None  # their memory serves the new ones
-        self.columns = choose_columns(query, inputs.key, constants, group, kept, tokens.text, scale=scale)
+        self.columns = choose_columns(
+            rows, inputs.key, constants, group // self._sparsity.sample, kept, tokens.text, scale=scale
+        )
         self.remainder = sparse_attention(
             query, inputs.key, inputs.value, self.columns, group,
             base=_ordered(out, tokens.order), subtract=True, scale=scale,
@@ -153,6 +158,10 @@ class Layer:
             base=remainder, scale=inputs.scale,
         )  # fmt: skip
         return _ordered(found, tokens.back)
+
+    def _sampled(self, query: Tensor) -> Tensor:
+        """The rows that are asked for columns, each token's heads still neighbours."""
+        return query.transpose(1, 2)[:, :: self._sparsity.sample].contiguous().transpose(1, 2)
 
     @property
     def nbytes(self) -> int:

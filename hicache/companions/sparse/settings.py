@@ -22,6 +22,8 @@ class SparseAttention:
         refresh: of the full steps after warm-up, every such one is dense, and takes columns and remainder
             anew.
         dense_layers: attentions at the beginning that are always dense.
+        sample: of the rows of a group, every such one is asked which columns those are; ``group`` is a
+            multiple of it. All of them cost two passes more at every refresh, and few tell much the same.
 
     Raises:
         TypeError, ValueError: a setting of the wrong type or out of range.
@@ -31,6 +33,7 @@ class SparseAttention:
     group: int = 192
     refresh: int = 3
     dense_layers: int = 2
+    sample: int = 4
 
     def __post_init__(self) -> None:
         if not is_number(self.keep):
@@ -40,8 +43,13 @@ class SparseAttention:
         check_whole("SparseAttention: group", self.group)
         check_whole("SparseAttention: refresh", self.refresh)
         check_whole("SparseAttention: dense_layers", self.dense_layers, 0)
+        check_whole("SparseAttention: sample", self.sample)
+        if self.group % self.sample:
+            raise ValueError(
+                f"SparseAttention: expected group to be a multiple of sample={self.sample}, got {self.group}"
+            )
 
     def beside(self, denoiser: nn.Module) -> SparseSteps:
         """See :class:`hicache.companion.CompanionSettings`."""
-        sparsity = Sparsity(float(self.keep), self.group)
+        sparsity = Sparsity(float(self.keep), self.group, self.sample)
         return SparseSteps(denoiser, sparsity, self.refresh, self.dense_layers)
