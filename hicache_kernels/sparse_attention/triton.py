@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from contextlib import nullcontext
 from typing import Any, Final
 
 import torch
@@ -219,13 +220,15 @@ def _launch(
     """Launch a kernel; ``sizes`` are what comes before the strides of ``key``."""
     width = key.shape[-1]
     block = max(16, triton.next_power_of_2(width))  # the least that tensor cores multiply
-    launcher(
-        programs,
-        pointers,
-        (*sizes, *key.stride()[:3], scale * _LOG2E),
-        (*constants, width, block, ROWS, COLUMNS),
-        tuple(OPTIONS.items()),
-    )
+    # Triton launches on the current device, whatever device its arguments are on
+    with torch.cuda.device(key.device) if key.is_cuda else nullcontext():
+        launcher(
+            programs,
+            pointers,
+            (*sizes, *key.stride()[:3], scale * _LOG2E),
+            (*constants, width, block, ROWS, COLUMNS),
+            tuple(OPTIONS.items()),
+        )
 
 
 def _sizes(query: Tensor, key: Tensor) -> tuple[int, ...]:

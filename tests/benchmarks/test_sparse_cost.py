@@ -1,4 +1,4 @@
-"""The counts of sparse full steps: against the models' weights, and operations that torch counts; the page."""
+"""The counts of sparse full steps: against the models' weights and operations that torch counts; the page."""
 
 from __future__ import annotations
 

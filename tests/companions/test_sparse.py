@@ -154,6 +154,19 @@ def test_5_nothing_that_is_kept_is_given_away():
     assert torch.equal(layers[0].remainder, layers[1].remainder)
 
 
+def test_what_is_kept_has_no_gradient():
+    """A dense result may have one, as without sparse steps; nothing that is kept holds on to its graph."""
+    first, second = walk(2)
+    first[0].requires_grad_()
+    second[0].requires_grad_()
+    layer, tokens = Layer(Sparsity(0.15, 48, 4)), plain_order(256)
+    assert layer.attend(Turn(Phase.CONSTANTS), tokens, inputs(*first)).requires_grad
+    assert not layer.constants.requires_grad
+    assert layer.attend(Turn(Phase.RETAKE, 1), tokens, inputs(*second)).requires_grad
+    assert not layer.remainder.requires_grad
+    assert not layer.attend(Turn(Phase.SPARSE, 1), tokens, inputs(*second)).requires_grad
+
+
 def test_10_errors_grow_with_staleness_and_fall_with_what_is_kept():
     tokens, errors = plain_order(256), {}
     for keep in (0.2, 0.4, 0.7):
@@ -258,6 +271,17 @@ def test_7_every_layer_of_every_context_is_at_the_same_step(name):
             assert len(state.turns) == 10
             assert sorted(state.layers) == list(range(1, 1 + sparse))
             assert {layer.taken for layer in state.layers.values()} == {8}  # 2, 5, 8
+
+
+def test_text_is_always_attended_to():
+    pipe, arguments = built("flux_cfg")
+    with hicache.fast.apply(pipe, EVERY, sparse=SPARSE) as handle:
+        draw(pipe, arguments, 4)
+        [denoiser] = handle._denoisers
+        for state in denoiser.companions.members[0]._contexts.values():
+            assert state.tokens.text == 6
+            for layer in state.layers.values():
+                assert (layer.columns[..., :6] == torch.arange(6)).all()
 
 
 def test_8_two_contexts_in_turn_are_two_runs():

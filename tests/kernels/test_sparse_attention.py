@@ -216,6 +216,26 @@ def test_triton_without_a_gpu_says_why():
         sparse.row_constants(query, key, backend="triton")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@shapes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_9_on_a_card(shape, dtype):
+    """Against torch on the CPU, from the same numbers."""
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    query, key, value, base, _ = tensors(shape, dtype)
+    columns, group = random_columns(shape), shape[4]
+    there = [tensor.cuda() for tensor in (query, key, value)]
+    more = {"backend": "triton"}
+    found = sparse.sparse_attention(*there, columns.cuda(), group, base=base.cuda(), subtract=True, **more)
+    expected = sparse.sparse_attention(query, key, value, columns, group, base=base, subtract=True)
+    assert (found.cpu().double() - expected.double()).abs().max() < tolerance
+    constants = sparse.row_constants(query, key)
+    assert (sparse.row_constants(*there[:2], **more).cpu() - constants).abs().max() < 1e-3
+    sums = sparse.column_sums(*there[:2], constants.cuda(), group, **more).cpu()
+    assert (sums - sparse.column_sums(query, key, constants, group)).abs().max() < 1e-2
+
+
 def test_9_triton_in_its_interpreter():
     """These tests again, in a process where Triton's kernels run on the CPU."""
     if INTERPRETED:

@@ -115,8 +115,7 @@ class SparseSteps:
         assert self._running is not None
         state, turn = self._running
         layer = state.layers.setdefault(index, Layer(self._sparsity))
-        with torch.no_grad():
-            return layer.attend(turn, state.tokens, inputs)
+        return layer.attend(turn, state.tokens, inputs)
 
     @property
     def running(self) -> bool:

@@ -11,6 +11,7 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hicache_kernels.sparse_attention import choose_columns, kept_columns, row_constants, sparse_attention
@@ -124,12 +125,20 @@ class Layer:
         return inputs.dense()
 
     def _take_constants(self, turn: Turn, tokens: Tokens, inputs: Inputs) -> Tensor:
-        rows = self._sampled(_ordered(inputs.query, tokens.order))
-        self.constants = row_constants(rows, inputs.key, scale=inputs.scale)
+        with torch.no_grad():
+            rows = self._sampled(_ordered(inputs.query, tokens.order))
+            self.constants = row_constants(rows, inputs.key, scale=inputs.scale)
         return inputs.dense()
 
     def _retake(self, turn: Turn, tokens: Tokens, inputs: Inputs) -> Tensor:
         out = inputs.dense()
+        with torch.no_grad():
+            self._take(out, tokens, inputs)
+        self.taken = turn.taken
+        return out
+
+    def _take(self, out: Tensor, tokens: Tokens, inputs: Inputs) -> None:
+        """Choose columns, and keep what of a dense result is not theirs."""
         query, scale, group = _ordered(inputs.query, tokens.order), inputs.scale, self._sparsity.group
         rows = self._sampled(query)
         # after a sparse step there are none of the step before
@@ -145,19 +154,19 @@ class Layer:
             query, inputs.key, inputs.value, self.columns, group,
             base=_ordered(out, tokens.order), subtract=True, scale=scale,
         )  # fmt: skip
-        self.taken = turn.taken
-        return out
 
     def _sparse(self, turn: Turn, tokens: Tokens, inputs: Inputs) -> Tensor:
         remainder, columns = self.remainder, self.columns
         # an attention that was left out when remainders were taken has an old one, or none
         if self.taken != turn.taken or remainder is None or columns is None:
             return inputs.dense()
-        found = sparse_attention(
-            _ordered(inputs.query, tokens.order), inputs.key, inputs.value, columns, self._sparsity.group,
-            base=remainder, scale=inputs.scale,
-        )  # fmt: skip
-        return _ordered(found, tokens.back)
+        with torch.no_grad():
+            query = _ordered(inputs.query, tokens.order)
+            found = sparse_attention(
+                query, inputs.key, inputs.value, columns, self._sparsity.group,
+                base=remainder, scale=inputs.scale,
+            )  # fmt: skip
+            return _ordered(found, tokens.back)
 
     def _sampled(self, query: Tensor) -> Tensor:
         """The rows that are asked for columns, each token's heads still neighbours."""
