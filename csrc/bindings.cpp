@@ -27,11 +27,11 @@ history past(uintptr_t orders, int64_t order_stride, int num_orders, int type) {
           static_cast<dtype>(checked(type, 0, 3, "dtype"))};
 }
 
-scalars scalars_at(uintptr_t address, int type) {
+scalars scalars_at(uintptr_t address, int type, int64_t features = 0) {
   if (type != static_cast<int>(dtype::f32) && type != static_cast<int>(dtype::f64)) {
     throw std::invalid_argument("expected coefficients and gaps of float32 or float64");
   }
-  return {pointer(address), static_cast<dtype>(type)};
+  return {pointer(address), static_cast<dtype>(type), features};
 }
 
 // LAUNCH runs the op, and Where says where: threads on the CPU; a device and a stream on CUDA.
@@ -50,12 +50,13 @@ void update(uintptr_t orders, int64_t order_stride, int num_orders, int type, in
 
 template <auto LAUNCH, class... Where>
 void forecast(uintptr_t orders, int64_t order_stride, int num_orders, int type, int64_t numel, uintptr_t coeffs,
-              int coeffs_type, int num_coeffs, uintptr_t out, Where... where) {
+              int coeffs_type, int64_t coeffs_features, int num_coeffs, uintptr_t out, Where... where) {
   cascade_args args = {};
   args.past = past(orders, order_stride, num_orders, type);
   args.numel = numel;
   args.num_differences = checked(num_coeffs, 1, num_orders, "coeffs") - 1;
-  args.coeffs = scalars_at(coeffs, coeffs_type);
+  args.coeffs = scalars_at(coeffs, coeffs_type, coeffs_features);
+  args.slot = coeffs_features ? numel / coeffs_features : numel;
   args.out = pointer(out);
   py::gil_scoped_release release;
   LAUNCH(args, where...);
@@ -63,14 +64,15 @@ void forecast(uintptr_t orders, int64_t order_stride, int num_orders, int type, 
 
 template <auto LAUNCH, class... Where>
 void update_forecast(uintptr_t orders, int64_t order_stride, int num_orders, int type, int64_t numel,
-                     uintptr_t inv_gap, int inv_gap_type, uintptr_t coeffs, int coeffs_type, int num_coeffs,
-                     uintptr_t out, Where... where) {
+                     uintptr_t inv_gap, int inv_gap_type, uintptr_t coeffs, int coeffs_type, int64_t coeffs_features,
+                     int num_coeffs, uintptr_t out, Where... where) {
   cascade_args args = {};
   args.past = past(orders, order_stride, num_orders, type);
   args.numel = numel;
   args.num_differences = checked(num_coeffs, 1, num_orders, "coeffs") - 1;
   args.inv_gap = scalars_at(inv_gap, inv_gap_type);
-  args.coeffs = scalars_at(coeffs, coeffs_type);
+  args.coeffs = scalars_at(coeffs, coeffs_type, coeffs_features);
+  args.slot = coeffs_features ? numel / coeffs_features : numel;
   args.out = pointer(out);
   py::gil_scoped_release release;
   LAUNCH(args, where...);
@@ -80,8 +82,8 @@ void update_forecast(uintptr_t orders, int64_t order_stride, int num_orders, int
 template <auto LAUNCH, class... Where>
 void gated_sum(uintptr_t orders, int64_t order_stride, int num_orders, int type, int64_t feature_stride,
                int64_t num_features, int64_t batch, int64_t rows, int64_t channels, int base_type, uintptr_t base,
-               uintptr_t gates, uintptr_t inv_gap, int inv_gap_type, uintptr_t coeffs, int coeffs_type, int num_coeffs,
-               uintptr_t out, Where... where) {
+               uintptr_t gates, uintptr_t inv_gap, int inv_gap_type, uintptr_t coeffs, int coeffs_type,
+               int64_t coeffs_features, int num_coeffs, uintptr_t out, Where... where) {
   sum_args args = {};
   args.past = past(orders, order_stride, num_orders, type);
   args.feature_stride = feature_stride;
@@ -94,7 +96,7 @@ void gated_sum(uintptr_t orders, int64_t order_stride, int num_orders, int type,
   args.gates = pointer(gates);
   args.out = pointer(out);
   args.num_coeffs = checked(num_coeffs, 1, num_orders, "coeffs");
-  args.coeffs = scalars_at(coeffs, coeffs_type);
+  args.coeffs = scalars_at(coeffs, coeffs_type, coeffs_features);
   args.update = inv_gap != 0;
   args.inv_gap = scalars_at(inv_gap, inv_gap_type);
   py::gil_scoped_release release;

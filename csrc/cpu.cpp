@@ -90,7 +90,8 @@ bool worth_streaming(const void* out, int64_t row, int64_t numel, dtype type) {
 void launch_cascade(cascade_fn kernel, const cascade_args& args, int threads) {
   if (args.numel == 0) return;
   ++launch_count;
-  const tactic how = {0, false, false, args.out && worth_streaming(args.out, kGrain, args.numel, args.past.type)};
+  const int64_t row = args.coeffs.features ? args.slot : kGrain;
+  const tactic how = {0, false, false, args.out && worth_streaming(args.out, row, args.numel, args.past.type)};
   parallel_for(args.numel, kGrain, kLeast, threads, [&](int64_t begin, int64_t end) { kernel(args, how, begin, end); });
 }
 

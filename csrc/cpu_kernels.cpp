@@ -54,10 +54,20 @@ inline void for_each_vector(int64_t begin, int64_t end, Body body) {
 template <class A, int N>
 struct coefficients {
   A values[N];
-  explicit coefficients(const scalars& from) {
-    for (int k = 0; k < N; ++k) values[k] = scalar<A>(from, k);
+  coefficients(const scalars& from, int64_t feature) {
+    for (int k = 0; k < N; ++k) values[k] = scalar<A>(from, k, feature);
   }
 };
+
+// body(coeffs, from, to) for every piece of [begin, end) that has coefficients of its own.
+template <int COEFFS, class A, class Body>
+inline void for_each_row(const cascade_args& a, int64_t begin, int64_t end, Body body) {
+  for (int64_t i = begin; i < end;) {
+    const int64_t feature = i / a.slot, stop = smaller(end, (feature + 1) * a.slot);
+    body(coefficients<A, COEFFS>(a.coeffs, feature), i, stop);
+    i = stop;
+  }
+}
 
 // Reads the feature and the old differences, all before any store: the feature sits in the row the last one goes to.
 template <bool TAIL, int DIFFERENCES, class T, class A>
@@ -86,12 +96,13 @@ void update_forecast(const cascade_args& a, const tactic& how, int64_t begin, in
   T* const orders = static_cast<T*>(a.past.orders);
   T* const out = static_cast<T*>(a.out);
   const A inv_gap = scalar<A>(a.inv_gap, 0);
-  const coefficients<A, DIFFERENCES + 1> coeffs(a.coeffs);
-  for_each_vector<simd<A>::lanes>(begin, end, [&](auto tail, int64_t i, int count) {
-    constexpr bool TAIL = decltype(tail)::value;
-    vector_t<A> d[DIFFERENCES + 1];
-    cascade_at<TAIL, DIFFERENCES>(orders, a.past.order_stride, a.past.top, i, count, inv_gap, d);
-    put_fresh<TAIL>(out + i, evaluate<DIFFERENCES + 1>(d, coeffs.values), count, how.streamed);
+  for_each_row<DIFFERENCES + 1, A>(a, begin, end, [&](const auto& coeffs, int64_t from, int64_t to) {
+    for_each_vector<simd<A>::lanes>(from, to, [&](auto tail, int64_t i, int count) {
+      constexpr bool TAIL = decltype(tail)::value;
+      vector_t<A> d[DIFFERENCES + 1];
+      cascade_at<TAIL, DIFFERENCES>(orders, a.past.order_stride, a.past.top, i, count, inv_gap, d);
+      put_fresh<TAIL>(out + i, evaluate<DIFFERENCES + 1>(d, coeffs.values), count, how.streamed);
+    });
   });
   if (how.streamed) stream_fence();
 }
@@ -101,12 +112,13 @@ void forecast(const cascade_args& a, const tactic& how, int64_t begin, int64_t e
   using A = accumulate_t<T>;
   const T* const orders = static_cast<const T*>(a.past.orders);
   T* const out = static_cast<T*>(a.out);
-  const coefficients<A, COEFFS> coeffs(a.coeffs);
-  for_each_vector<simd<A>::lanes>(begin, end, [&](auto tail, int64_t i, int count) {
-    constexpr bool TAIL = decltype(tail)::value;
-    vector_t<A> d[COEFFS];
-    for (int k = 0; k < COEFFS; ++k) d[k] = get<TAIL>(orders + k * a.past.order_stride + i, count);
-    put_fresh<TAIL>(out + i, evaluate<COEFFS>(d, coeffs.values), count, how.streamed);
+  for_each_row<COEFFS, A>(a, begin, end, [&](const auto& coeffs, int64_t from, int64_t to) {
+    for_each_vector<simd<A>::lanes>(from, to, [&](auto tail, int64_t i, int count) {
+      constexpr bool TAIL = decltype(tail)::value;
+      vector_t<A> d[COEFFS];
+      for (int k = 0; k < COEFFS; ++k) d[k] = get<TAIL>(orders + k * a.past.order_stride + i, count);
+      put_fresh<TAIL>(out + i, evaluate<COEFFS>(d, coeffs.values), count, how.streamed);
+    });
   });
   if (how.streamed) stream_fence();
 }
@@ -121,7 +133,6 @@ void sum_blocks(const sum_args& a, const tactic& how, int64_t begin, int64_t end
   const B* const gates = static_cast<const B*>(a.gates);
   B* const out = static_cast<B*>(a.out);
   const A inv_gap = a.update ? scalar<A>(a.inv_gap, 0) : A(0);
-  const coefficients<A, COEFFS> coeffs(a.coeffs);
   // Without gates a row has no meaning: one long row keeps the vectors whole.
   const int64_t channels = gates ? a.channels : end;
   const int64_t sample = gates ? a.rows * a.channels : end;
@@ -130,6 +141,7 @@ void sum_blocks(const sum_args& a, const tactic& how, int64_t begin, int64_t end
     const int64_t block_end = smaller(block + how.block, end);
     for (int64_t feature = 0; feature < a.num_features; ++feature) {
       T* const slot = orders + feature * a.feature_stride;
+      const coefficients<A, COEFFS> coeffs(a.coeffs, feature);
       const bool first = feature == 0, last = feature == a.num_features - 1;
       // A processor's own prefetcher follows a stream, and loses it where a block ends: it may be told what comes next,
       // the block of the next feature or the next block. A prefetch may name any address; of what is read now it is none.

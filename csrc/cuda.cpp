@@ -90,7 +90,7 @@ bool aligned(const history& past) {
 void launch_cascade(const char* op, const cascade_kernels& kernels, const cascade_args& args, int device,
                     uintptr_t stream) {
   const int pack = pack_size(bytes_of(args.past.type), bytes_of(args.past.type));
-  if (args.numel % pack == 0 && aligned(args.past) && aligned(args.out)) {
+  if (args.numel % pack == 0 && args.slot % pack == 0 && aligned(args.past) && aligned(args.out)) {
     launch(op, kernels.wide[args.num_differences], args, args.numel / pack, device, stream);
   } else {
     launch(op, kernels.any, args, args.numel, device, stream);

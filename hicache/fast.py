@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from hicache.adapters import registry
 from hicache.calibration.matching import PipelineFacts
 from hicache.calibration.shipped import shipped
 from hicache.checks import check_whole
+from hicache.companion import companions
 from hicache.config import HiCacheConfig
 from hicache.cuda_graphs.capture import CudaBackend
 from hicache.cuda_graphs.runner import CHOICES, GraphRunner
@@ -49,6 +50,9 @@ from hicache.runtime.gate_rank import GATE_TOLERANCE
 from hicache.runtime.session import Session, Sessions
 from hicache.stats import ContextStats, Stats
 from hicache_kernels import BACKENDS
+
+if TYPE_CHECKING:  # nobody who does not use it imports it
+    from hicache.companion import CompanionSettings
 
 __all__ = ["ContextStats", "DenoiserPlan", "Handle", "Plan", "Stats", "apply", "plan"]
 
@@ -91,6 +95,7 @@ class Handle(BaseHandle[Denoiser]):
                 if (taken := context.engine.backend_taken) is not None
             },
             low_rank={name: found for name, track in tracks.items() if (found := track.choice.gates())},
+            companions={d.name: told for d in denoisers if (told := d.companions.describe())},
             graphs={
                 denoiser.name: dataclasses.replace(denoiser.graphs.stats)
                 for denoiser in denoisers
@@ -115,6 +120,7 @@ def apply(
     max_contexts: int = MAX_CONTEXTS,
     cuda_graphs: bool | str = "auto",
     backend: str = "auto",
+    sparse: CompanionSettings | None = None,
 ) -> Handle:
     """Cache a diffusers pipeline, or a bare transformer driven by a loop of your own.
 
@@ -155,6 +161,8 @@ def apply(
             the budget; ``"full"`` captures both in any case, ``"skipped"`` skipped steps alone. The
             environment variable ``HICACHE_CUDA_GRAPHS=0`` switches graphs off.
         backend: of :mod:`hicache_kernels`: ``"auto"`` or a name; a name never falls back silently.
+        sparse: a :class:`hicache.companions.sparse.SparseAttention`: full steps after the warm-up attend to
+            few columns, on FLUX and Wan, and run eagerly.
 
     Returns:
         Handle: its ``remove()`` restores everything.
@@ -192,6 +200,8 @@ def apply(
                 f"not known; known are {', '.join(registry.known())}; use granularity='stack' or 'auto'"
             )
 
+    beside = companions(modules, sparse=sparse)
+
     # everything that can fail has been checked: from here on the pipeline is changed
     Handle.remove_from(modules.values())
     facts = PipelineFacts(pipe, modules, granularity)
@@ -207,8 +217,9 @@ def apply(
     for name, transformer in hooked.items():
         graphs = None
         if cuda_graphs is not False:
-            graphs = GraphRunner(transformer, CudaBackend(), cuda_graphs)
-        denoisers.append(Denoiser(name, transformer, adapters[name], policy, sessions, graphs))
+            eager = beside[name].eager
+            graphs = GraphRunner(transformer, CudaBackend(), cuda_graphs, why_not_full=eager)
+        denoisers.append(Denoiser(name, transformer, adapters[name], policy, sessions, graphs, beside[name]))
     handle = Handle(sessions, denoisers, controlnets)
     handle.install()
     return handle

@@ -73,13 +73,14 @@ class Stats:
     places: tuple[int, ...] = ()  # the full steps of the run, of any of its contexts
     history_bytes: int = 0  # held, all contexts together, those the run no longer uses included
     gates_bytes: int = 0  # of gates held: of steps to come, and of low rank of whole runs
-    kept_bytes: int = 0  # of what else is kept for a run: coefficients, embeddings, prompts
+    kept_bytes: int = 0  # of what else is kept for a run: coefficients, embeddings, prompts, companions'
     cache_ms: float = 0.0  # time in recording and forecasting
     choices: dict[str, str] = field(default_factory=dict)  # denoiser → what is cached of it, and why
     backends: dict[str, str] = field(default_factory=dict)  # denoiser → what runs, and why nothing better
     graphs: dict[str, GraphStats] = field(default_factory=dict)  # denoiser → captures, replays, or why none
     controlnets: dict[str, ControlNetStats] = field(default_factory=dict)  # by the pipeline's names for them
     low_rank: dict[str, LowRankStats] = field(default_factory=dict)  # denoiser → its gates, where so cached
+    companions: dict[str, str] = field(default_factory=dict)  # denoiser → what else changed its full steps
 
     @property
     def nbytes(self) -> int:
@@ -133,6 +134,7 @@ class Stats:
             f"  full steps: {', '.join(map(str, self.places)) or 'none yet'}",
             *(f"  {name}: {choice}" for name, choice in self.choices.items()),
             *(f"  {name}: backend {taken}" for name, taken in self.backends.items()),
+            *(f"  {name}: {what}" for name, what in self.companions.items()),
             *(
                 f"  {name}: {graphs.captures} graphs captured, {graphs.nbytes:,} bytes, "
                 f"{graphs.replays} replays"

@@ -152,9 +152,15 @@ def _check_gap(op: str, inv_gap: Tensor, filled: int, orders: Tensor) -> None:
 
 
 def _check_coeffs(op: str, coeffs: Tensor, orders: Tensor, filled: int | None = None) -> None:
-    if coeffs.ndim != 1 or not coeffs.dtype.is_floating_point:
+    if not 1 <= coeffs.ndim <= 2 or not coeffs.dtype.is_floating_point:
         raise ValueError(
-            f"{op}: expected coeffs to be a floating-point tensor of one dimension, got {coeffs!r}"
+            f"{op}: expected coeffs to be a floating-point tensor [orders] or [orders, features], got "
+            f"{coeffs!r}"
+        )
+    if coeffs.ndim == 2 and coeffs.shape[1] != orders.shape[1]:
+        raise ValueError(
+            f"{op}: expected coeffs [orders, {orders.shape[1]}], a row for each feature of orders "
+            f"{tuple(orders.shape)}, got shape {tuple(coeffs.shape)}"
         )
     count = coeffs.shape[0]
     if filled is not None and count != filled + 1:

@@ -5,7 +5,8 @@ each row contiguous. The last row is also the inbox, where a full step writes it
 :class:`hicache_kernels.History`). ``filled`` is num_differences: how many differences exist from earlier
 full steps and enter the recursion, 0 … O; rows beyond them are never read, so their memory may hold
 anything. ``inv_gap`` is 1 / (steps since the last full step) and ``coeffs`` the forecast's coefficients α,
-lowest order first; both are tensors on the device of ``orders``. Differences and forecasts are computed in
+lowest order first, for all features or ``[num_coeffs, features]``, a row for each feature of ``orders
+[K, features, ...]``; both are tensors on the device of ``orders``. Differences and forecasts are computed in
 fp32 (float64 for float64) and rounded once, on store.
 
 The ops have no derivative: with gradients enabled, a tensor that requires one is an error. What an op writes
@@ -58,7 +59,7 @@ def forecast(orders: Tensor, coeffs: Tensor, *, out: Tensor | None = None, backe
 
     Args:
         orders: ``[K, ...]``, any floating dtype.
-        coeffs: ``[number of rows that exist]``, 1 … K of them.
+        coeffs: ``[number of rows that exist]``, 1 … K of them, or as many ``[…, features]``.
         out: row-shaped result of the history's dtype; allocated when None.
         backend: ``"auto"``, or a name in ``BACKENDS``.
 
@@ -90,7 +91,7 @@ def update_forecast_(
     Args:
         orders: ``[K, ...]``, any floating dtype; updated in place.
         inv_gap: one number, 1 / steps.
-        coeffs: ``[filled + 1]``.
+        coeffs: ``[filled + 1]`` or ``[filled + 1, features]``.
         filled: differences of the previous full step that take part, 0 … K − 1.
         out: row-shaped result of the history's dtype; allocated when None.
         backend: ``"auto"``, or a name in ``BACKENDS``.
@@ -133,7 +134,8 @@ def gated_sum(
             ``base.numel()`` elements of a slot are one feature.
             :meth:`hicache_kernels.History.orders_by_feature` gives it.
         gates: ``[num_features, batch, channels]`` of base's dtype, or None for gates of one.
-        coeffs: ``[number of rows that exist]``; ``[filled + 1]`` with an update pending.
+        coeffs: ``[number of rows that exist]`` or ``[…, num_features]``; ``filled + 1`` rows with an update
+            pending.
         inv_gap: one number, 1 / steps, when an update is pending.
         filled: with an update pending, the differences of the previous full step that take part.
         out: result of base's shape and dtype; allocated when None.

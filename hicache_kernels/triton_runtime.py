@@ -102,7 +102,7 @@ class Launcher:
         self,
         grid: int,
         pointers: tuple[Tensor | None, ...],
-        numbers: tuple[int, ...],
+        numbers: tuple[float, ...],
         constants: tuple[int, ...],
         options: tuple[tuple[str, int | bool], ...],
     ) -> None:

@@ -37,7 +37,7 @@ LAYERS = [
         "hicache.snapshots",
         "hicache.trees",
     },
-    {"hicache.model_key", "hicache.run"},
+    {"hicache.companion", "hicache.model_key", "hicache.run"},
     {
         "hicache.basis",
         "hicache.chebyshev",
@@ -62,6 +62,7 @@ LAYERS = [
     {"hicache.fast"},
     {"hicache.wrapped"},
     {"hicache.reference"},
+    {"hicache.companions"},
     {"hicache.demo"},
     {"hicache.fitting"},
     {"hicache.launch"},
@@ -70,7 +71,13 @@ LAYERS = [
 ]
 # The module that calls kernels, and all that any other may use of hicache_kernels.
 ENGINE = "hicache.engine"
-USED_BY_OTHERS = {"hicache.cli.info": {"auto_backend", "backends.native"}}
+USED_BY_OTHERS = {
+    "hicache.cli.info": {"auto_backend", "backends.native"},
+    "hicache.companions.sparse.layer": {
+        f"sparse_attention.{name}"
+        for name in ("choose_columns", "kept_columns", "row_constants", "sparse_attention")
+    },
+}
 USED_BY_ANY = {"BACKENDS", "backend_status"}
 # What may touch private parts of torch, diffusers and accelerate: one package, one module of the other.
 COMPAT = ("hicache.compat", "hicache_kernels.compat")

@@ -325,6 +325,17 @@ def test_attention_backends(backend: Any):
     )
 
 
+def test_context_parallelism_is_seen():
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    processor = FluxAttnProcessor()
+    name = moved("FluxAttnProcessor._parallel_config", "is_context_parallel")
+    assert "_parallel_config" in vars(FluxAttnProcessor), name
+    assert not compat.is_context_parallel(processor)
+    processor._parallel_config = object()
+    assert compat.is_context_parallel(processor)
+
+
 def test_offloading_is_seen(layer: nn.Linear):
     from accelerate.hooks import ModelHook, add_hook_to_module
     from diffusers.hooks import HookRegistry

@@ -96,7 +96,8 @@ def test_skipped_steps_alone_are_nothing_to_capture(faked: None):
     with connect(apply(pipe, cuda_graphs="skipped")) as handle:
         draw(pipe, arguments)
         [stats] = handle.stats.graphs.values()
-    assert (stats.captures, stats.eager, stats.partly) == (0, NOTHING, None)
+    reason = f"{NOTHING}, and full steps are not captured: asked for"
+    assert (stats.captures, stats.eager, stats.partly) == (0, reason, None)
 
 
 def test_graphs_that_leave_too_little_memory_are_not_kept(faked: None, monkeypatch: pytest.MonkeyPatch):

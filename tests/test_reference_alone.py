@@ -30,6 +30,7 @@ ALLOWED = {
     "hicache.calibration.reader",
     "hicache.calibration.rules",
     "hicache.checks",
+    "hicache.companion",
     "hicache.compat",
     "hicache.json_lines",
     "hicache.model_key",

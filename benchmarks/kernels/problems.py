@@ -59,6 +59,7 @@ class Op:
     forecasts: bool = True
     sums: bool = False  # ends in a hidden state, not in a row of forecasts
     gated: bool = False
+    by_feature: bool = False  # coefficients are a row for each feature; the rows are equal here
 
     @property
     def form(self) -> str:
@@ -76,6 +77,8 @@ OPS = {
         Op("gated_sum, no gates", updates=False, sums=True),
         Op("gated_sum, update", updates=True, sums=True, gated=True),
         Op("gated_sum, no gates, update", updates=True, sums=True),
+        Op("forecast, by feature", updates=False, by_feature=True),
+        Op("gated_sum, by feature", updates=False, sums=True, gated=True, by_feature=True),
     )
 }
 
@@ -139,20 +142,25 @@ class Problem:
 
     def call(self, op: Op, backend: str) -> Call:
         """Return the call of an op on one of our backends."""
+        coeffs = self.coeffs
+        if op.by_feature:
+            coeffs = coeffs[:, None].expand(-1, self.size.features).contiguous()
         if op.sums:
             return functools.partial(
                 gated_sum,
                 self.base,
                 self.history.orders_by_feature(),
                 self.gates if op.gated else None,
-                self.coeffs,
+                coeffs,
                 inv_gap=self.inv_gap if op.updates else None,
                 filled=self.order if op.updates else 0,
                 out=self.out,
                 backend=backend,
             )
         if not op.updates:
-            return functools.partial(forecast, self.orders, self.coeffs, out=self.row, backend=backend)
+            orders = self.history.orders_by_feature() if op.by_feature else self.orders
+            row = self.row.view(orders.shape[1:])
+            return functools.partial(forecast, orders, coeffs, out=row, backend=backend)
         if not op.forecasts:
             return functools.partial(update_, self.orders, self.inv_gap, self.order, backend=backend)
         return functools.partial(
@@ -183,7 +191,7 @@ class Problem:
 
     def product(self, op: Op) -> dict[str, Call]:
         """Return the op as one matrix product, where it is one; low precision would round coefficients."""
-        if op.updates or op.gated or self.dtype.itemsize < 4:
+        if op.updates or op.gated or op.by_feature or self.dtype.itemsize < 4:
             return {}
         if not op.sums:
             return {"mm": functools.partial(eager.product_forecast, self.orders, self.coeffs[None], self.row)}

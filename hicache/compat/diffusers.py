@@ -59,6 +59,11 @@ def processor_attention_backend(processor: Any) -> str:
     return str(getattr(processor, "_attention_backend", None))
 
 
+def is_context_parallel(processor: Any) -> bool:
+    """Whether an attention has a part of the tokens on each rank (a processor's ``_parallel_config``)."""
+    return getattr(processor, "_parallel_config", None) is not None
+
+
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate (``_hf_hook``) or diffusers (``_diffusers_hook``) run code around its forward."""
     registry = module.__dict__.get("_diffusers_hook")  # may be there without any hook in it

@@ -32,10 +32,16 @@ class Captures:
         backend: what captures.
         choice: what the user asked for; other than ``"auto"``: warn where graphs cannot be had.
         limit: live graphs; the least recently used is dropped.
+        why_not_full: why full steps are to run eagerly, whatever the user asked for; None where they are not.
     """
 
     def __init__(
-        self, transformer: HookedModule, backend: CaptureBackend, choice: bool | str, limit: int = LIMIT
+        self,
+        transformer: HookedModule,
+        backend: CaptureBackend,
+        choice: bool | str,
+        limit: int = LIMIT,
+        why_not_full: str | None = None,
     ) -> None:
         self._module, self._call, self._block_lists = transformer.module, transformer.call, transformer.lists
         self._backend = backend
@@ -47,7 +53,8 @@ class Captures:
         self._sums = 0  # bytes that a full step adds features up in
         self._stale = False  # whether there are graphs of earlier runs
         self.stats = GraphStats()
-        self.scope = Scope(self.stats, choice == "skipped", full_only=transformer.skips_whole)
+        eager = why_not_full or ("asked for" if choice == "skipped" else None)
+        self.scope = Scope(self.stats, eager, full_only=transformer.skips_whole)
         self.memory = GraphMemory(self.stats, unlimited=choice == "full")
         self.blocks = BlockGraphs(self._call, backend, self.memory, limit=8 * limit)
 

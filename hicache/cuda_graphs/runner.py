@@ -50,6 +50,7 @@ class GraphRunner:
         backend: what captures.
         choice: of :data:`CHOICES`, or True: warn where graphs cannot be had unless it is ``"auto"``.
         limit: live graphs; the least recently used is dropped.
+        why_not_full: why full steps are to run eagerly, whatever the choice; None where they are not.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class GraphRunner:
         backend: CaptureBackend,
         choice: bool | str = "auto",
         limit: int = LIMIT,
+        why_not_full: str | None = None,
     ) -> None:
         self._module, self._call = transformer.module, transformer.call
         self._backend = backend
@@ -65,7 +67,7 @@ class GraphRunner:
         self._model = ModelState(transformer.module, transformer.lists)
         self._undo: Callable[[], None] | None = None
         self.due = False  # whether the current call is to be replayed: set where it begins and ends
-        self.captures = Captures(transformer, backend, choice, limit)
+        self.captures = Captures(transformer, backend, choice, limit, why_not_full)
         self.stats, self.memory = self.captures.stats, self.captures.memory
         self._scope = self.captures.scope
 

@@ -16,11 +16,11 @@ class Scope:
 
     Args:
         stats: tell the user.
-        skipped_only: whether full steps are to run eagerly.
+        why_not_full: why full steps are to run eagerly; None where they are not.
         full_only: whether skipped steps have nothing to capture.
     """
 
-    def __init__(self, stats: GraphStats, skipped_only: bool, full_only: bool = False) -> None:
+    def __init__(self, stats: GraphStats, why_not_full: str | None, full_only: bool = False) -> None:
         self._stats = stats
         self._full_only = full_only
         self.why_not_full: str | None = None
@@ -28,17 +28,17 @@ class Scope:
         self.why_not_at_all: str | None = None
         self._over_budget = False  # in this run
         self.no_room: str | None = None  # in this run, for anything
-        self._skipped_only = skipped_only
+        self._eager_full = why_not_full
         self._choose()
 
     def _choose(self) -> None:
         self.why_not_full = None
-        if self._full_only and self._skipped_only:
-            self.leave_out_all(_NOTHING)
+        if self._full_only and self._eager_full is not None:
+            self.leave_out_all(f"{_NOTHING}, and full steps are not captured: {self._eager_full}")
         elif self._full_only:
             self._stats.partly = f"only full steps are captured: {_NOTHING}"
-        elif self._skipped_only:
-            self.leave_out_full("asked for")
+        elif self._eager_full is not None:
+            self.leave_out_full(self._eager_full)
 
     def start_run(self) -> None:
         """A run starts: its histories may leave more of the budget."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -26,6 +27,12 @@ MODES: Final[dict[str, str | None]] = {
     "taylor": "taylor",
     "reuse": "reuse",
     "fitted": None,
+    "sparse": "hermite",
+}
+#: Modes with something beside the cache → the argument of :func:`hicache.fast.apply` that it is, the module
+#: of its settings, and their class.
+COMPANIONS: Final[dict[str, tuple[str, str, str]]] = {
+    "sparse": ("sparse", "hicache.companions.sparse", "SparseAttention"),
 }
 DTYPES: Final = ("auto", "bf16", "fp16", "fp32")
 FORMATS: Final = ("png", "jpg")
@@ -150,6 +157,16 @@ class Settings:
         except OSError as error:
             raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
 
+    def companions(self) -> dict[str, Any]:
+        """What takes part in full steps beside the cache: arguments of :func:`hicache.fast.apply`.
+
+        Imported here, so that nobody imports it who does not ask for it.
+        """
+        if self.mode not in COMPANIONS:
+            return {}
+        option, module, kind = COMPANIONS[self.mode]
+        return {option: getattr(importlib.import_module(module), kind)()}
+
     def resolved(self, model: str, backend: Backend) -> Settings:
         """With the family's settings where none are given: nothing but the pipeline's own is left open.
 
@@ -182,6 +199,7 @@ class Settings:
         config = self.config()
         data = {**asdict(self), "more": dict(self.more)}
         data["config"] = None if config is None else json.loads(config.to_json())
+        data |= {option: asdict(settings) for option, settings in self.companions().items()}
         data["image"] = [_contents(path) for path in self.image]
         return json.loads(json.dumps(data))  # type: ignore[no-any-return]  # tuples as a file has them
 

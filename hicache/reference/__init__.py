@@ -15,11 +15,12 @@ residuals is cached as a feature is.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from hicache import compat
+from hicache.companion import companions
 from hicache.config import HiCacheConfig
 from hicache.handle import BaseHandle
 from hicache.pipeline import (
@@ -36,6 +37,9 @@ from hicache.reference.run_settings import RunSettings
 from hicache.reference.steps import Steps, count_steps
 from hicache.reference.timer import Timer
 from hicache.stats import ControlNetStats, Stats
+
+if TYPE_CHECKING:
+    from hicache.companion import CompanionSettings
 
 __all__ = ["Handle", "apply"]
 
@@ -72,7 +76,9 @@ class Handle(BaseHandle[Denoiser]):
             places=tuple(sorted(self._settings.places)),
             history_bytes=sum(context.history_bytes for context in contexts.values())
             + sum(controlnet.nbytes for controlnet in self._controlnets.values()),
+            kept_bytes=sum(d.companions.nbytes for d in self._denoisers),
             cache_ms=self._timer.milliseconds,
+            companions={d.name: told for d in self._denoisers if (told := d.companions.describe())},
             controlnets={
                 name: ControlNetStats(controlnet.calls, controlnet.runs)
                 for name, controlnet in self._controlnets.items()
@@ -80,7 +86,13 @@ class Handle(BaseHandle[Denoiser]):
         )
 
 
-def apply(pipe: Any, config: HiCacheConfig | None = None, *, scheduler: Any = None) -> Handle:
+def apply(
+    pipe: Any,
+    config: HiCacheConfig | None = None,
+    *,
+    scheduler: Any = None,
+    sparse: CompanionSettings | None = None,
+) -> Handle:
     """Cache a diffusers pipeline, or a bare transformer, as the paper has it: slow, and to the letter.
 
     Applying again replaces the settings.
@@ -91,6 +103,7 @@ def apply(pipe: Any, config: HiCacheConfig | None = None, *, scheduler: Any = No
         config: the cache's settings; the defaults of :class:`~hicache.HiCacheConfig` when None.
         scheduler: what counts the steps, where it is not ``pipe.scheduler``. A bare transformer without one
             counts by its ``timestep`` argument.
+        sparse: as for :func:`hicache.fast.apply`.
 
     Returns:
         Handle: its ``remove()`` restores everything.
@@ -106,6 +119,7 @@ def apply(pipe: Any, config: HiCacheConfig | None = None, *, scheduler: Any = No
         check_one_cache(module, Handle.owner)
         _check_module(pipe if isinstance(pipe, nn.Module) else getattr(pipe, name), module)
     source = find_scheduler(pipe, scheduler)
+    beside = companions(modules, sparse=sparse)
     # everything that can fail has been checked: from here on the pipeline is changed
     Handle.remove_from(modules.values())
     steps, timer = count_steps(source), Timer()
@@ -114,7 +128,7 @@ def apply(pipe: Any, config: HiCacheConfig | None = None, *, scheduler: Any = No
         name: ControlNet(module, settings, steps, timer) for name, module in find_controlnets(pipe).items()
     }
     denoisers = [
-        Denoiser(name, module, settings, steps, timer, [*controlnets.values()])
+        Denoiser(name, module, settings, steps, timer, [*controlnets.values()], beside[name])
         for name, module in modules.items()
     ]
     handle = Handle(denoisers, controlnets, settings, steps, timer)

@@ -92,6 +92,7 @@ class Context:
         self.num_steps = num_steps
         self.last_full: int | None = None
         self.full_steps = 0
+        self.recorded = 0  # full steps since the histories began
         self.skipped_steps = 0
         self.features: dict[Key, Feature] = {}
         self.scale: Any = None  # of the ControlNet, if there is one
@@ -100,6 +101,7 @@ class Context:
     def release(self) -> None:
         self.features.clear()
         self.last_full = None
+        self.recorded = 0
 
     @property
     def stats(self) -> ContextStats:
@@ -126,6 +128,7 @@ class Context:
         for key, output in outputs.items():
             self.features[key].record(step, output)
         self.last_full = step
+        self.recorded += 1
 
     def forecast(self, step: int, key: Key) -> Any:
         """What a submodule would give at a skipped step."""

@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from hicache.companion import Companions, FullCall
 from hicache.reference.blocks import Part, cached_parts
 from hicache.reference.context import Context, Key, form, wants_gradients
 from hicache.reference.controlnet import ControlNet
@@ -69,6 +70,7 @@ class Denoiser:
         steps: counts the steps of all denoisers of the pipeline.
         timer: of all of them, too.
         controlnets: that the pipeline calls before it.
+        companions: take part in its full steps, not installed yet; None for none.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Denoiser:
         steps: Steps,
         timer: Timer,
         controlnets: Sequence[ControlNet] = (),
+        companions: Companions | None = None,
     ) -> None:
         self.name = name
         self.module = module
@@ -87,6 +90,7 @@ class Denoiser:
         self._steps = steps
         self._timer = timer
         self._controlnets = controlnets
+        self.companions = companions or Companions()
         self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self._run = -1
         self._step = -1
@@ -97,6 +101,7 @@ class Denoiser:
         self._hooks: list[Any] = []
 
     def install(self) -> None:
+        self.companions.install()
         self._hooks = [
             self.module.register_forward_pre_hook(self._before, with_kwargs=True),
             self.module.register_forward_hook(self._after, always_call=True),
@@ -107,10 +112,12 @@ class Denoiser:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self.companions.remove()
 
     def release(self) -> None:
         for context in self.contexts.values():
             context.release()
+        self.companions.release()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._call is not None:
@@ -136,6 +143,7 @@ class Denoiser:
         self._call = _Call(context, self._step - context.first_step, self._timer)
         if self._call.full:
             self._settings.note(self._step)
+            self.companions.begin(FullCall(context, context.recorded, context.config.warmup, named))
         for part in cached_parts(module):  # looked up anew: adapters may have replaced some since
             self._undo.append(_replace_forward(part, self._call))
 
@@ -157,6 +165,7 @@ class Denoiser:
 
     def _end(self) -> None:
         self._call = None
+        self.companions.end()
         while self._undo:
             self._undo.pop()()
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from hicache.companion import FullCall
 from hicache.engine import Engine
 from hicache.runtime.conditions import Conditions
 from hicache.runtime.finite import FiniteCheck
@@ -96,6 +97,7 @@ class Context:
     def _begin(self, step: int, session: Session) -> None:
         # the schedule counts from here: a second denoiser warms up when it starts
         self.first_step = step
+        self.trusted_steps = 0  # full steps since nothing of what was before is used
         num_steps, sigmas = session.clock.num_steps, session.sigmas
         self.engine.reset(
             session.config,
@@ -131,8 +133,14 @@ class Context:
 
     def distrust(self) -> None:
         """What is recorded is not to be forecast from: the next step is full."""
+        self.trusted_steps = 0
         self.engine.distrust()
         self.prefetch.forget()
+
+    def count_full(self) -> None:
+        """A full step has come to its end."""
+        self.full_steps += 1
+        self.trusted_steps += 1
 
     def unlearn(self) -> None:
         """What was learned of its form does not hold; what is recorded may."""
@@ -186,6 +194,10 @@ class BegunCall:
     def local_step(self) -> int:
         """The step counted from the context's first, as the schedule counts."""
         return self.step - self.context.first_step
+
+    def as_full(self, warmup: int) -> FullCall:
+        """What companions are told of it at a full step, in a run that begins with so many."""
+        return FullCall(self.context, self.context.trusted_steps, warmup, self.model_kwargs)
 
 
 class Contexts:

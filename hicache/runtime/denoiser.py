@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hicache import compat
 from hicache.adapters.base import ModuleAdapter
+from hicache.companion import Companions
 from hicache.cuda_graphs.runner import GraphRunner
 from hicache.handle import NotCopied
 from hicache.hooks.caller import CallerFinder, CallName
@@ -47,6 +48,7 @@ class Denoiser(NotCopied):
         policy: what to cache.
         sessions: what all denoisers of the pipeline share.
         graphs: captures and replays its calls; None for none.
+        companions: take part in its full steps, not installed yet; None for none.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Denoiser(NotCopied):
         policy: Policy,
         sessions: Sessions,
         graphs: GraphRunner | None = None,
+        companions: Companions | None = None,
     ) -> None:
         self.name = name
         self.module = hooked.module
@@ -64,10 +67,11 @@ class Denoiser(NotCopied):
         self.sessions = sessions
         self.graphs = graphs
         self._max_contexts = policy.max_contexts
+        self.companions = companions or Companions()
         by_module = adapter is not None and policy.by_module
         self._modules = ModuleRecorder(adapter, hooked.call) if adapter is not None and by_module else None
         track = functools.partial(Track, name, hooked, policy, self._modules, self._warn, adapter, graphs)
-        self.tracks = Tracks(track, policy.memory_budget, adapter)
+        self.tracks = Tracks(track, policy.memory_budget, adapter, self.companions)
         self._names = tuple(inspect.signature(type(self.module).forward).parameters)[1:]
         self._name = CallName(self.module)
         self._caller = CallerFinder(self.module)
@@ -84,6 +88,7 @@ class Denoiser(NotCopied):
 
     def install(self) -> None:
         """Hook the transformer."""
+        self.companions.install()
         # outside of what torch.compile makes of the model: it takes up at the model's own forward
         before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
         self._undo = [*self.hooked.watch(before, after, self._break_off), self._name.install()]
@@ -102,11 +107,13 @@ class Denoiser(NotCopied):
             while self._undo:
                 self._undo.pop()()
             self.hooked.remove()
+            self.companions.remove()
 
     def release(self) -> None:
         """Free its histories, and the graphs that are of use with them only."""
         with self._turns.none():
             self.tracks.release()
+            self.companions.release()
             if self.graphs is not None:
                 self.graphs.drop()
 
@@ -155,6 +162,7 @@ class Denoiser(NotCopied):
         args, kwargs = begun.args, begun.kwargs
         if full:
             track.planner.begin_full(begun)
+            self.companions.begin(begun.as_full(track.session.config.warmup))
         else:
             graphs = self.graphs is not None and self.graphs.stats.eager is None
             track.planner.begin_skipped(begun, replayed=graphs)
@@ -206,6 +214,7 @@ class Denoiser(NotCopied):
         track, self._begun, self._track = self._track, None, None
         if self.graphs is not None:
             self.graphs.due = False
+        self.companions.end()
         if track is not None:
             track.planner.end()
 

@@ -28,7 +28,7 @@ class OutputPlanner(CallPlanner):
         if self._hooked.call.left_out is not None:
             context.skipped_steps += 1
             return
-        context.full_steps += 1
+        context.count_full()
         try:
             returned, tensors = Returned.of(output)
         except ValueError as error:

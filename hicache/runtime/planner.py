@@ -119,7 +119,7 @@ class CallPlanner:
             context.engine.settle()
             context.skipped_steps += 1
             return
-        context.full_steps += 1
+        context.count_full()
         if call.plan is None and call.lesson is None:
             return  # compiled as a whole, and learned that nothing can be recorded
         self.take_in(begun)

@@ -7,6 +7,7 @@ from typing import Final
 
 from hicache.adapters.base import ModuleAdapter
 from hicache.adapters.gates import held_nbytes, let_go
+from hicache.companion import Companions
 from hicache.hooks.hooked import HookedModule
 from hicache.runtime.budget import Policy, RecorderChoice
 from hicache.runtime.context import Context, Contexts
@@ -68,14 +69,20 @@ class Tracks:
         make: what it has of a session, for one that it has nothing of yet.
         memory_budget: bytes for histories, gates and graphs.
         adapter: knows the model; None where nobody does.
+        companions: take part in the denoiser's full steps.
     """
 
     def __init__(
-        self, make: Callable[[Session], Track], memory_budget: int, adapter: ModuleAdapter | None
+        self,
+        make: Callable[[Session], Track],
+        memory_budget: int,
+        adapter: ModuleAdapter | None,
+        companions: Companions,
     ) -> None:
         self._make = make
         self._memory_budget = memory_budget
         self._adapter = adapter
+        self._companions = companions
         self._tracks: dict[Session, Track] = {}
 
     def of(self, session: Session) -> Track:
@@ -101,7 +108,7 @@ class Tracks:
         """Bytes of the budget that the run of a track leaves for graphs."""
         contexts = track.contexts
         held = contexts.current_nbytes + contexts.gates_nbytes + contexts.kept_nbytes
-        return self._memory_budget - held - self._adapters_nbytes
+        return self._memory_budget - held - self._adapters_nbytes - self._companions.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -115,8 +122,9 @@ class Tracks:
 
     @property
     def kept_nbytes(self) -> int:
-        """Bytes of what else is kept for a run."""
-        return sum(track.contexts.kept_nbytes for track in tuple(self._tracks.values()))
+        """Bytes of what else is kept for a run, by companions too."""
+        kept = sum(track.contexts.kept_nbytes for track in tuple(self._tracks.values()))
+        return kept + self._companions.nbytes
 
     @property
     def _adapters_nbytes(self) -> int:

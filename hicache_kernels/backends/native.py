@@ -152,7 +152,7 @@ def _run(op: str, orders: Tensor, *arguments: Tensor | int | None) -> None:
 
 
 def _scalars(scalars: Tensor | None) -> tuple[Tensor | None, int]:
-    """``coeffs[num_coeffs]`` or a gap as kernels read them, and the dtype's code; (None, 0) for None.
+    """Coefficients or a gap as kernels read them, and the dtype's code; (None, 0) for None.
 
     Contiguous, fp32 or float64, on the same device: another dtype or stride costs a copy.
     """
@@ -163,6 +163,12 @@ def _scalars(scalars: Tensor | None) -> tuple[Tensor | None, int]:
     return scalars.contiguous(), _CODES[scalars.dtype]
 
 
+def _coeffs(coeffs: Tensor) -> tuple[Tensor | int | None, ...]:
+    """Coefficients, their dtype's code, features with rows of their own (0: none), and how many orders."""
+    features = coeffs.shape[1] if coeffs.ndim == 2 else 0
+    return *_scalars(coeffs), features, len(coeffs)
+
+
 def update_(orders: Tensor, inv_gap: Tensor, num_differences: int) -> None:
     """Update ``orders[K, ...]`` in place; ``inv_gap`` is one number."""
     _run("update_", orders, orders[0].numel(), num_differences, *_scalars(inv_gap))
@@ -170,14 +176,14 @@ def update_(orders: Tensor, inv_gap: Tensor, num_differences: int) -> None:
 
 def forecast(orders: Tensor, coeffs: Tensor, out: Tensor) -> None:
     """Write the forecast of ``orders[K, ...]`` with ``coeffs[num_coeffs]`` into ``out[...]``."""
-    _run("forecast", orders, out.numel(), *_scalars(coeffs), len(coeffs), out)
+    _run("forecast", orders, out.numel(), *_coeffs(coeffs), out)
 
 
 def update_forecast_(
     orders: Tensor, inv_gap: Tensor, coeffs: Tensor, num_differences: int, out: Tensor
 ) -> None:
     """Update ``orders[K, ...]`` in place and write the forecast with ``coeffs[num_differences + 1]``."""
-    scalars = *_scalars(inv_gap), *_scalars(coeffs), len(coeffs)
+    scalars = *_scalars(inv_gap), *_coeffs(coeffs)
     _run("update_forecast_", orders, out.numel(), *scalars, out)
 
 
@@ -198,5 +204,5 @@ def gated_sum(
     batch, channels = base.shape[0], base.shape[-1]
     rows = base.numel() // (batch * channels) if base.numel() else 0
     sizes = orders.stride(1), orders.shape[1], batch, rows, channels
-    scalars = *_scalars(inv_gap), *_scalars(coeffs), len(coeffs)
+    scalars = *_scalars(inv_gap), *_coeffs(coeffs)
     _run("gated_sum", orders, *sizes, _CODES[base.dtype], base, gates, *scalars, out)

@@ -7,7 +7,8 @@ rounded once, when it is stored. Formulas are those of docs/algorithm.md ("Finit
 - ``orders[K, ...]``: ``orders[k]`` holds the difference D_k; the last row holds F while an update is due.
 - ``num_differences``: old differences that exist and enter the recursion, 0 … K − 1.
 - ``inv_gap``: 1 / h, h the steps between the last two full steps.
-- ``coeffs[num_coeffs]``: α_0 …, one for each order that exists.
+- ``coeffs[num_coeffs]``: α_0 …, one for each order that exists; or ``[num_coeffs, features]``, a row for each
+  feature of ``orders[K, features, ...]``.
 """
 
 from __future__ import annotations
@@ -59,8 +60,10 @@ def _cascade(orders: Tensor, inv_gap: Tensor, num_differences: int) -> list[Tens
 
 
 def _evaluate(differences: list[Tensor], coeffs: Tensor) -> Tensor:
-    """``Σ_k coeffs[k] · differences[k]``, lowest order first: ``[...]``, as the differences."""
+    """``Σ_k coeffs[k] · differences[k]``, lowest order first, of the shape of a difference."""
     coeffs = coeffs.to(differences[0].dtype)
+    if coeffs.ndim == 2:  # [num_coeffs, features, 1 …]
+        coeffs = coeffs.reshape(*coeffs.shape, *[1] * (differences[0].ndim - 1))
     total = differences[0] * coeffs[0]
     for k in range(1, len(differences)):
         total = total + differences[k] * coeffs[k]
@@ -94,7 +97,7 @@ def forecast(orders: Tensor, coeffs: Tensor, out: Tensor) -> None:
 
     Args:
         orders: ``[K, ...]``; rows 0 … ``num_coeffs − 1`` are read.
-        coeffs: ``[num_coeffs]``.
+        coeffs: ``[num_coeffs]``, or ``[num_coeffs, features]``.
         out: ``[...]``, a row, of the dtype of ``orders``.
     """
     out.copy_(_evaluate([_high(orders[k]) for k in range(len(coeffs))], coeffs))
@@ -108,7 +111,7 @@ def update_forecast_(
     Args:
         orders: ``[K, ...]``; updated in place.
         inv_gap: one number, 1 / h.
-        coeffs: ``[num_differences + 1]``.
+        coeffs: ``[num_differences + 1]``, or ``[num_differences + 1, features]``.
         num_differences: as in :func:`update_`.
         out: ``[...]``, a row, of the dtype of ``orders``.
     """
@@ -138,7 +141,8 @@ def gated_sum(
             base's shape, and the others are neither read nor written.
         gates: ``[num_features, batch, channels]``, one for all elements of a sample and channel; None for
             ones.
-        coeffs: ``[num_coeffs]``; ``[num_differences + 1]`` with an update pending.
+        coeffs: ``[num_coeffs]`` or ``[num_coeffs, num_features]``; with an update pending ``num_coeffs`` is
+            ``num_differences + 1``.
         inv_gap: one number, 1 / h, or None.
         num_differences: as in :func:`update_`; of no meaning without ``inv_gap``.
         out: of base's shape and dtype; may be ``base`` itself.
@@ -151,7 +155,8 @@ def gated_sum(
             differences = _cascade(slot, inv_gap, num_differences)
         else:
             differences = [_high(slot[k]) for k in range(len(coeffs))]
-        value = _evaluate(differences, coeffs).view(base.shape)
+        row = coeffs if coeffs.ndim == 1 else coeffs[:, feature]
+        value = _evaluate(differences, row).view(base.shape)
         if inv_gap is not None:
             _store(slot, differences)
         if gates is not None:  # [batch, 1 …, channels]

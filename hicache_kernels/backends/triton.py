@@ -82,13 +82,38 @@ if MISSING is None:
         _cascade(orders, stride, at, at < numel, tl.load(inv_gap).to(tl.float32), TOP, NUM_DIFFERENCES)
 
     @triton.jit
-    def _forecast_kernel(orders, coeffs, out, stride, numel, NUM_COEFFS: tl.constexpr, BLOCK: tl.constexpr):
-        """Forecast ``orders[K, numel]`` with ``coeffs[NUM_COEFFS]`` into ``out[numel]``."""
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        alphas = _load(coeffs, 1, 0, None, NUM_COEFFS)
-        differences = _load(orders, stride, at, at < numel, NUM_COEFFS)
+    def _of_feature(slot, BY_FEATURE: tl.constexpr, BLOCK: tl.constexpr):
+        """The feature a program works for, where its elements begin, and their places [BLOCK] in the feature.
+
+        A feature has ``slot`` elements, and without BY_FEATURE all are one.
+        """
+        program = tl.program_id(0).to(tl.int64)
+        feature = tl.zeros([], tl.int64)
+        if BY_FEATURE:
+            programs = tl.cdiv(tl.cast(slot, tl.int64), BLOCK)  # of a feature
+            feature = program // programs
+            program = program % programs
+        return feature, feature * slot, program * BLOCK + tl.arange(0, BLOCK)
+
+    @triton.jit
+    def _forecast_kernel(
+        orders,
+        coeffs,
+        out,
+        stride,
+        slot,
+        features,
+        NUM_COEFFS: tl.constexpr,
+        BY_FEATURE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """Forecast ``orders[K, features, slot]`` with ``coeffs[NUM_COEFFS, features]`` into ``out``."""
+        feature, begin, place = _of_feature(slot, BY_FEATURE, BLOCK)
+        at, mask = begin + place, place < slot
+        alphas = _load(coeffs, features, feature, None, NUM_COEFFS)
+        differences = _load(orders, stride, at, mask, NUM_COEFFS)
         total = _evaluate(differences, alphas)
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=at < numel)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
     def _update_forecast_kernel(
@@ -97,16 +122,18 @@ if MISSING is None:
         coeffs,
         out,
         stride,
-        numel,
+        slot,
+        features,
         TOP: tl.constexpr,
         NUM_DIFFERENCES: tl.constexpr,
+        BY_FEATURE: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """Update ``orders[K, numel]``; forecast with ``coeffs[NUM_DIFFERENCES + 1]`` into ``out[numel]``."""
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        mask = at < numel
+        """Update ``orders[K, features, slot]``; forecast with ``coeffs[NUM_DIFFERENCES + 1, features]``."""
+        feature, begin, place = _of_feature(slot, BY_FEATURE, BLOCK)
+        at, mask = begin + place, place < slot
         gap = tl.load(inv_gap).to(tl.float32)
-        alphas = _load(coeffs, 1, 0, None, NUM_DIFFERENCES + 1)
+        alphas = _load(coeffs, features, feature, None, NUM_DIFFERENCES + 1)
         new = _cascade(orders, stride, at, mask, gap, TOP, NUM_DIFFERENCES)
         tl.store(out + at, _evaluate(new, alphas).to(out.dtype.element_ty), mask=mask)
 
@@ -128,6 +155,7 @@ if MISSING is None:
         NUM_COEFFS: tl.constexpr,
         UPDATE: tl.constexpr,
         GATED: tl.constexpr,
+        BY_FEATURE: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         STAGES: tl.constexpr,
@@ -136,7 +164,7 @@ if MISSING is None:
 
         base and out are ``[batch, rows, channels]``; feature i of order k begins at k · stride + i ·
         feature_stride; gates are ``[num_features, batch, channels]``, if GATED. With UPDATE the differences
-        are updated first.
+        are updated first; with BY_FEATURE coefficients are ``[NUM_COEFFS, num_features]``.
         """
         # one axis for all tiles: the others end at 65,535 programs, which a video has more of
         tile = tl.program_id(0).to(tl.int64)
@@ -158,6 +186,9 @@ if MISSING is None:
             gap = tl.load(inv_gap).to(tl.float32)
         slot = orders
         for _ in tl.range(num_features, num_stages=STAGES):
+            if BY_FEATURE:
+                alphas = _load(coeffs, num_features, 0, None, NUM_COEFFS)
+                coeffs += 1
             if GATED:  # before any store, which loads do not overtake
                 gate = tl.load(gates + gate_at, mask=mask)
                 gates += batch * channels
@@ -238,47 +269,63 @@ def _launch(
     op: str,
     orders: Tensor,
     num_coeffs: int,
-    numel: int,
+    numbers: tuple[int, ...],
     others: tuple[Tensor, ...],
     constants: tuple[int, ...],
 ) -> None:
-    """Launch a kernel on the first ``numel`` elements of every row of ``orders[K, ...]``."""
-    if not numel:
+    """Launch a kernel on every element of a row of ``orders[K, ...]``.
+
+    Args:
+        numbers: elements of a feature, and features.
+    """
+    slot, features = numbers[0], numbers[1] if len(numbers) > 1 else 1
+    if not slot * features:
         return
     tile = tiles.tile(op, num_coeffs, orders.itemsize, 1)
-    numbers = orders.stride(0), numel
     with _on(orders):
         launcher(
-            -(-numel // tile.block),
+            -(-slot // tile.block) * features,
             (orders, *others),
-            numbers,
+            (orders.stride(0), *numbers),
             (*constants, tile.block),
             _frozen_options(tile, False),
         )
+
+
+def _features(coeffs: Tensor, numel: int) -> tuple[int, int]:
+    """Elements of a feature with coefficients of its own, and how many; all are one where none has."""
+    features = coeffs.shape[1] if coeffs.ndim == 2 else 1
+    return (numel // features if features else 0), features
 
 
 def update_(orders: Tensor, inv_gap: Tensor, num_differences: int) -> None:
     """Update ``orders[K, ...]`` in place; ``inv_gap`` is one number."""
     constants = orders.shape[0] - 1, num_differences
     numel = orders.numel() // orders.shape[0]
-    _launch(_UPDATE, "update_", orders, num_differences + 1, numel, (inv_gap,), constants)
+    _launch(_UPDATE, "update_", orders, num_differences + 1, (numel,), (inv_gap,), constants)
 
 
 def forecast(orders: Tensor, coeffs: Tensor, out: Tensor) -> None:
-    """Write the forecast of ``orders[K, ...]`` with ``coeffs[num_coeffs]`` into ``out[...]``."""
+    """Write the forecast of ``orders[K, ...]`` with ``coeffs[num_coeffs]`` into ``out[...]``.
+
+    Coefficients of a feature each are ``[num_coeffs, features]``, of ``orders[K, features, ...]``.
+    """
     tensors = coeffs.contiguous(), out  # the kernels step through coefficients by one
-    num_coeffs = coeffs.shape[0]
-    _launch(_FORECAST, "forecast", orders, num_coeffs, out.numel(), tensors, (num_coeffs,))
+    num_coeffs, numbers = coeffs.shape[0], _features(coeffs, out.numel())
+    _launch(_FORECAST, "forecast", orders, num_coeffs, numbers, tensors, (num_coeffs, coeffs.ndim == 2))
 
 
 def update_forecast_(
     orders: Tensor, inv_gap: Tensor, coeffs: Tensor, num_differences: int, out: Tensor
 ) -> None:
-    """Update ``orders[K, ...]`` in place and write the forecast with ``coeffs[num_differences + 1]``."""
-    constants = orders.shape[0] - 1, num_differences
-    tensors = inv_gap, coeffs.contiguous(), out
-    launcher, numel = _UPDATE_FORECAST, out.numel()
-    _launch(launcher, "update_forecast_", orders, num_differences + 1, numel, tensors, constants)
+    """Update ``orders[K, ...]`` in place and write the forecast with ``coeffs[num_differences + 1]``.
+
+    Coefficients of a feature each are ``[num_differences + 1, features]``, of ``orders[K, features, ...]``.
+    """
+    constants = orders.shape[0] - 1, num_differences, coeffs.ndim == 2
+    tensors, numbers = (inv_gap, coeffs.contiguous(), out), _features(coeffs, out.numel())
+    launcher = _UPDATE_FORECAST
+    _launch(launcher, "update_forecast_", orders, num_differences + 1, numbers, tensors, constants)
 
 
 def gated_sum(
@@ -293,12 +340,12 @@ def gated_sum(
     """Write the gated sum of ``orders[K, num_features, slot]`` and ``base[batch, ..., channels]``.
 
     ``gates`` are ``[num_features, batch, channels]``, or None for ones; with ``inv_gap`` an update is
-    pending.
+    pending. ``coeffs`` are ``[num_coeffs]`` or ``[num_coeffs, num_features]``.
     """
     numel = base.numel()
     if not numel:
         return
-    updating, gated = inv_gap is not None, gates is not None
+    kind = updating, gated, _ = inv_gap is not None, gates is not None, coeffs.ndim == 2
     num_coeffs, (num_orders, num_features, _) = coeffs.shape[0], orders.shape
     op = "gated_sum_update_" if updating else "gated_sum"
     tile = tiles.tile(op, num_coeffs, orders.itemsize, num_features)
@@ -312,6 +359,6 @@ def gated_sum(
             -(-channels // columns) * -(-rows // tile_rows) * batch,
             (base, orders, gates, inv_gap, coeffs.contiguous(), out),
             (stride, feature_stride, num_features, batch, rows, channels),
-            (num_orders - 1, num_coeffs, updating, gated, tile_rows, columns, tile.num_stages),
+            (num_orders - 1, num_coeffs, *kind, tile_rows, columns, tile.num_stages),
             _frozen_options(tile, updating),
         )

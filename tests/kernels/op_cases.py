@@ -41,6 +41,7 @@ class Case:
         offset: where tensors begin, in elements behind an address that is aligned.
         padding: elements between a row or slot and the next, beyond those that keep it aligned.
         scalars: dtype of coefficients and gap.
+        by_feature: every feature has coefficients of its own.
     """
 
     op: str
@@ -57,12 +58,14 @@ class Case:
     padding: int = 0
     scalars: torch.dtype = torch.float32
     special: bool = False
+    by_feature: bool = False
 
     def __str__(self) -> str:
         """For a test's id."""
         dtypes = [str(d).removeprefix("torch.") for d in (self.kept, self.base) if d is not None]
         flags = [name for name in ("gated", "pending", "in_place", "special") if getattr(self, name)]
         flags = flags if self.op == "gated_sum" else []
+        flags += ["by_feature"] * self.by_feature
         orders = f"{self.used}of{self.num_orders}"
         return "-".join(
             [self.op, *dtypes, "x".join(map(str, self.shape)), orders, *flags, f"at{self.offset}"]
@@ -79,7 +82,7 @@ class Call:
         self._allowed: list[Allocation] = []
         self.updating = case.pending or case.op in ("update_", "update_forecast_")
         self.orders = self._history()
-        self.coeffs = self._tensor((case.used,), case.scalars)
+        self.coeffs = self._tensor((case.used, case.num_features)[: 1 + case.by_feature], case.scalars)
         self.gap = torch.tensor(1 / 3, dtype=case.scalars)
         self.base = self.gates = self.out = None
         if self.updating:
@@ -128,12 +131,17 @@ class Call:
                     self._allowed.append(allocation(f"orders[{k}, {feature}]", row, holds, writable))
                 if not holds:
                     place.fill_(float("nan"))
-        return slots if case.op == "gated_sum" else slots[:, 0, :numel]
+        if case.op == "gated_sum":
+            return slots
+        row = slots[:, 0, :numel]
+        return row.unflatten(1, (case.num_features, -1)) if case.by_feature else row
 
     def _results(self) -> None:
         case = self.case
         dtype = case.base or case.kept
         self.out = self._tensor(case.shape, dtype, case.offset)
+        if case.by_feature and case.op != "gated_sum":
+            self.out = self.out.unflatten(0, (case.num_features, -1))
         if case.op == "gated_sum":
             self.base = self.out
             if not case.in_place:

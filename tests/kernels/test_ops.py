@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -166,6 +167,74 @@ def test_gated_sum(backend, dtype, pending, case, shape, num_features, gated, pa
         slot = before[:, feature, :numel]
         peer = oracle.eager(slot, gap, coeffs, filled)[0]
         assert_no_worse(backend, orders[: filled + 1, feature, :numel], peer, expected_orders[feature], added)
+
+
+SLOTS = [0, 1, 16, 31, 1000, 4096]
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("filled", [0, 1, 2])
+def test_every_feature_may_have_a_row_of_coefficients(backend, dtype, filled):
+    """The result is that of each feature alone, bit for bit; of equal rows that of one row for all."""
+    skip_float64_in_triton(backend, dtype)
+    inv_gap = torch.tensor(1 / 3)
+    for features, slot in [(1, 17), *((3, slot) for slot in SLOTS)]:
+        orders = history(3, features * slot, filled, dtype).view(3, features, slot)
+        rows = torch.randn(filled + 1, features)
+        updated, alone = orders.clone(), orders.clone()
+        out = update_forecast_(updated, inv_gap, rows, filled, backend=backend)
+        for feature in range(features):
+            place, row = alone[:, feature], rows[:, feature]
+            expected = update_forecast_(place, inv_gap, row, filled, backend=backend)
+            assert torch.equal(out[feature], expected)
+            of_feature = forecast(updated, rows, backend=backend)[feature]
+            assert torch.equal(of_feature, forecast(place, row, backend=backend))
+        torch.testing.assert_close(updated, alone, rtol=0, atol=0, equal_nan=True)
+        alike = rows[:, :1].expand(-1, features)
+        assert torch.equal(
+            forecast(updated, alike, backend=backend), forecast(updated, rows[:, 0], backend=backend)
+        )
+
+
+@backends
+@dtypes
+@pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
+@pytest.mark.parametrize("pending", [False, True], ids=["settled", "pending"])
+def test_every_feature_of_a_sum_may_have_a_row_of_coefficients(backend, dtype, pending, gated):
+    skip_float64_in_triton(backend, dtype)
+    filled, features = 2, 3
+    for shape in [(1, 1, 1), (2, 5, 48), (1, 9, 31), (2, 3, 264)]:
+        base = torch.randn(shape).to(dtype)
+        numel = base.numel()
+        orders = history(3, features * numel, filled if pending else 3, dtype).view(3, features, numel)
+        gates = torch.randn(features, shape[0], shape[2]).to(dtype) if gated else None
+        rows = torch.randn(filled + 1, features)
+        more = {"inv_gap": torch.tensor(0.2), "filled": filled} if pending else {}
+        expected, ours = orders.clone(), orders.clone()
+        total = gated_sum(base, expected, gates, rows, backend="reference", **more)
+        assert_close = functools.partial(torch.testing.assert_close, equal_nan=True)
+        exact = {"rtol": 0, "atol": 0} if backend != "triton" or dtype != torch.bfloat16 else {}
+        assert_close(gated_sum(base, ours, gates, rows, backend=backend, **more), total, **exact)
+        assert_close(ours, expected, **exact)
+        # the reference itself: the sums of features one by one, each with its row
+        high = base.double() if dtype == torch.float64 else base.float()
+        for feature in range(features):
+            value = [expected[k, feature].to(high.dtype) for k in range(filled + 1)]
+            if pending:
+                value = [orders[-1, feature].to(high.dtype)]
+                for k in range(filled):
+                    value.append((value[k] - orders[k, feature].to(high.dtype)) * more["inv_gap"])
+            weighed = value[0] * rows[0, feature] + value[1] * rows[1, feature] + value[2] * rows[2, feature]
+            gate = 1.0 if gates is None else gates[feature][:, None].to(high.dtype)
+            high = high + weighed.view(shape) * gate
+        torch.testing.assert_close(total, high.to(dtype))
+        alike = rows[:, :1].expand(-1, features).contiguous()
+        first, second = orders.clone(), orders.clone()
+        assert torch.equal(
+            gated_sum(base, first, gates, alike, backend=backend, **more),
+            gated_sum(base, second, gates, rows[:, 0], backend=backend, **more),
+        )
 
 
 THREAD_SHARE = 1 << 17  # elements that a thread is woken for (csrc/cpu.cpp)
@@ -392,6 +461,26 @@ WHOLE, GATES = torch.ones(16), torch.ones(1, 2, 4)
             "forecast: expected 1 to 3 coeffs, one an order, got 4",
         ),
         (lambda: forecast(ORDERS, torch.ones(0)), ValueError, "got 0"),
+        (
+            lambda: forecast(ORDERS, torch.ones(2, 3)),
+            ValueError,
+            r"expected coeffs \[orders, 8\], a row for each feature of orders \(3, 8\), got shape \(2, 3\)",
+        ),
+        (
+            lambda: gated_sum(torch.ones(1, 2), torch.ones(3, 4, 2), None, torch.ones(3, 1)),
+            ValueError,
+            r"gated_sum: expected coeffs \[orders, 4\]",
+        ),
+        (
+            lambda: forecast(ORDERS, torch.ones(4, 8)),
+            ValueError,
+            "expected 1 to 3 coeffs, one an order, got 4",
+        ),
+        (
+            lambda: forecast(ORDERS, torch.ones(1, 2, 3)),
+            ValueError,
+            r"tensor \[orders\] or \[orders, features\]",
+        ),
         (lambda: forecast(ORDERS, THREE.int()), ValueError, "coeffs to be a floating-point tensor"),
         (lambda: forecast(ORDERS, THREE, out=torch.ones(7)), ValueError, r"contiguous out of shape \(8,\)"),
         (lambda: forecast(ORDERS, THREE, out=ORDERS[1]), ValueError, "forecast: expected out not to overlap"),

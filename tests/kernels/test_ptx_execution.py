@@ -58,6 +58,13 @@ ODD = [
     Case("gated_sum", BF16, (1, 9, 264), gated=False, special=True),
     Case("gated_sum", F32, (2, 37, 48), num_orders=5, used=4, in_place=True, pending=True),
     Case("gated_sum", BF16, (1, 18, 264), num_orders=1, used=1, num_features=1, in_place=True),
+    Case("forecast", BF16, (3 * 1032,), by_feature=True),
+    Case("forecast", F32, (3 * 7,), offset=1, by_feature=True, scalars=F64),
+    Case("update_forecast_", BF16, (3 * 1032,), by_feature=True),
+    Case("update_forecast_", F32, (3 * 1001,), used=2, by_feature=True),
+    Case("gated_sum", BF16, WIDE, BF16, by_feature=True),
+    Case("gated_sum", BF16, (1, 9, 264), gated=False, pending=True, by_feature=True),
+    Case("gated_sum", F32, (2, 3, 7), offset=1, pending=True, by_feature=True),
 ]
 
 
@@ -75,12 +82,12 @@ PIPELINED = Case("gated_sum", BF16, (2, 6, 320), num_features=5)
 
 
 @pytest.mark.parametrize("pending", [False, True], ids=["settled", "pending"])
-@pytest.mark.parametrize(("arch", "stages"), [(80, 3), (90, 2), (100, 2)])
-def test_triton_with_features_on_their_way(on_card, arch, stages, pending):
+@pytest.mark.parametrize(("arch", "stages", "by_feature"), [(80, 3, False), (90, 2, True), (100, 2, False)])
+def test_triton_with_features_on_their_way(on_card, arch, stages, by_feature, pending):
     """Tiles of several stages copy coming features through shared memory while one is added up."""
     seen = []
     on_card(
-        replace(PIPELINED, pending=pending),
+        replace(PIPELINED, pending=pending, by_feature=by_feature),
         arch,
         Tile(num_stages=stages),
         lambda ptx: seen.append(ptx) or ptx,
@@ -140,6 +147,12 @@ def native_cases() -> list[Case]:
     for index, (kept, base) in enumerate(NATIVE_PAIRS):
         wide = Case("gated_sum", kept, (2, 19, 320), base, pending=index % 2 == 1)
         cases += [wide, Case("gated_sum", kept, (2, 5, 97), base, pending=index % 2 == 0, scalars=F64)]
+    for kept in (F32, BF16, F64):
+        cases += [Case("forecast", kept, (3 * 1032,), by_feature=True)]
+        cases += [Case("update_forecast_", kept, (3 * 1032,), by_feature=True, scalars=F64)]
+        cases += [Case("gated_sum", kept, (2, 19, 320), kept, by_feature=True, pending=kept == F32)]
+    cases += [Case("update_forecast_", BF16, (3 * 333,), by_feature=True)]
+    cases += [Case("gated_sum", BF16, (2, 5, 97), BF16, pending=True, by_feature=True)]
     return [*cases, Case("gated_sum", BF16, (1, 9, 264), gated=False, special=True)]
 
 

@@ -51,6 +51,21 @@ CASES = [
         for update in (False, True)
         for gated in (False, True)
     ),
+    # a row of coefficients for each feature
+    *(("_forecast_kernel", dtype, {"NUM_COEFFS": 3, "BY_FEATURE": True}) for dtype in WIDE),
+    *(
+        ("_update_forecast_kernel", dtype, {"TOP": 2, "NUM_DIFFERENCES": 2, "BY_FEATURE": True})
+        for dtype in WIDE
+    ),
+    *(
+        (
+            "_gated_sum_kernel",
+            dtype,
+            {"TOP": 2, "NUM_COEFFS": 3, "UPDATE": update, "GATED": True, "BY_FEATURE": True},
+        )
+        for dtype in WIDE
+        for update in (False, True)
+    ),
 ]
 
 
@@ -87,6 +102,10 @@ def compiled(
             constants["inv_gap"] = None
     else:
         constants["BLOCK"] = tile.block
+    if "BY_FEATURE" in kernel.arg_names:
+        constants.setdefault("BY_FEATURE", False)
+        if "features" in kernel.arg_names and not constants["BY_FEATURE"]:
+            constants["features"] = 1
     signature, attributes = {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -96,7 +115,7 @@ def compiled(
             signature[argument] = "*fp32" if argument in ("inv_gap", "coeffs") else WIDE[dtype]
         else:
             signature[argument] = integers
-        if argument != "num_features" and argument != "rows":
+        if argument not in ("num_features", "features", "rows"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     options = backend.options(tile, updating=constants.get("UPDATE", False))
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -137,11 +137,24 @@ struct coefficients {
 };
 
 template <class A, int N>
-HICACHE_INLINE coefficients<A, N> load_coeffs(const scalars& from) {
+HICACHE_INLINE coefficients<A, N> load_coeffs(const scalars& from, int64_t feature) {
   coefficients<A, N> out;
   HICACHE_UNROLL
-  for (int k = 0; k < N; ++k) out.at[k] = scalar<A>(from, k);
+  for (int k = 0; k < N; ++k) out.at[k] = scalar<A>(from, k, feature);
   return out;
+}
+
+// The coefficients of elements up to `end`: of all, or of a feature that has its own.
+template <class A, int N>
+struct row_of {
+  coefficients<A, N> coeffs;
+  int64_t end;
+};
+
+template <class A, int N>
+HICACHE_INLINE row_of<A, N> row_at(const cascade_args& a, int64_t i) {
+  const int64_t feature = i / a.slot;
+  return {load_coeffs<A, N>(a.coeffs, feature), (feature + 1) * a.slot};
 }
 
 template <class T, int LANES, int DIFFERENCES, bool FORECAST>
@@ -149,14 +162,14 @@ HICACHE_INLINE void update_thread(const cascade_args& a, int64_t thread, int64_t
   using A = accumulate_t<T>;
   T* const orders = static_cast<T*>(a.past.orders);
   const A inv_gap = scalar<A>(a.inv_gap, 0);
-  coefficients<A, DIFFERENCES + 1> coeffs = {};
-  if constexpr (FORECAST) coeffs = load_coeffs<A, DIFFERENCES + 1>(a.coeffs);
+  row_of<A, DIFFERENCES + 1> row = {};
   for (int64_t i = thread * LANES; i < a.numel; i += threads * LANES) {
+    if (FORECAST && i >= row.end) row = row_at<A, DIFFERENCES + 1>(a, i);
     pack<T, LANES> old[DIFFERENCES + 1];
     lanes<A, LANES> d[DIFFERENCES + 1];
     load_old<LANES, DIFFERENCES>(orders + i, a.past.order_stride, a.past.top, old);
     store_new<LANES, DIFFERENCES>(orders + i, a.past.order_stride, old, inv_gap, d);
-    if constexpr (FORECAST) store<LANES>(static_cast<T*>(a.out) + i, evaluate<DIFFERENCES + 1>(d, coeffs.at));
+    if constexpr (FORECAST) store<LANES>(static_cast<T*>(a.out) + i, evaluate<DIFFERENCES + 1>(d, row.coeffs.at));
   }
 }
 
@@ -164,20 +177,20 @@ template <class T, int LANES, int COEFFS>
 HICACHE_INLINE void forecast_thread(const cascade_args& a, int64_t thread, int64_t threads) {
   using A = accumulate_t<T>;
   const T* const orders = static_cast<const T*>(a.past.orders);
-  const coefficients<A, COEFFS> coeffs = load_coeffs<A, COEFFS>(a.coeffs);
+  row_of<A, COEFFS> row = {};
   for (int64_t i = thread * LANES; i < a.numel; i += threads * LANES) {
+    if (i >= row.end) row = row_at<A, COEFFS>(a, i);
     lanes<A, LANES> d[COEFFS];
     HICACHE_UNROLL
     for (int k = 0; k < COEFFS; ++k) d[k] = promote<LANES>(load<LANES>(orders + i + k * a.past.order_stride));
-    store<LANES>(static_cast<T*>(a.out) + i, evaluate<COEFFS>(d, coeffs.at));
+    store<LANES>(static_cast<T*>(a.out) + i, evaluate<COEFFS>(d, row.coeffs.at));
   }
 }
 
 // One tile of gated_sum: ROWS rows from element `at` on, by LANES channels; `gate` is that of the first feature, or
 // null.
 template <class T, class B, int LANES, int ROWS, int COEFFS, bool UPDATE, class A>
-HICACHE_INLINE void sum_tile(const sum_args& a, A inv_gap, const coefficients<A, COEFFS>& coeffs, int64_t at,
-                             const B* gate) {
+HICACHE_INLINE void sum_tile(const sum_args& a, A inv_gap, coefficients<A, COEFFS> coeffs, int64_t at, const B* gate) {
   constexpr int DIFFERENCES = COEFFS - 1;
   lanes<A, LANES> sums[ROWS];
   HICACHE_UNROLL
@@ -186,6 +199,7 @@ HICACHE_INLINE void sum_tile(const sum_args& a, A inv_gap, const coefficients<A,
   }
   T* slot = static_cast<T*>(a.past.orders) + at;
   for (int64_t feature = 0; feature < a.num_features; ++feature) {
+    if (a.coeffs.features) coeffs = load_coeffs<A, COEFFS>(a.coeffs, feature);
     // The whole tile is asked for before any of it is used or stored: memory is far, and it is asked in parallel.
     pack<T, LANES> old[ROWS][COEFFS];
     HICACHE_UNROLL
@@ -222,7 +236,7 @@ HICACHE_INLINE void sum_thread(const sum_tiles& s, int64_t thread, int64_t threa
   using A = accumulate_t<T>;
   const sum_args& a = s.args;
   const A inv_gap = UPDATE ? scalar<A>(a.inv_gap, 0) : A(0);
-  const coefficients<A, COEFFS> coeffs = load_coeffs<A, COEFFS>(a.coeffs);
+  const coefficients<A, COEFFS> coeffs = load_coeffs<A, COEFFS>(a.coeffs, 0);
   for (int64_t tile = thread; tile < s.count; tile += threads) {
     const int64_t channel = tile % s.packs * LANES;
     const int64_t group = tile / s.packs % s.groups;

@@ -6,7 +6,8 @@
 //   n, numel          elements of a row, or of the base
 //   features          cached tensors of one shape in a history; `slot` elements apart (`feature_stride`)
 //   differences       old differences D_0 ... that exist and enter the cascade: `num_differences`, DIFFERENCES
-//   coefficients      the forecast's factors, one an order that exists: `num_coeffs`, COEFFS
+//   coefficients      the forecast's factors, one an order that exists: `num_coeffs`, COEFFS; a row of them for all
+//                     features, or [num_coeffs, num_features]
 //   gate              factor on a feature: one a sample and channel
 //   inv_gap           1 / steps since the last full step
 //   base              the hidden state a gated sum begins with, [batch, rows, channels]
@@ -53,12 +54,14 @@ struct history {
 struct scalars {
   const void* values;
   dtype type;  // f32 or f64
+  int64_t features;  // that have coefficients of their own: order k of feature i is at k * features + i; 0 for none
 };
 
 template <class A>
-HICACHE_INLINE A scalar(const scalars& from, int index) {
-  if (from.type == dtype::f64) return static_cast<A>(static_cast<const double*>(from.values)[index]);
-  return static_cast<A>(static_cast<const float*>(from.values)[index]);
+HICACHE_INLINE A scalar(const scalars& from, int index, int64_t feature = 0) {
+  const int64_t at = from.features ? index * from.features + feature : index;
+  if (from.type == dtype::f64) return static_cast<A>(static_cast<const double*>(from.values)[at]);
+  return static_cast<A>(static_cast<const float*>(from.values)[at]);
 }
 
 struct cascade_args {
@@ -67,6 +70,7 @@ struct cascade_args {
   int num_differences;  // for a forecast, num_coeffs - 1
   scalars inv_gap;  // not for a forecast
   scalars coeffs;   // forecast only: num_differences + 1 of them
+  int64_t slot;     // forecast only: elements of a feature that has coefficients of its own, else numel
   void* out;        // forecast only
 };
 
