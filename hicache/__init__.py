@@ -21,14 +21,17 @@ from hicache.basis import (
 )
 from hicache.calibration.rules import Fitted, FittedSteps
 from hicache.chebyshev import Chebyshev
-from hicache.config import HiCacheConfig
+from hicache.config import ELSEWHERE, HiCacheConfig
 from hicache.engine import Engine
 from hicache.input_change import InputChange
 from hicache.run import Position, Run
 from hicache.schedule import Geometric, Interval, Schedule, Steps, bound, full_steps
 from hicache.tables import Table
 
+_LAZY = {"calibrate": "hicache.fitting", **ELSEWHERE}
+
 __all__ = [
+    "AnalyticHermite",
     "Basis",
     "Chebyshev",
     "Engine",
@@ -59,7 +62,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``hicache.calibrate``, which needs diffusers: imported when it is asked for."""
-    if name == "calibrate":
-        return importlib.import_module("hicache.fitting").calibrate
+    """What is imported when it is asked for: ``calibrate``, which needs diffusers, and companions."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'hicache' has no attribute {name!r}")

@@ -41,6 +41,7 @@ LAYERS = [
     {
         "hicache.basis",
         "hicache.chebyshev",
+        "hicache.feature_rows",
         "hicache.input_change",
         "hicache.input_filter",
         "hicache.schedule",
@@ -61,6 +62,7 @@ LAYERS = [
     {"hicache.plan"},
     {"hicache.fast"},
     {"hicache.reference"},
+    {"hicache.companions"},
     {"hicache.demo"},
     {"hicache.fitting"},
     {"hicache.launch"},

@@ -70,6 +70,12 @@ class Handle(BaseHandle[Denoiser]):
             backend="reference",
             contexts=contexts,
             places=tuple(sorted(self._settings.places)),
+            sigmas={
+                context.label: told
+                for denoiser in self._denoisers
+                for context in denoiser.contexts.values()
+                if (told := context.rows.told)
+            },
             history_bytes=sum(context.history_bytes for context in contexts.values())
             + sum(controlnet.nbytes for controlnet in self._controlnets.values()),
             cache_ms=self._timer.milliseconds,
