@@ -5,7 +5,7 @@
 """
 
 import importlib
-from typing import Any
+from typing import Any, Final
 
 from hicache._version import __version__
 from hicache.basis import (
@@ -27,8 +27,6 @@ from hicache.input_change import InputChange
 from hicache.run import Position, Run
 from hicache.schedule import Geometric, Interval, Schedule, Steps, bound, full_steps
 from hicache.tables import Table
-
-_LAZY = {"calibrate": "hicache.fitting", **ELSEWHERE}
 
 __all__ = [
     "AnalyticHermite",
@@ -58,11 +56,14 @@ __all__ = [
     "known_bases",
     "register_basis",
     "unregister_basis",
+    "wrap",
 ]
+
+_ELSEWHERE: Final = {"calibrate": "hicache.fitting", "wrap": "hicache.wrapped", **ELSEWHERE}
 
 
 def __getattr__(name: str) -> Any:
-    """What is imported when it is asked for: ``calibrate``, which needs diffusers, and companions."""
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+    """What needs diffusers, and companions: imported when they are asked for."""
+    if name in _ELSEWHERE:
+        return getattr(importlib.import_module(_ELSEWHERE[name]), name)
     raise AttributeError(f"module 'hicache' has no attribute {name!r}")

@@ -235,6 +235,18 @@ class HiCacheConfig:
             schedule=FittedSteps(calibration, full_steps),
         )
 
+    def fitted_in(self, calibration: Calibration | None, num_steps: int) -> HiCacheConfig | None:
+        """A calibration's rows and places for as many full steps as these settings make; None: it has none.
+
+        Args:
+            calibration: what was fitted, if anything was.
+            num_steps: of a run.
+        """
+        count = len(full_steps(self, num_steps))
+        if calibration is None or count not in calibration.counts(num_steps):
+            return None
+        return replace(HiCacheConfig.of(calibration, count), interval=self.interval)
+
 
 def _plain(value: Any) -> Any:
     if isinstance(value, (Basis, Schedule)):

@@ -18,6 +18,7 @@ from hicache.adapters import registry
 from hicache.adapters.layers import check_layers
 from hicache.calibration.matching import PipelineFacts
 from hicache.calibration.shipped import shipped
+from hicache.checks import check_whole
 from hicache.config import HiCacheConfig
 from hicache.cuda_graphs.capture import CudaBackend
 from hicache.cuda_graphs.runner import CHOICES, GraphRunner
@@ -42,6 +43,7 @@ from hicache.pipeline import (
 )
 from hicache.plan import DenoiserPlan, Plan, plan
 from hicache.runtime.budget import Policy
+from hicache.runtime.context import MAX_CONTEXTS
 from hicache.runtime.controlnet import ControlNet
 from hicache.runtime.denoiser import Denoiser
 from hicache.runtime.gate_rank import GATE_TOLERANCE
@@ -117,6 +119,7 @@ def apply(
     granularity: str = "auto",
     memory_budget: int = MEMORY_BUDGET,
     gate_tolerance: float = GATE_TOLERANCE,
+    max_contexts: int = MAX_CONTEXTS,
     cuda_graphs: bool | str = "auto",
     backend: str = "auto",
 ) -> Handle:
@@ -150,6 +153,8 @@ def apply(
             where a granularity was asked for, the history is held in any case.
         gate_tolerance: what gates of low rank may be off by, relative to all gates of a run's skipped steps:
             the least rank that keeps to it is taken.
+        max_contexts: calls of a denoiser in a step that have histories of their own: guidance takes two, a
+            tiled picture as many as it has tiles. Further calls run uncached, with a warning.
         cuda_graphs: capture steps and replay them: ``"auto"`` where it can be done (never off a GPU, under
             offload, with gradients or inside torch.compile; ``Handle.stats.graphs`` says why not), ``True``
             the same but with a warning where it cannot, ``False`` never. Full steps are captured where their
@@ -174,6 +179,7 @@ def apply(
     check_choice("backend", backend, ("auto", *BACKENDS))
     check_budget(memory_budget)
     check_tolerance(gate_tolerance)
+    check_whole("hicache: max_contexts", max_contexts)
     if not isinstance(cuda_graphs, bool):
         check_choice("cuda_graphs", cuda_graphs, CHOICES)
     whole = granularity == "output"
@@ -204,7 +210,7 @@ def apply(
         make=lambda clock: Session(clock, config, speedup, backend, facts, offered, decided),
         on_run=PartsCheck(pipe, {**modules, **controlnets}).warn,
     )
-    policy = Policy(granularity, memory_budget, float(gate_tolerance))
+    policy = Policy(granularity, memory_budget, float(gate_tolerance), max_contexts)
     denoisers = []
     for name, transformer in hooked.items():
         graphs = None

@@ -61,6 +61,7 @@ LAYERS = [
     {"hicache.planned_memory"},
     {"hicache.plan"},
     {"hicache.fast"},
+    {"hicache.wrapped"},
     {"hicache.reference"},
     {"hicache.companions"},
     {"hicache.demo"},

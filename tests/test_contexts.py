@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import hicache.fast
 from hicache import HiCacheConfig
+from hicache.runtime import context
 from tests.support import models, pipelines
 from tests.support.models import flux_call
 from tests.support.schedulers import CountingScheduler, flow_matching
@@ -164,6 +165,50 @@ def test_one_buffer_serves_two_calls_of_a_step(mode: Callable[[], Any]):
             scheduler.step()
         counted = [c.full_steps + c.skipped_steps for c in handle.stats.contexts.values()]
     assert counted == [7, STEPS]
+
+
+def tiled_loop(transformer: nn.Module, tiles: Sequence[int], scheduler: CountingScheduler) -> list[Tensor]:
+    """Pictures drawn tile by tile, each a call in every step with the same text."""
+    fixed = dict(flux_call(models.noise(1, 16, 4), torch.tensor(1.0)))
+    drawn = [models.noise(1, 16, 4) * (1 + tile / 7) for tile in tiles]
+    scheduler.set_timesteps(STEPS)
+    for sigma in torch.linspace(1, 0.1, STEPS):
+        for place, latents in enumerate(drawn):
+            fixed.update(hidden_states=latents, timestep=sigma.expand(1))
+            drawn[place] = latents - transformer(**fixed)[0] / STEPS
+        scheduler.step()
+    return drawn
+
+
+@pytest.mark.parametrize("granularity", ["module", "stack", "output"])
+def test_tiles_have_histories_of_their_own_and_are_known_again_at_once(granularity: str, monkeypatch):
+    tiles, seen = range(20), []
+    transformer, scheduler = models.flux_transformer(), CountingScheduler()
+    conditions = context.Conditions
+    monkeypatch.setattr(context, "Conditions", lambda given: (seen.append(1), conditions(given))[1])
+    options: dict[str, Any] = {"scheduler": scheduler, "granularity": granularity, "max_contexts": 20}
+    with torch.no_grad():
+        with hicache.fast.apply(transformer, EVERY_THIRD, **options) as handle:
+            together = tiled_loop(transformer, tiles, scheduler)
+            assert len(handle.stats.contexts) == len(tiles)
+            text = flux_call(models.noise(1, 16, 4), torch.tensor(1.0))
+            text = text["encoder_hidden_states"].nbytes + text["pooled_projections"].nbytes
+            own = [
+                kept.conditions.nbytes
+                for kept in handle._denoisers[0].tracks._tracks.popitem()[1].contexts.current
+            ]
+        assert len(seen) == len(tiles)  # none after the first step is taken apart
+        assert own == [text, *[0] * 19]  # one copy of the text serves all
+        for tile in tiles:
+            with hicache.fast.apply(transformer, EVERY_THIRD, **options):
+                assert torch.equal(tiled_loop(transformer, [tile], scheduler)[0], together[tile])
+
+
+def test_a_number_of_contexts_that_is_none_is_refused_and_nothing_is_hooked():
+    transformer = models.flux_transformer()
+    with pytest.raises(ValueError, match=r"max_contexts: expected an int >= 1, got 0"):
+        hicache.fast.apply(transformer, max_contexts=0)
+    assert not transformer._forward_hooks
 
 
 def test_prompts_without_end_run_uncached():

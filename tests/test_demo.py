@@ -168,14 +168,15 @@ def test_packing_round_trip():
     assert torch.equal(tokens[0, 9].view(3, 4, 4), images[0, :, 4:8, 4:8])
 
 
-def test_training_is_reproducible_and_resumes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("task", train.TASKS.values(), ids=train.TASKS)
+def test_training_is_reproducible_and_resumes(task, tmp_path, monkeypatch):
     """Four steps in one go, and two, a stop and two more, give the same bytes."""
 
     def weights(out):
         return (out / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train.train(whole, steps=4, batch=2, peak=1e-3, seed=1, every=100)
+    train.train(task, whole, steps=4, batch=2, peak=1e-3, seed=1, every=100)
     rates = train.learning_rate
     calls = []
 
@@ -187,9 +188,9 @@ def test_training_is_reproducible_and_resumes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "learning_rate", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        train.train(parts, steps=4, batch=2, peak=1e-3, seed=1, every=2)
+        train.train(task, parts, steps=4, batch=2, peak=1e-3, seed=1, every=2)
     assert (parts / "checkpoint.pt").exists()
-    train.train(parts, steps=4, batch=2, peak=1e-3, seed=1, every=2)
+    train.train(task, parts, steps=4, batch=2, peak=1e-3, seed=1, every=2)
     assert calls == [0, 1, 2, 2, 3]
     assert weights(whole) == weights(parts)
     assert not (parts / "checkpoint.pt").exists()

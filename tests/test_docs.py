@@ -142,6 +142,32 @@ def test_gates_of_low_rank_lose_no_half_decibel_to_modules():
             assert half > whole - 0.1
 
 
+def super_resolution_tables() -> list[str]:
+    """The tables of docs/super-resolution.md: pictures of one call a step, and of four tiles."""
+    with (ROOT / "benchmarks" / "results" / "super-resolution.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    tables = []
+    for pictures in ("whole", "tiled"):
+        lines = [
+            "| | full steps | PSNR to full, mean / worst | SSIM to full | PSNR to truth | SSIM to truth |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            if row["pictures"] == pictures:
+                mean, worst = row["PSNR to full, mean"], row["PSNR to full, worst"]
+                near = [f"{mean} / {worst}" if mean else "", row["SSIM to full, mean"]]
+                true = [row["PSNR to truth, mean"], row["SSIM to truth, mean"]]
+                cells = [row["method"].replace("HiCache ", ""), row["full steps"], *near, *true]
+                lines.append("| " + " | ".join(cells) + " |")
+        tables.append("\n".join(lines))
+    return tables
+
+
+def test_tables_of_super_resolution_are_what_was_measured():
+    page = (ROOT / "docs" / "super-resolution.md").read_text()
+    assert all(table in page for table in super_resolution_tables())
+
+
 def telescope_results() -> list[dict[str, str]]:
     """benchmarks/results/telescope.csv, what it says of outputs."""
     with (ROOT / "benchmarks" / "results" / "telescope.csv").open() as file:

@@ -181,13 +181,25 @@ def test_the_least_recently_used_graph_goes():
     pipe, arguments = pipelines.build("flux")
     with apply(pipe) as handle:
         graphs = handle._denoisers[0].graphs
-        graphs.captures.limit = 2
         draw(pipe, arguments)
         held = list(graphs.captures.graphs)
-        assert len(held) == 2
+        graphs.captures.limit = len(held)
         draw(pipe, {**arguments, "height": 96})
-        assert len(graphs.captures.graphs) == 2
+        assert len(graphs.captures.graphs) == len(held)
         assert not set(held) & set(graphs.captures.graphs)
+
+
+def test_more_forms_in_turn_than_graphs_are_kept_run_eagerly():
+    """They would be captured again at every step."""
+    pipe, arguments = pipelines.build("flux")
+    expected = eager(pipe, arguments)
+    with apply(pipe) as handle:
+        handle._denoisers[0].graphs.captures.limit = 1  # of two: a full step's and a skipped one's
+        with pytest.warns(RuntimeWarning, match="a run has calls of more than 1 forms"):
+            assert close(draw(pipe, arguments), expected)
+        stats = handle.stats.graphs["transformer"]
+        assert stats.captures > 1
+        assert stats.nbytes == 0
 
 
 def test_release_frees_graphs_and_the_next_run_captures_anew():

@@ -102,6 +102,10 @@ class Calibration:
             + "\n"
         )
 
+    def counts(self, num_steps: int) -> list[int]:
+        """For how many full steps of a run there are places."""
+        return [len(entry.full_steps) for entry in self.entries if entry.num_steps == num_steps]
+
     def fitting(self, run: Run) -> tuple[list[Entry], str | None]:
         """The entries that hold for a run, or why none does."""
         for name, key in self.models.items():

@@ -37,6 +37,10 @@ def compare(
     metrics: Annotated[
         str | None, typer.Option(help="With commas: psnr, ssim, lpips, clip, image-reward.")
     ] = None,
+    gpus: Annotated[str | None, typer.Option(help="cpu, all, or numbers such as 0,1.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that compare. [one a GPU]")] = None,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster that runs.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of each on a CPU.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Of the pipeline; its own if left out.")] = None,
     width: Annotated[int | None, typer.Option(help="Of the pipeline; its own if left out.")] = None,
     height: Annotated[int | None, typer.Option(help="Of the pipeline; its own if left out.")] = None,

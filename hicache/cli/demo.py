@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -16,7 +15,6 @@ from hicache.calibration.shipped import shipped
 from hicache.config import HiCacheConfig
 from hicache.demo.prompts import PROMPTS
 from hicache.pipeline import GRANULARITIES, check_backend, check_choice, check_speedup
-from hicache.schedule import full_steps
 from hicache_kernels import BACKENDS
 
 _DEFAULTS: Final = HiCacheConfig()
@@ -88,7 +86,7 @@ def demo(
     config = HiCacheConfig(interval=interval, **own)
     pipe = _load(backend)
     if not own and speedup is None:
-        config = _fitted(pipe, config, steps)
+        config = config.fitted_in(shipped(pipe), steps) or config
     _draw(
         pipe,
         prompts or list(PROMPTS),
@@ -153,15 +151,6 @@ def _draw(pipe: Any, prompts: list[str], config: HiCacheConfig | None, out: Path
         table.add_row(name, full, cached)
     Console().print(table)
     print(f"saved {out}")
-
-
-def _fitted(pipe: Any, config: HiCacheConfig, num_steps: int) -> HiCacheConfig:
-    """What was fitted to the model for as many full steps; ``config`` where nothing was."""
-    found, count = shipped(pipe), len(full_steps(config, num_steps))
-    counts = [] if found is None else [(entry.num_steps, len(entry.full_steps)) for entry in found.entries]
-    if found is None or (num_steps, count) not in counts:
-        return config
-    return replace(HiCacheConfig.of(found, count), interval=config.interval)
 
 
 def _check_writable(path: Path) -> None:

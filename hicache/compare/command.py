@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hicache.compare.files import appearing
 from hicache.compare.request import Request
-from hicache.compare.variants import variants
+from hicache.launch.hiring import Team, placed
 from hicache.launch.loading import pipeline
-from hicache.pipeline import check_backend, find_denoisers
 
 if TYPE_CHECKING:
     from hicache.compare.run import Comparison
@@ -22,42 +23,29 @@ def run(asked: Request, load: Callable[[str | None], Any] = pipeline) -> int:
 
     Args:
         asked: what is compared.
-        load: gives the pipeline of ``asked.model``.
+        load: gives the pipeline of ``asked.model``, where this process compares.
 
     Raises:
         TypeError, ValueError: what was asked for cannot be.
-        RuntimeError: the ``compare`` extra is not installed, or a variant failed.
+        RuntimeError: the ``compare`` extra is not installed, a cluster cannot be had, or a variant failed.
     """
     try:
-        from diffusers.utils.logging import disable_progress_bar
-
-        from hicache.compare import metrics, page
-        from hicache.compare.origin import origin
-        from hicache.compare.run import compare
+        from hicache.compare import cluster, page
+        from hicache.compare.desk import Desk
     except ImportError as error:
         raise RuntimeError(f"needs the compare extra: pip install 'hicache[compare]' ({error})") from error
 
+    where = None if asked.staff is None else placed(asked.staff)
     with appearing([asked.out, asked.numbers]) as drafts:
-        measuring, missing = metrics.load(asked.metrics)
-        disable_progress_bar()
-        pipe = load(asked.model)
-        pipe.set_progress_bar_config(disable=True)
-        for module in find_denoisers(pipe, unets=asked.cached == "output").values():
-            check_backend(asked.backend, module)
-        chosen = variants(pipe, asked.mode, asked.interval, asked.steps, asked.base)
-        calls = 2 * asked.repeats * (1 + len(chosen)) * len(list(asked.pictures.batches()))
-        with _bar(calls * asked.steps) as on_step:
-            found = compare(
-                pipe,
-                asked.pictures,
-                chosen,
-                measuring,
-                rounds=asked.repeats,
-                granularity=asked.cached,
-                backend=asked.backend,
-                on_step=on_step,
-            )
-        made = origin(asked, pipe, missing)
+        if isinstance(where, Team):
+            with _bar("batches") as show:
+                found, made = cluster.compare(asked, where, show)
+        else:
+            desk = Desk(asked, load if where is None else partial(pipeline, place=where))
+            total, done = desk.runs * asked.steps * len(list(asked.pictures.batches())), itertools.count(1)
+            with _bar("steps") as show:
+                found = desk.compare(asked.pictures, lambda: show(next(done), total))
+            made = desk.origin()
         for draft, text in zip(drafts, (page.page(found, made), page.numbers(found, made)), strict=True):
             draft.write_text(text, encoding="utf-8")
     _print(found)
@@ -66,15 +54,15 @@ def run(asked: Request, load: Callable[[str | None], Any] = pipeline) -> int:
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[Callable[[], None]]:
-    """Steps done, on a terminal."""
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """How many are done, and how many there are, on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("steps", total=total)
-        yield lambda: bar.advance(task)
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _print(found: Comparison) -> None:

@@ -51,6 +51,7 @@ def origin(asked: Request, pipe: Any, missing: Mapping[str, str]) -> Origin:
         "backend": asked.backend,
         "pictures together": str(min(asked.batch, len(asked.prompt))),
         "timed rounds": str(asked.repeats),
+        **({} if asked.workers is None else {"workers": str(asked.workers)}),
     }
     model = "The bundled model" if asked.model is None else asked.model
     return Origin(model, asked.command(), settings, _versions(pipe), missing)

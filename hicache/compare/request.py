@@ -15,6 +15,7 @@ from hicache.compare.variants import check_modes
 from hicache.config import HiCacheConfig
 from hicache.fitting.command import lines
 from hicache.fitting.pictures import Pictures
+from hicache.launch.workers import Staff
 from hicache.pipeline import GRANULARITIES, check_choice
 from hicache_kernels import BACKENDS
 
@@ -42,6 +43,8 @@ class Request:
         granularity: what is cached; None is ``"stack"`` for the bundled model, else ``"auto"``.
         backend: of the kernels.
         metrics: keys; None takes all that can be measured.
+        gpus: which GPUs compare, as :class:`hicache.launch.workers.Staff` takes them; so are workers, ray
+            and threads.
         call: other arguments of the pipeline.
 
     Raises:
@@ -63,6 +66,10 @@ class Request:
     granularity: str | None = None
     backend: str = "auto"
     metrics: tuple[str, ...] | None = None
+    gpus: str | None = None
+    workers: int | None = None
+    ray: str | None = None
+    threads: int | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,6 +77,9 @@ class Request:
             raise ValueError("expected at least one prompt, got none")
         for name in ("steps", "batch", "repeats"):
             check_whole(f"--{name}", getattr(self, name))
+        for name in ("workers", "threads"):
+            if getattr(self, name) is not None:
+                check_whole(f"--{name}", getattr(self, name))
         check_whole("--seed", self.seed, 0, 2**63 - len(self.prompt))
         for option, name in CALL.items():
             value = self.call.get(name)
@@ -96,6 +106,12 @@ class Request:
     def cached(self) -> str:
         """What is cached."""
         return self.granularity or ("stack" if self.model is None else "auto")
+
+    @property
+    def staff(self) -> Staff | None:
+        """Who compares; None where nothing is said of that."""
+        asked = {name: getattr(self, name) for name in ("gpus", "workers", "ray", "threads")}
+        return None if all(value is None for value in asked.values()) else Staff(**asked)
 
     @property
     def pictures(self) -> Pictures:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import hicache.fast
@@ -33,7 +34,8 @@ class Measured:
     places: tuple[int, ...] = ()  # which steps were full
     history_bytes: int = 0
     scores: dict[str, list[float]] = field(default_factory=dict)  # key of a metric → a number a picture
-    errors: Sequence[float] = ()  # of latents after each step, relative; empty where they are not handed out
+    # of latents after each step, squares summed: of the error, of the full run's; none where not handed out
+    squares: list[tuple[float, float]] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)  # as addresses with the data in them
 
     @property
@@ -44,6 +46,23 @@ class Measured:
     def least_seconds(self) -> float:
         """Of the fastest round: what else a machine does only ever adds to them."""
         return min(self.seconds)
+
+    @property
+    def errors(self) -> list[float]:
+        """Of latents after each step, ``|x - full| / |full|``; none where they are not handed out."""
+        return [math.sqrt(off / size) if size else 0.0 for off, size in self.squares]
+
+    def add(self, other: Measured) -> None:
+        """Take in what was measured of further pictures."""
+        self.seconds = [mine + its for mine, its in zip(self.seconds, other.seconds, strict=True)]
+        self.squares = [
+            (off + its_off, size + its_size)
+            for (off, size), (its_off, its_size) in zip(self.squares, other.squares, strict=True)
+        ]
+        self.history_bytes = max(self.history_bytes, other.history_bytes)
+        for key, numbers in other.scores.items():
+            self.scores[key] += numbers
+        self.pictures += other.pictures
 
     def mean(self, key: str) -> float:
         """Of a metric's numbers: infinite where one is, of a picture that equals the full run's."""
@@ -76,6 +95,15 @@ class Comparison:
     def speedup(self, measured: Measured) -> float:
         """Wall clock, of denoising loops."""
         return self.full.least_seconds / measured.least_seconds
+
+    def add(self, other: Comparison) -> None:
+        """Take in a comparison of further pictures, by the same variants."""
+        asked, further = self.asked, other.asked
+        self.asked = replace(
+            asked, prompts=asked.prompts + further.prompts, seeds=asked.seeds + further.seeds
+        )
+        for mine, its in zip((self.full, *self.variants), (other.full, *other.variants), strict=True):
+            mine.add(its)
 
     def worst_first(self, measured: Measured | None = None) -> list[int]:
         """Indices of pictures, by PSNR of one variant or, with None, by the lowest of any."""
@@ -163,7 +191,7 @@ class _Drawing:
                 raise RuntimeError(f"{measured.name}: {error}") from error
             if first:
                 self._judge(measured, batch, pictures, full)
-                measured.errors = distance.read()
+                measured.squares = distance.read()
 
     def _timed(
         self, measured: Measured, batch: Sequence[int], clock: LoopClock, callback: Callback | None
@@ -185,7 +213,8 @@ class _Drawing:
             if handle is not None:
                 stats = handle.stats
                 measured.full_steps, measured.skipped_steps = stats.full_steps, stats.skipped_steps
-                measured.places, measured.history_bytes = stats.places, stats.history_bytes
+                measured.places = stats.places
+                measured.history_bytes = max(measured.history_bytes, stats.history_bytes)
             else:
                 measured.full_steps = self._comparison.asked.call["num_inference_steps"]
         return pictures

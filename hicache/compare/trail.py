@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ class Trail:
 
 
 class Distance:
-    """Relative root mean square of latents against a trail, over all pictures: ``|x - full| / |full|``."""
+    """Squares of latents' distances from a trail, over all pictures."""
 
     def __init__(self) -> None:
         self._off: list[float] = []
@@ -57,8 +56,6 @@ class Distance:
 
         return add
 
-    def read(self) -> Sequence[float]:
-        """A number a step."""
-        return [
-            math.sqrt(off / size) if size else 0.0 for off, size in zip(self._off, self._size, strict=True)
-        ]
+    def read(self) -> list[tuple[float, float]]:
+        """Squares summed, of the error and of the full run's latents: two numbers a step."""
+        return list(zip(self._off, self._size, strict=True))

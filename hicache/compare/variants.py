@@ -89,13 +89,13 @@ def _fitted(
     calibration: Calibration | None, configs: Sequence[HiCacheConfig], num_steps: int, strict: bool
 ) -> Iterator[Variant]:
     """What was fitted for as many full steps as each interval makes; strict: all of them must be there."""
-    known = [] if calibration is None else calibration.entries
-    counts = [len(entry.full_steps) for entry in known if entry.num_steps == num_steps]
     for config in configs:
-        count = len(full_steps(config, num_steps))
-        if calibration is not None and count in counts:
-            yield Variant(FITTED, replace(HiCacheConfig.of(calibration, count), interval=config.interval))
+        fitted = config.fitted_in(calibration, num_steps)
+        if fitted is not None:
+            yield Variant(FITTED, fitted)
         elif strict:
+            count = len(full_steps(config, num_steps))
+            counts = [] if calibration is None else calibration.counts(num_steps)
             there = f"it has {', '.join(map(str, sorted(counts)))}" if counts else "it has none"
             raise ValueError(
                 f"mode {FITTED!r}: expected rows that come with the model for {count} full steps of "

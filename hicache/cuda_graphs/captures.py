@@ -43,6 +43,7 @@ class Captures:
         self.limit = limit
         self.graphs: dict[Any, CallGraph] = {}
         self._warmed: dict[Any, Expected] = {}
+        self._let_go: set[Any] = set()  # in this run, for others
         self._sums = 0  # bytes that a full step adds features up in
         self._stale = False  # whether there are graphs of earlier runs
         self.stats = GraphStats()
@@ -53,6 +54,7 @@ class Captures:
     def start_run(self, changed: bool) -> None:
         """A run starts; ``changed`` says that parts of the model are not what they were."""
         self.scope.start_run()
+        self._let_go.clear()
         self._stale = self.stats.nbytes > 0
         if changed:
             self.drop()
@@ -66,6 +68,10 @@ class Captures:
             form: its arguments.
         """
         graph = self.graphs.get(key)
+        if graph is None and key in self._let_go:
+            # they come in turn, as tiles do: each would be captured again at every step
+            self.give_up(f"a run has calls of more than {self.limit} forms")
+            return None
         if graph is None:
             graph = self._capture(key, forward, form)
             if graph is None:
@@ -142,6 +148,7 @@ class Captures:
         if len(self.graphs) == self.limit:
             oldest = min(self.graphs, key=lambda key: self.graphs[key].used)
             self.memory.let_go(self.graphs.pop(oldest).input_nbytes)
+            self._let_go.add(oldest)
         self.graphs[key] = graph
 
     def _why_no_room(self, key: Any, form: CallArguments) -> str | None:

@@ -157,7 +157,12 @@ class ShapesPipeline(DiffusionPipeline):
     def decode(latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Tokens ``[pictures, 64, 48]`` to pictures: ``"pil"``, ``"np"`` or ``"pt"``."""
         pixels = packing.unpack(latents.float(), packing.PICTURE_SIZE, packing.PICTURE_SIZE)
-        pixels = (pixels / 2 + 0.5).clamp(0, 1).cpu()
+        return ShapesPipeline.finish(pixels, output_type)
+
+    @staticmethod
+    def finish(pixels: torch.Tensor, output_type: str) -> Any:
+        """``[pictures, 3, height, width]`` in [−1, 1] to pictures: ``"pil"``, ``"np"`` or ``"pt"``."""
+        pixels = (pixels.float() / 2 + 0.5).clamp(0, 1).cpu()
         if output_type == "pt":
             return pixels
         array = pixels.permute(0, 2, 3, 1).numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,11 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def part(self, indices: Sequence[int]) -> Pictures:
+        """Some of them, by themselves."""
+        prompts, seeds = zip(*((self.prompts[index], self.seeds[index]) for index in indices), strict=True)
+        return replace(self, prompts=prompts, seeds=seeds)
 
     def batches(self) -> Iterator[list[int]]:
         """Indices of the prompts of each call."""

@@ -7,16 +7,12 @@ process that started all, so workers need no folder in common with it.
 
 from __future__ import annotations
 
-import os
-import socket
 from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Any, Final
 
-import torch
-
+from hicache.launch.actors import Actors
 from hicache.launch.backends import Backend
-from hicache.launch.loading import Place
 from hicache.launch.manifest import Made
 from hicache.launch.settings import Settings
 from hicache.launch.tasks import Task
@@ -104,48 +100,9 @@ class RayWorkers:
     """
 
     def __init__(self, staff: Staff, settings: Settings, backend: Backend, cards: list[str]) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise RuntimeError(
-                "more than one worker needs Ray: pip install 'hicache[cluster]'; or leave out --workers, "
-                "--ray, and all but one of --gpus"
-            ) from error
-        self._ray = ray
-        self._connect(staff, cards)
-        on_gpus = bool(cards) or (staff.ray is not None and staff.gpus != "cpu" and self._gpus())
-        self.count = staff.workers or (self._gpus() if on_gpus else 1)
-        threads = staff.threads or (None if on_gpus else max(1, (os.cpu_count() or 1) // self.count))
-        place = Place("cuda:0" if on_gpus else "cpu", staff.offload, threads)
-        actor = ray.remote(num_gpus=1 if on_gpus else 0, num_cpus=1, max_restarts=-1, max_task_retries=0)(
-            _Remote
-        )
-        self._actors = [actor.remote(settings, backend, place) for _ in range(self.count)]
-
-    def _connect(self, staff: Staff, cards: list[str]) -> None:
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-        if staff.ray is not None:
-            quiet.pop("include_dashboard")
-            where: dict[str, Any] = {"address": staff.ray}
-        else:
-            # numbers of torch become what the driver knows the cards by
-            given = os.environ.get("CUDA_VISIBLE_DEVICES")
-            known = given.split(",") if given else [str(card) for card in range(torch.cuda.device_count())]
-            if cards:
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(known[int(card)] for card in cards)
-            # as urgent as one process would be, which is not what Ray does of itself
-            os.environ.setdefault("RAY_worker_niceness", "0")
-            # "local": not a cluster that happens to run here
-            where = {"address": "local", "num_cpus": staff.workers, "num_gpus": len(cards)}
-        try:
-            _knock(staff.ray)
-            self._ray.init(**where, **quiet)
-        except (ConnectionError, OSError, ValueError, RuntimeError) as error:
-            place = "start here" if staff.ray is None else f"reach a cluster at {staff.ray}"
-            raise RuntimeError(f"Ray cannot {place}: {error}") from error
-
-    def _gpus(self) -> int:
-        return int(self._ray.cluster_resources().get("GPU", 0))
+        # what a lost worker had is given to another at once
+        self._team = Actors(staff, cards, _Remote, (settings, backend), retries=0)
+        self._ray, self._actors, self.count = self._team.ray, self._team.all, self._team.count
 
     def draw(self, tasks: Iterator[Task]) -> Iterator[Result]:
         """Every wanted picture.
@@ -187,17 +144,4 @@ class RayWorkers:
             yield from found
 
     def close(self) -> None:
-        for actor in self._actors:
-            self._ray.kill(actor)
-        self._ray.shutdown()
-
-
-def _knock(address: str | None) -> None:
-    """Find out at once whether anybody listens: Ray itself tries for minutes.
-
-    Raises:
-        OSError: nobody does.
-    """
-    host, colon, port = (address or "").rpartition(":")
-    if colon and port.isdigit() and "/" not in host:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        self._team.close()

@@ -77,15 +77,19 @@ def call_of(kind: str) -> inspect.Signature:
     return inspect.signature(class_of(kind).__call__)
 
 
-def pipeline(model: str | None) -> Any:
-    """The pipeline of a folder or a name, on a GPU if there is one; None: the bundled one, on the CPU.
+def pipeline(model: str | None, place: Place | None = None) -> Any:
+    """The pipeline of a folder or a name; None is the bundled one.
+
+    Args:
+        model: the folder or the name.
+        place: where it is to run; None: on a GPU if there is one, the bundled one on the CPU.
 
     Raises:
         ModelError: it is not there, or cannot be loaded.
     """
     settings, _ = resolve(Settings(model=model or BUNDLED))
     on_gpu = model is not None and torch.cuda.is_available()
-    return load(settings, Place("cuda:0" if on_gpu else "cpu"))
+    return load(settings, place or Place("cuda:0" if on_gpu else "cpu"))
 
 
 def load(settings: Settings, place: Place) -> Any:

@@ -13,20 +13,18 @@ import json
 import os
 import platform
 import re
-import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from filelock import FileLock, Timeout
-
 from hicache._version import __version__
+from hicache.launch.folder_lock import FolderLock, now
 from hicache.launch.settings import Settings
 from hicache.launch.tasks import Picture
 
-RUN, DONE, LOCK, HOLDER = "run.json", "done.jsonl", ".lock", ".lock.json"
+RUN, DONE = "run.json", "done.jsonl"
 _PART: Final = ".part"
 _SYNC_SECONDS: Final = 1.0
 _OURS: Final = re.compile(r"\d{6,}\.(png|jpg|mp4)(\.part)?")
@@ -71,31 +69,16 @@ class RunFolder:
         self._synced = 0.0  # when the disk had all
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.path / LOCK, timeout=0)
-            self._hold()
+            self._lock = FolderLock(self.path)
+            holder = self._lock.take()
+        if holder is not None:
+            raise FolderError(f"{self.path}: {holder} draws into it: wait, or end it")
         try:
             with self._writing():
                 self._prepare(force)
         except BaseException:
             self.close()
             raise
-
-    # Who is at work.
-
-    def _hold(self) -> None:
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise FolderError(f"{self.path}: {self._holder()} draws into it: wait, or end it") from None
-        about = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
-        (self.path / HOLDER).write_text(json.dumps(about) + "\n", encoding="utf-8")
-
-    def _holder(self) -> str:
-        try:
-            about = json.loads((self.path / HOLDER).read_text(encoding="utf-8"))
-            return f"process {about['pid']} on {about['host']}, since {about['since']},"
-        except (OSError, ValueError, KeyError):  # it has only just begun
-            return "another process"
 
     def __enter__(self) -> RunFolder:
         return self
@@ -105,9 +88,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Let others at it."""
-        with contextlib.suppress(OSError):
-            (self.path / HOLDER).unlink(missing_ok=True)
-        self._lock.release()
+        self._lock.give_back()
 
     # What is there.
 
@@ -150,7 +131,7 @@ class RunFolder:
             "settings": self._settings.plain(),
             "hicache": __version__,
             "python": platform.python_version(),
-            "begun": _now(),
+            "begun": now(),
         }
         part = self.path / (RUN + _PART)
         part.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -280,7 +261,3 @@ def _write(path: Path, mode: str, data: bytes, sync: bool) -> None:
             os.truncate(path, before)
         error.filename = error.filename or str(path)
         raise
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

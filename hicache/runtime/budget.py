@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from hicache.adapters.base import ModuleAdapter
-from hicache.runtime.context import BegunCall, Context, Contexts
+from hicache.runtime.context import MAX_CONTEXTS, BegunCall, Context, Contexts
 from hicache.runtime.gate_rank import GATE_TOLERANCE
 from hicache.runtime.low_rank import LowRankRecorder
 from hicache.runtime.memory_room import Graphs, MemoryRoom
@@ -34,6 +34,7 @@ class Policy:
     granularity: str
     memory_budget: int  # bytes
     gate_tolerance: float = GATE_TOLERANCE  # what gates of low rank may be off by, relative
+    max_contexts: int = MAX_CONTEXTS
 
     @property
     def by_module(self) -> bool:

@@ -39,14 +39,23 @@ class Conditions:
             (weakref.ref(tensor), compat.write_count(tensor)) for tensor in conditioning(model_kwargs)
         ]
         self._numbers: list[Tensor] = []
+        self._shared = False  # whether the numbers are counted as another's
 
     @property
     def counted(self) -> bool:
         """Whether it is known when they are written to; not so of tensors made in inference mode."""
         return all(count is not None for _, count in self._given)
 
-    def keep(self) -> Conditions:
-        """Copy their numbers, at the first call of a context: a later call may be given them anew."""
+    def keep(self, alike: Conditions | None = None) -> Conditions:
+        """Copy their numbers, at the first call of a context: a later call may be given them anew.
+
+        Args:
+            alike: conditions that are the same and have a copy, which serves both.
+        """
+        self._shared = alike is not None
+        if alike is not None:
+            self._numbers = alike._numbers
+            return self
         given = [tensor for ref, _ in self._given if (tensor := ref()) is not None]
         self._numbers = [tensor.detach().clone() for tensor in given]
         return self
@@ -58,7 +67,7 @@ class Conditions:
     @property
     def nbytes(self) -> int:
         """Bytes of the numbers kept."""
-        return sum(tensor.nbytes for tensor in self._numbers)
+        return 0 if self._shared else sum(tensor.nbytes for tensor in self._numbers)
 
     def are(self, later: Conditions) -> bool:
         """Whether a later call is given the same tensors, with nothing known to be written to them since."""

@@ -21,7 +21,7 @@ from hicache.runtime.token_layout import LayoutCheck, TokenLayout
 from hicache.token_view import TokenView
 from hicache.trees import tensors_of
 
-MAX_CONTEXTS: Final = 16  # of one denoiser in a run; more means that steps or calls are not what they seem
+MAX_CONTEXTS: Final = 16  # of one denoiser in a run: more usually means that steps are not what they seem
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Context:
     def restart(self, label: str, first_step: int, conditions: Conditions, session: Session) -> None:
         """A run of a session starts, in which this context's first call is made at ``first_step``."""
         self.label = label
-        self.conditions = conditions.keep()
+        self.conditions = conditions
         self.last_step = first_step  # it had a call in
         self._begin(first_step, session)
         self.full_steps = 0
@@ -196,14 +196,17 @@ class Contexts:
 
     Args:
         denoiser: its name, for labels.
+        limit: how many there may be in a run.
     """
 
-    def __init__(self, denoiser: str) -> None:
+    def __init__(self, denoiser: str, limit: int = MAX_CONTEXTS) -> None:
         self._denoiser = denoiser
+        self._limit = limit
         self.current: list[Context] = []
         self._idle: list[Context] = []  # of the last run: their memory is kept for one run
         # by their order in the step: contexts met, and calls of theirs that none but them had the like of
-        self._known: dict[int, tuple[KnownCall, Context]] = {}
+        # (and of those that have, the one before, which must have had its call)
+        self._known: dict[int, tuple[KnownCall, Context, Context | None]] = {}
 
     def start_run(self) -> None:
         """A run starts: its contexts may be others."""
@@ -232,23 +235,29 @@ class Contexts:
         """
         known = self._known.get(counter.ordinal)
         if known is not None:
-            call, met = known
-            if met.last_step != counter.step and call.is_like(name, model_kwargs):
+            call, met, before = known
+            in_turn = before is None or before.last_step == counter.step
+            if in_turn and met.last_step != counter.step and call.is_like(name, model_kwargs):
                 met.last_step = counter.step
                 return met
         arguments, conditions = (name, *signature(model_kwargs)), Conditions(model_kwargs)
         context = self._met(counter.step, arguments, conditions)
-        if context is None and len(self.current) < MAX_CONTEXTS:
+        if context is None and len(self.current) < self._limit:
             context = self._take(counter, arguments, session)
             twins = sum(other.ordinal == context.ordinal for other in self.current)
             label = f"{self._denoiser}[{counter.ordinal}]" + (f" #{twins + 1}" if twins else "")
-            context.restart(label, counter.step, conditions, session)
+            given = (other.conditions for other in self.current if other.arguments == arguments)
+            twin = next((other for other in given if other.are(conditions)), None)
+            context.restart(label, counter.step, conditions.keep(twin), session)
             self.current.append(context)
         if context is None:
             return None
         alike = [other for other in self.current if other.arguments == arguments]
-        if [other for other in alike if other.conditions.are(conditions)] == [context]:
-            self._known[counter.ordinal] = KnownCall(name, model_kwargs), context
+        same = [other for other in alike if other.conditions.are(conditions)]
+        if context in same and (len(same) == 1 or conditions.counted):
+            place = same.index(context)
+            before = same[place - 1] if place else None
+            self._known[counter.ordinal] = KnownCall(name, model_kwargs), context, before
         return context
 
     def _met(self, step: int, arguments: tuple[Any, ...], conditions: Conditions) -> Context | None:

@@ -19,7 +19,7 @@ from hicache.hooks.caller import CallerFinder, CallName
 from hicache.hooks.hooked import HookedModule
 from hicache.pipeline import check_one_cache
 from hicache.runtime.budget import Policy
-from hicache.runtime.context import MAX_CONTEXTS, BegunCall
+from hicache.runtime.context import BegunCall
 from hicache.runtime.module_recorder import ModuleRecorder
 from hicache.runtime.planner import forecast
 from hicache.runtime.residuals import given_to_blocks, scale_of
@@ -32,12 +32,9 @@ from hicache.step_plan import SkippedStep
 
 _UNCOUNTED: Final = (
     "without a step of the scheduler: these calls run uncached; is this the scheduler of the run? (see "
-    "apply(..., scheduler=...))"
+    "apply(..., scheduler=...)), and are tiles among them? (max_contexts=...)"
 )
-_TOO_MANY_FORMS: Final = (
-    f"was called in more than {MAX_CONTEXTS} forms or with as many prompts in one run: further ones run "
-    "uncached"
-)
+_MANY: Final = "in one run: further ones run uncached; for tiles there is apply(..., max_contexts=...)"
 
 
 class Denoiser(NotCopied):
@@ -66,6 +63,7 @@ class Denoiser(NotCopied):
         self.hooked = hooked
         self.sessions = sessions
         self.graphs = graphs
+        self._max_contexts = policy.max_contexts
         by_module = adapter is not None and policy.by_module
         self._modules = ModuleRecorder(adapter, hooked.call) if adapter is not None and by_module else None
         track = functools.partial(Track, name, hooked, policy, self._modules, self._warn, adapter, graphs)
@@ -134,15 +132,15 @@ class Denoiser(NotCopied):
             self._start_run(track)
         if counter.stands_still(model_kwargs):
             self._warn(f"was called with another timestep {_UNCOUNTED}")
-        if counter.ordinal >= MAX_CONTEXTS:
-            self._warn(f"was called more than {MAX_CONTEXTS} times {_UNCOUNTED}")
+        if counter.ordinal >= self._max_contexts:
+            self._warn(f"was called more than {self._max_contexts} times {_UNCOUNTED}")
             return None
         name = self._name.current or caller.name
         scale = scale_of(model_kwargs)
         key = name, scale is None, *self.hooked.wanted(model_kwargs)
         context = track.contexts.find(counter, key, model_kwargs, track.session)
         if context is None:
-            self._warn(_TOO_MANY_FORMS)
+            self._warn(f"was called in more than {self._max_contexts} forms or with as many prompts {_MANY}")
             return None
         context.follow(scale, counter.step, track.session)
         compiled = compat.inside_compiled_call(module)

@@ -47,7 +47,7 @@ class Track:
     ) -> None:
         self.session = session
         self.counter = StepCounter(session)
-        self.contexts = Contexts(name)
+        self.contexts = Contexts(name, policy.max_contexts)
         self.choice = RecorderChoice(hooked.name, policy, modules, self.contexts, warn, adapter, graphs)
         planner = _PLANNERS.get(policy.granularity, CallPlanner)
         self.planner = planner(hooked, self.choice, session)

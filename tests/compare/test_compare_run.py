@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -183,7 +184,25 @@ def test_distances_add_up_over_batches():
         trail.forget()
         trail.keep(None, 0, None, {"latents": torch.tensor([full])})
         distance.against(trail)(None, 0, None, {"latents": torch.tensor([other])})
-    assert distance.read() == [1.0]  # √(0² + 5²) / √(3² + 4²)
+    assert distance.read() == [(25.0, 25.0)]  # 0² + 5², 3² + 4²
+
+
+def test_parts_make_the_whole(found, shapes_pipe, tmp_path):
+    request = asked(tmp_path)
+    parts = [
+        compared(shapes_pipe, replace(request, prompt=prompt, seed=request.seed + first))
+        for first, prompt in ((0, request.prompt[:2]), (2, request.prompt[2:]))
+    ]
+    seconds = [[one.seconds[0] for one in part.variants] for part in parts]
+    whole, further = parts
+    whole.add(further)
+    assert (whole.asked.prompts, whole.asked.seeds) == (found.asked.prompts, found.asked.seeds)
+    for one, wanted in zip((whole.full, *whole.variants), (found.full, *found.variants), strict=True):
+        assert (one.scores, one.pictures) == (wanted.scores, wanted.pictures)
+        assert (one.errors, one.places) == (wanted.errors, wanted.places)
+        assert one.history_bytes == wanted.history_bytes
+    assert [one.seconds for one in whole.variants] == [[sum(both)] for both in zip(*seconds, strict=True)]
+    assert whole.worst_first() == found.worst_first()
 
 
 def test_variants(shapes_pipe):

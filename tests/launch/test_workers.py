@@ -21,6 +21,7 @@ from hicache.demo.prompts import random_prompts
 from hicache.launch.cluster import Shift
 from hicache.launch.prompts import Prompt
 from hicache.launch.tasks import Picture, Task
+from tests.support.clusters import two_nodes
 from tests.support.scripts import ROOT
 
 ray = pytest.importorskip("ray", reason="pip install 'hicache[cluster]'")
@@ -90,13 +91,8 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cluster() -> Iterator[str]:
-    """The address of a cluster of two nodes with a core each."""
-    from ray.cluster_utils import Cluster
-
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    made.add_node(num_cpus=1)
-    yield made.address
-    made.shutdown()
+    with two_nodes() as address:
+        yield address
 
 
 def test_two_workers_draw_what_one_process_does(prompts: Path, tmp_path: Path):
