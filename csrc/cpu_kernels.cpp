@@ -55,7 +55,9 @@ template <class A, int N>
 struct coefficients {
   A values[N];
   coefficients(const scalars& from, int64_t feature) {
-    for (int k = 0; k < N; ++k) values[k] = scalar<A>(from, k, feature);
+    for (int k = 0; k < N; ++k) {
+      values[k] = from.features ? coefficient<A, true>(from, k, feature) : coefficient<A, false>(from, k, feature);
+    }
   }
 };
 

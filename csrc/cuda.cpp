@@ -122,15 +122,18 @@ void cuda_update(const cascade_args& args, int device, uintptr_t stream) {
 }
 
 void cuda_update_forecast(const cascade_args& args, int device, uintptr_t stream) {
-  launch_cascade("update_forecast_", kernels_of(args.past.type).update_forecast, args, device, stream);
+  const bool by_feature = args.coeffs.features != 0;
+  launch_cascade("update_forecast_", kernels_of(args.past.type).update_forecast[by_feature], args, device, stream);
 }
 
 void cuda_forecast(const cascade_args& args, int device, uintptr_t stream) {
-  launch_cascade("forecast", kernels_of(args.past.type).forecast, args, device, stream);
+  const bool by_feature = args.coeffs.features != 0;
+  launch_cascade("forecast", kernels_of(args.past.type).forecast[by_feature], args, device, stream);
 }
 
 void cuda_gated_sum(const sum_args& args, int device, uintptr_t stream) {
-  const sum_kernels& kernels = kernels_of(args.past.type).gated_sum[static_cast<int>(args.base_type)];
+  const bool by_feature = args.coeffs.features != 0;
+  const sum_kernels& kernels = kernels_of(args.past.type).gated_sum[by_feature][static_cast<int>(args.base_type)];
   if (kernels.any == nullptr) throw std::invalid_argument("gated_sum: no native kernel for this pair of dtypes");
   const int bytes = bytes_of(args.past.type), base_bytes = bytes_of(args.base_type);
   const int pack = pack_size(bytes, base_bytes);

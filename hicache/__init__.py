@@ -21,7 +21,7 @@ from hicache.basis import (
 )
 from hicache.calibration.rules import Fitted, FittedSteps
 from hicache.chebyshev import Chebyshev
-from hicache.config import HiCacheConfig
+from hicache.config import ELSEWHERE, HiCacheConfig
 from hicache.engine import Engine
 from hicache.input_change import InputChange
 from hicache.run import Position, Run
@@ -29,6 +29,7 @@ from hicache.schedule import Geometric, Interval, Schedule, Steps, bound, full_s
 from hicache.tables import Table
 
 __all__ = [
+    "AnalyticHermite",
     "Basis",
     "Chebyshev",
     "Engine",
@@ -58,11 +59,11 @@ __all__ = [
     "wrap",
 ]
 
-_ELSEWHERE: Final = {"calibrate": "hicache.fitting", "wrap": "hicache.wrapped"}
+_ELSEWHERE: Final = {"calibrate": "hicache.fitting", "wrap": "hicache.wrapped", **ELSEWHERE}
 
 
 def __getattr__(name: str) -> Any:
-    """What needs diffusers: imported when it is asked for."""
+    """What needs diffusers, and companions: imported when they are asked for."""
     if name in _ELSEWHERE:
         return getattr(importlib.import_module(_ELSEWHERE[name]), name)
     raise AttributeError(f"module 'hicache' has no attribute {name!r}")

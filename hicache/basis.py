@@ -29,7 +29,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Final, Protocol, TypeVar
 
+import torch
+
 from hicache.checks import check_positive
+from hicache.feature_rows import FeatureRows
 from hicache.run import Position, Run
 
 
@@ -38,6 +41,8 @@ class Basis(ABC):
 
     #: Whether it looks at the scheduler's noise levels, which are read from the device once a run.
     reads_sigmas: ClassVar[bool] = False
+    #: Whether features have rows of their own, see :meth:`for_features`: each module is cached for itself.
+    by_feature: ClassVar[bool] = False
     #: Why it gives another rule's coefficients in this run, if it does.
     fallback: str | None = None
 
@@ -51,6 +56,16 @@ class Basis(ABC):
     def for_run(self, run: Run) -> Basis:
         """What is used in a run; itself, unless it depends on the run."""
         return self
+
+    def for_features(self, layers: Sequence[str | None], device: torch.device) -> FeatureRows:
+        """What gives the rows of one context in one run, where ``by_feature``.
+
+        Args:
+            layers: of every feature the block of the model that it is of, such as ``"transformer_blocks.3"``;
+                None where it is of several, or of none.
+            device: of the features.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has one row for all features")
 
 
 class BasisFunction(Protocol):

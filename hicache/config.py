@@ -23,6 +23,8 @@ from hicache.tables import TABLES, Table
 
 HISTORY_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_ORDER = 4  # the kernels are compiled for up to five orders of differences
+# bases that are imported when they are asked for → where they are
+ELSEWHERE: Final = {"AnalyticHermite": "hicache.companions.analytic"}
 SCHEDULES: Final = ("uniform", "geometric", *TABLES)  # by name
 
 
@@ -142,6 +144,11 @@ class HiCacheConfig:
         return self.basis.calibration.granularity if isinstance(self.basis, Fitted) else None
 
     @property
+    def by_feature(self) -> bool:
+        """Whether features have rows of their own."""
+        return self.weighed_by.by_feature
+
+    @property
     def reads_sigmas(self) -> bool:
         """Whether the scheduler's noise levels matter."""
         return self.weighed_by.reads_sigmas or self.places_by.reads_sigmas
@@ -250,7 +257,7 @@ def _plain(value: Any) -> Any:
 def _from_plain(name: str, value: Any) -> Any:
     if isinstance(value, Mapping):
         base: type[Any] = Basis if name == "basis" else Schedule
-        return from_plain(value, base, f"HiCacheConfig.{name}")
+        return from_plain(value, base, f"HiCacheConfig.{name}", ELSEWHERE)
     if name == "history_dtype" and value is not None:
         return {str(dtype).removeprefix("torch."): dtype for dtype in HISTORY_DTYPES}.get(value, value)
     return value

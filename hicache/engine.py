@@ -123,7 +123,13 @@ class Engine:
         last_full = self.differences.last_full if last_full is None else last_full
         return is_full(self.config, step, last_full, self.num_steps)
 
-    def open(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    def open(
+        self,
+        shapes: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        device: torch.device,
+        layers: Sequence[str | None] | None = None,
+    ) -> list[Tensor]:
         """Make room for the features of a full step: views to write them into, then :meth:`commit`.
 
         Args:
@@ -131,6 +137,11 @@ class Engine:
                 history.
             dtype: of the features; the history's dtype unless the config names one.
             device: where the features live.
+            layers: of the features, for bases that have rows by feature (:meth:`hicache.Basis.for_features`);
+                each is one by itself when None.
+
+        Raises:
+            ValueError: such a basis, and features of several shapes.
         """
         dtype = self.config.history_dtype or dtype
         form = tuple(torch.Size(shape) for shape in shapes), self.config.order, dtype, device
@@ -141,7 +152,17 @@ class Engine:
             self.history = held = kernels.History(*form)
         else:
             self.flush()  # the inbox of the last full step must be taken in before it is written again
+        if self.config.by_feature:
+            layers = [str(index) for index in range(len(shapes))] if layers is None else layers
+            self.numbers.begin_full(layers, self._first_differences(held), device)
         return [held.inbox(index) for index in range(len(form[0]))]
+
+    def _first_differences(self, history: kernels.History) -> Tensor | None:
+        """D1 of all features, ``[features, batch, tokens, channels]``; None where there is none."""
+        orders, shape = history.orders_by_feature(), history.shapes[0]
+        if self.differences.filled < 2:
+            return None
+        return orders[1, :, : shape.numel()].view(-1, *shape)
 
     def commit(self, step: int) -> None:
         """The views of :meth:`open` hold the features of full step ``step``.
@@ -184,14 +205,15 @@ class Engine:
             RuntimeError, ValueError: as :meth:`gated_sum`.
         """
         history, coeffs = self._ahead(step)
+        orders = history.orders if coeffs.ndim == 1 else history.orders_by_feature()
         if self._pending is None:
-            row = kernels.forecast(history.orders, coeffs, backend=self.backend)
+            row = kernels.forecast(orders, coeffs, backend=self.backend)
         else:
             row = kernels.update_forecast_(
-                history.orders, self._inv_gap(), coeffs, self._pending, backend=self.backend
+                orders, self._inv_gap(), coeffs, self._pending, backend=self.backend
             )
             self._pending = None
-        return history.split(row)
+        return history.split(row.view(-1))
 
     def gated_sum(self, step: int, base: Tensor, gates: Tensor | None = None) -> Tensor:
         """The hidden state after all blocks at a skipped step: ``base + Σ_i gates[i] ⊙ forecast_i``.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hicache.adapters import registry
+from hicache.adapters.layers import check_layers
 from hicache.calibration.matching import PipelineFacts
 from hicache.calibration.shipped import shipped
 from hicache.checks import check_whole
@@ -27,7 +28,6 @@ from hicache.hooks.hooked import HookedModule
 from hicache.hooks.output import HookedOutput
 from hicache.hooks.transformer import HookedTransformer
 from hicache.pipeline import (
-    GRANULARITIES,
     MEMORY_BUDGET,
     PartsCheck,
     check_backend,
@@ -40,6 +40,7 @@ from hicache.pipeline import (
     find_controlnets,
     find_denoisers,
     find_scheduler,
+    granularity_of,
 )
 from hicache.plan import DenoiserPlan, Plan, plan
 from hicache.runtime.budget import Policy
@@ -77,6 +78,12 @@ class Handle(BaseHandle[Denoiser]):
             granularity=" and ".join(sorted({track.choice.recorder.name for track in tracks.values()})),
             backend=session.backend,
             places=tuple(sorted(session.places)),
+            sigmas={
+                context.label: told
+                for track in tracks.values()
+                for context in track.contexts.current
+                if (told := context.engine.numbers.told)
+            },
             contexts={
                 context.label: ContextStats(context.full_steps, context.skipped_steps, context.engine.nbytes)
                 for track in tracks.values()
@@ -95,7 +102,7 @@ class Handle(BaseHandle[Denoiser]):
                 if (taken := context.engine.backend_taken) is not None
             },
             low_rank={name: found for name, track in tracks.items() if (found := track.choice.gates())},
-            companions={d.name: told for d in denoisers if (told := d.companions.describe())},
+            companions={d.name: said for d in denoisers if (said := d.companions.describe())},
             graphs={
                 denoiser.name: dataclasses.replace(denoiser.graphs.stats)
                 for denoiser in denoisers
@@ -176,7 +183,7 @@ def apply(
     config = check_config(config)
     if granularity == "auto":
         granularity = (offered or config).fitted_by or granularity
-    check_choice("granularity", granularity, GRANULARITIES)
+    granularity = granularity_of(granularity, config.by_feature)
     check_choice("backend", backend, ("auto", *BACKENDS))
     check_budget(memory_budget)
     check_tolerance(gate_tolerance)
@@ -199,6 +206,7 @@ def apply(
                 f"hicache: granularity={granularity!r}: the modules of {type(modules[name]).__name__} are "
                 f"not known; known are {', '.join(registry.known())}; use granularity='stack' or 'auto'"
             )
+        check_layers(adapter, config.by_feature)
 
     beside = companions(modules, sparse=sparse)
 

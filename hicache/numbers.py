@@ -29,7 +29,7 @@ class Numbers:
 
     def _add(self, rows: list[tuple[float, ...]], like: Tensor) -> None:
         dtype = _dtype(like.dtype)
-        padded = [(*row, *[0.0] * _padding(row, dtype)) for row in rows]
+        padded = [(*row, *[0.0] * _padding(len(row), dtype)) for row in rows]
         with torch.inference_mode(False):  # outlives the mode of the run that made it
             numbers = torch.tensor([number for row in padded for number in row], dtype=dtype, device="cpu")
             moved = uploaded(numbers, like.device)
@@ -43,18 +43,37 @@ class Numbers:
         self.nbytes = 0
 
 
+def numbers_of_rows(rows: Tensor, num_coeffs: int, history: torch.dtype) -> list[Tensor]:
+    """Coefficients by feature as kernels take them, all in one allocation.
+
+    Args:
+        rows: ``[places, orders, features]``, on the device of the history.
+        num_coeffs: at least as many as there are orders; those beyond weigh nothing.
+        history: dtype of the history.
+
+    Returns:
+        Tensors ``[num_coeffs, features]``, one a place.
+    """
+    dtype, (places, orders, features) = _dtype(history), rows.shape
+    length = num_coeffs * features
+    held = rows.new_zeros(places, length + _padding(length, dtype), dtype=dtype)
+    made = held[:, :length].unflatten(1, (num_coeffs, features))
+    made[:, :orders].copy_(rows)
+    return list(made.unbind())
+
+
 def planned_nbytes(rows: Iterable[tuple[float, ...]], dtype: torch.dtype) -> int:
     """Bytes that numbers of a run take, for a history of this dtype."""
     dtype = _dtype(dtype)
-    return sum(len(row) + _padding(row, dtype) for row in dict.fromkeys(rows)) * dtype.itemsize
+    return sum(len(row) + _padding(len(row), dtype) for row in dict.fromkeys(rows)) * dtype.itemsize
 
 
 def _dtype(history: torch.dtype) -> torch.dtype:
     return torch.float64 if history == torch.float64 else torch.float32
 
 
-def _padding(row: tuple[float, ...], dtype: torch.dtype) -> int:
-    return -len(row) % (16 // dtype.itemsize)  # where a tensor begins decides which code Triton makes for it
+def _padding(length: int, dtype: torch.dtype) -> int:
+    return -length % (16 // dtype.itemsize)  # where a tensor begins decides which code Triton makes for it
 
 
 def uploaded(numbers: Tensor, device: torch.device) -> Tensor:

@@ -247,6 +247,32 @@ def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"hicache: unknown {name} {value!r}; expected one of {', '.join(known)}")
 
 
+def granularity_of(granularity: str, by_feature: bool) -> str:
+    """What is cached with a basis: where that has rows by feature, modules.
+
+    Args:
+        granularity: asked for.
+        by_feature: see :class:`hicache.Basis`.
+
+    Raises:
+        ValueError: it is not known, or cannot be had with rows by feature; the message says why.
+    """
+    check_choice("granularity", granularity, GRANULARITIES)
+    if not by_feature:
+        return granularity
+    if granularity not in ("auto", "module"):
+        features = {
+            "stack": "the residual of all layers is one feature",
+            "low-rank": "features are weighed sums of all layers",
+            "output": "what the model returns is the only feature",
+        }[granularity]
+        raise ValueError(
+            f"hicache: granularity={granularity!r}: {features}, and the basis has a row for every layer; use "
+            "granularity='module'"
+        )
+    return "module"
+
+
 def check_budget(memory_budget: int) -> None:
     """Check a number of bytes.
 

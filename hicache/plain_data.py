@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,22 +24,30 @@ def to_plain(value: Any) -> dict[str, Any]:
     return {"kind": kind, **{name: getattr(value, name) for name in fields}}
 
 
-def from_plain(data: Mapping[str, Any], base: Any, what: str) -> Any:
+def from_plain(
+    data: Mapping[str, Any], base: Any, what: str, elsewhere: Mapping[str, str] | None = None
+) -> Any:
     """What :func:`to_plain` was given.
 
     Args:
         data: the plain data.
         base: whose subclasses, by name, may come.
         what: the data is of, for messages.
+        elsewhere: kinds that may not be imported yet → their modules.
 
     Raises:
         ValueError: no such class, or other fields than its own.
     """
+    elsewhere = elsewhere or {}
+    if data.get("kind") in elsewhere:
+        importlib.import_module(elsewhere[data["kind"]])
     kinds: dict[str, Any] = {kind.__name__: kind for kind in subclasses(base)}
     fields = {name: value for name, value in data.items() if name != "kind"}
     kind = kinds.get(str(data.get("kind")))
     if kind is None:
-        raise ValueError(f"{what}: expected a kind of {', '.join(sorted(kinds))}, got {data.get('kind')!r}")
+        raise ValueError(
+            f"{what}: expected a kind of {', '.join(sorted({*kinds, *elsewhere}))}, got {data.get('kind')!r}"
+        )
     own = getattr(kind, "from_plain", None)
     try:
         return kind(**fields) if own is None else own(**fields)

@@ -10,19 +10,20 @@ import torch
 
 from hicache.adapters import registry
 from hicache.adapters.base import ModuleAdapter
+from hicache.adapters.layers import check_layers
 from hicache.checks import check_whole
 from hicache.config import HiCacheConfig
 from hicache.cuda_graphs.runner import CHOICES
 from hicache.dry_run import Recorded, dry_run
 from hicache.engine import Engine
 from hicache.pipeline import (
-    GRANULARITIES,
     MEMORY_BUDGET,
     check_budget,
     check_choice,
     check_config,
     find_controlnets,
     find_denoisers,
+    granularity_of,
     is_unet,
 )
 from hicache.planned_memory import (
@@ -196,7 +197,7 @@ def plan(
         TypeError, ValueError: bad arguments, or a model whose modules are not known.
     """
     config = check_config(config)
-    check_choice("granularity", granularity, GRANULARITIES)
+    granularity = granularity_of(granularity, config.by_feature)
     check_budget(memory_budget)
     counts = {"height": height, "width": width, "num_frames": num_frames, "batch": batch, "steps": steps}
     optional = {"calls": calls, "text_tokens": text_tokens}
@@ -226,6 +227,7 @@ def plan(
                 f"hicache: plan() does not know how many tokens {type(module).__name__} works on; known are "
                 f"{', '.join(registry.known())}"
             )
+        check_layers(adapter, config.by_feature)
         contexts, samples = adapter.guidance if guided else (1, 1)
         latents = latent_shape(pipe, adapter.compression, size)
         drawn = adapter.tokens(latents)

@@ -79,6 +79,7 @@ class Stats:
     backends: dict[str, str] = field(default_factory=dict)  # denoiser → what runs, and why nothing better
     graphs: dict[str, GraphStats] = field(default_factory=dict)  # denoiser → captures, replays, or why none
     controlnets: dict[str, ControlNetStats] = field(default_factory=dict)  # by the pipeline's names for them
+    sigmas: dict[str, dict[str, float]] = field(default_factory=dict)  # context → layer → σ, where measured
     low_rank: dict[str, LowRankStats] = field(default_factory=dict)  # denoiser → its gates, where so cached
     companions: dict[str, str] = field(default_factory=dict)  # denoiser → what else changed its full steps
 
@@ -150,6 +151,10 @@ class Stats:
                     else f"{net.runs} of {net.calls} calls run"
                 )
                 for name, net in self.controlnets.items()
+            ),
+            *(
+                f"  {name}: σ " + ", ".join(f"{layer} {sigma:.3g}" for layer, sigma in sigmas.items())
+                for name, sigmas in self.sigmas.items()
             ),
             f"  {self.nbytes:,} bytes held: history {self.history_bytes:,}, gates {self.gates_bytes:,}, else "
             f"{self.kept_bytes:,}, graphs the rest",

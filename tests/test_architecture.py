@@ -41,6 +41,7 @@ LAYERS = [
     {
         "hicache.basis",
         "hicache.chebyshev",
+        "hicache.feature_rows",
         "hicache.input_change",
         "hicache.input_filter",
         "hicache.schedule",

@@ -269,3 +269,12 @@ def test_the_page_on_calibrating_has_the_scores_of_the_bundled_file():
         )
         places = " ".join(map(str, entry.full_steps))
         assert f"| {len(entry.full_steps)} | {places} | {prior} | {fitted} |" in page
+
+
+def test_the_table_of_analytic_sigma_is_what_was_measured():
+    with (ROOT / "benchmarks" / "results" / "analytic-sigma.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    page = (ROOT / "docs" / "companions.md").read_text(encoding="utf-8")
+    assert len(rows) == 5
+    for row in rows:
+        assert f"| {' | '.join(row)} |" in page

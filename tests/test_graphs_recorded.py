@@ -8,6 +8,7 @@ was freed since is an error. Another device is current than the transformer's, a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 import hicache.fast
+from hicache import AnalyticHermite
 from hicache.cuda_graphs import capture_safety
 from hicache.cuda_graphs.capture import CudaBackend
 from hicache.runtime.stream_order import StreamOrder
@@ -92,6 +94,26 @@ def test_replays_equal_eager(name: str, number: int, granularity: str, runtime: 
     for ours, theirs in zip(drawn, expected, strict=True):
         assert close(ours, theirs)
     assert runtime.device == 0
+
+
+def test_replays_take_coefficients_by_feature_that_were_measured_since(runtime: Runtime):
+    """A σ for every layer, of each run its own."""
+    pipe, arguments = pipelines.build("flux")
+    config = replace(CONFIG, basis=AnalyticHermite(alpha=0.1))
+    wanted = runs(arguments)[:2]
+    with hicache.fast.apply(pipe, config, cuda_graphs=False):
+        expected = [draw(pipe, given, steps) for given, steps in wanted]
+    with hicache.fast.apply(pipe, config) as handle:
+        drawn, sigmas = [], []
+        for given, steps in wanted:
+            drawn.append(draw(pipe, given, steps))
+            sigmas.append(handle.stats.sigmas["transformer[0]"])
+        [stats] = handle.stats.graphs.values()
+        assert stats.eager is None
+        assert stats.replays == runtime.replays > 0
+    for ours, theirs in zip(drawn, expected, strict=True):
+        assert close(ours, theirs)
+    assert all(sigmas[0][layer] != sigmas[1][layer] for layer in sigmas[0])
 
 
 @pytest.mark.parametrize("granularity", ["module", "stack"])

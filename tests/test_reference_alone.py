@@ -42,6 +42,7 @@ ALLOWED = {
     "hicache.mixin",
     "hicache.shadow",
     "hicache.config",
+    "hicache.feature_rows",
     "hicache.input_filter",
     "hicache.schedule",
     "hicache.stats",

@@ -114,9 +114,10 @@ def held_bytes() -> int:
     """Return the bytes of all tensors that Python knows of, memory that several share counted once."""
     held: dict[int, int] = {}
     for one in gc.get_objects():
-        if issubclass(type(one), Tensor) and one.device.type != "meta":
+        if issubclass(type(one), Tensor):
             storage = one.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
+            if storage.device.type != "meta":  # a fake tensor says another device, and has no memory either
+                held[storage.data_ptr()] = storage.nbytes()
     return sum(held.values())
 
 

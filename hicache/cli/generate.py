@@ -11,7 +11,7 @@ import typer
 from hicache.cli.options import assignments, take_file
 from hicache.launch.backends import AUTO, BACKENDS
 from hicache.launch.loading import OFFLOADS
-from hicache.launch.settings import DTYPES, FORMATS, MODES, ORIGINAL, Settings
+from hicache.launch.settings import COMPANIONS, DTYPES, FORMATS, MODES, ORIGINAL, Settings
 from hicache.pipeline import GRANULARITIES
 
 _CACHE: Final = "What is cached, and how often"
@@ -54,7 +54,10 @@ def generate(
     lora: Annotated[list[str] | None, _option(_MODEL, "Path or name, and :weight; may be repeated.")] = None,
     compile: Annotated[bool, _option(_MODEL, "Compile the transformer.", "--compile")] = False,
     mode: Annotated[
-        str, _option(_CACHE, f"{', '.join((ORIGINAL, *MODES))}, another basis, or a calibration's path.")
+        str,
+        _option(
+            _CACHE, f"{', '.join((ORIGINAL, *MODES, *COMPANIONS))}, another basis, or a calibration's path."
+        ),
     ] = "hicache",
     interval: Annotated[
         int | None, _option(_CACHE, "N: of N steps, one is full (7).", "--interval", "-i")

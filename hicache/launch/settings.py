@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from hicache.basis import known_bases
+import hicache
+from hicache.basis import Basis, known_bases
 from hicache.checks import check_positive, check_whole
 from hicache.config import HISTORY_DTYPES, HiCacheConfig
 from hicache.launch.backends import VIDEO, Backend
@@ -34,6 +35,8 @@ MODES: Final[dict[str, str | None]] = {
 COMPANIONS: Final[dict[str, tuple[str, str, str]]] = {
     "sparse": ("sparse", "hicache.companions.sparse", "SparseAttention"),
 }
+#: Modes whose basis is a class, with its defaults → its name in :mod:`hicache`, imported when asked for.
+CLASSES: Final = {"hicache-analytic": "AnalyticHermite"}
 DTYPES: Final = ("auto", "bf16", "fp16", "fp32")
 FORMATS: Final = ("png", "jpg")
 #: Of the cache: of no meaning to ``original``.
@@ -58,7 +61,8 @@ class Settings:
     Args:
         model: a folder or a name.
         backend: of :data:`hicache.launch.backends.BACKENDS`, or ``"auto"``.
-        mode: ``"original"``, of :data:`MODES`, another basis, or the path of a calibration.
+        mode: ``"original"``, of :data:`MODES` or :data:`COMPANIONS`, another basis, or the path of a
+            calibration.
         interval: of :class:`HiCacheConfig`, as ``order``, ``sigma``, ``warmup`` and ``last_step_full``.
         speedup: the bound to reach, in place of the interval.
         schedule: places of the full steps such as ``"0,1,2,9"``, or a name or a path as the config takes it.
@@ -140,16 +144,15 @@ class Settings:
         known = {**MODES, **{basis: basis for basis in known_bases()}}
         if self.mode == ORIGINAL or (self.mode in known and known[self.mode] is None):
             return None
-        basis = known.get(self.mode, self.mode)
-        if self.mode not in known and not self.mode.endswith(".json"):
+        if self.mode not in {**known, **COMPANIONS} and not self.mode.endswith(".json"):
             raise ValueError(
-                f"--mode: expected one of {', '.join((ORIGINAL, *known))}, or the path of a calibration, got "
-                f"{self.mode!r}"
+                f"--mode: expected one of {', '.join((ORIGINAL, *known, *COMPANIONS))}, or the path of a "
+                f"calibration, got {self.mode!r}"
             )
         try:
             return HiCacheConfig(
                 **self._given(_PAPERS),
-                basis=basis or "hermite",
+                basis=self._basis(known.get(self.mode, self.mode)),
                 schedule=_schedule(self.schedule),
                 last_step_full=self.last_step_full,
                 history_dtype=_history_dtype(self.history_dtype),
@@ -166,6 +169,14 @@ class Settings:
             return {}
         option, module, kind = COMPANIONS[self.mode]
         return {option: getattr(importlib.import_module(module), kind)()}
+
+    def _basis(self, name: str | None) -> str | Basis:
+        """The basis of a mode."""
+        if name not in CLASSES:
+            return name or "hermite"
+        # its σ of forecasts before it has measured one
+        made: Basis = getattr(hicache, CLASSES[name])(**self._given(("sigma",)))
+        return made
 
     def resolved(self, model: str, backend: Backend) -> Settings:
         """With the family's settings where none are given: nothing but the pipeline's own is left open.

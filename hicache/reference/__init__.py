@@ -74,11 +74,17 @@ class Handle(BaseHandle[Denoiser]):
             backend="reference",
             contexts=contexts,
             places=tuple(sorted(self._settings.places)),
+            sigmas={
+                context.label: told
+                for denoiser in self._denoisers
+                for context in denoiser.contexts.values()
+                if (told := context.rows.told)
+            },
             history_bytes=sum(context.history_bytes for context in contexts.values())
             + sum(controlnet.nbytes for controlnet in self._controlnets.values()),
             kept_bytes=sum(d.companions.nbytes for d in self._denoisers),
             cache_ms=self._timer.milliseconds,
-            companions={d.name: told for d in self._denoisers if (told := d.companions.describe())},
+            companions={d.name: said for d in self._denoisers if (said := d.companions.describe())},
             controlnets={
                 name: ControlNetStats(controlnet.calls, controlnet.runs)
                 for name, controlnet in self._controlnets.items()

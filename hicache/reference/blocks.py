@@ -6,7 +6,7 @@ of the image and of the text stream. Source: the ``forward`` of each block named
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from torch import nn
@@ -28,16 +28,20 @@ class Cached:
     """What of a block is cached.
 
     Args:
-        features: submodules whose outputs are cached features.
+        features: submodules whose outputs are cached features, in the order of the block's gates.
         idle: submodules that only feed a feature, so that a skipped step needs nothing of them.
+        text: features of the text alone.
+        joined: where features are of text and picture together, the picture's place: ``"first"``, ``"last"``.
     """
 
     features: tuple[str, ...]
     idle: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    joined: str = "last"
 
 
 # Two streams: attention gives (image, text), or (image, text, image prompt) with an IP-Adapter.
-_TWO_STREAMS: Final = Cached(("attn", "ff", "ff_context"))
+_TWO_STREAMS: Final = Cached(("attn", "ff", "ff_context"), text=("ff_context",))
 # Attention and MLP side by side, one projection of both, one gate: the projection's output is the feature.
 _FUSED: Final = Cached(("proj_out",), idle=("attn", "proj_mlp", "act_mlp"))
 # Self-attention, cross-attention, MLP.
@@ -69,14 +73,14 @@ MODELS: Final[dict[str, dict[str, Cached]]] = {
         "Flux2SingleTransformerBlock": Cached(("attn",)),
     },
     "HiDreamImageTransformer2DModel": {
-        "HiDreamImageTransformerBlock": Cached(("attn1", "ff_i", "ff_t")),
+        "HiDreamImageTransformerBlock": Cached(("attn1", "ff_i", "ff_t"), text=("ff_t",)),
         "HiDreamImageSingleTransformerBlock": Cached(("attn1", "ff_i")),
     },
     "HunyuanVideoTransformer3DModel": {
         "HunyuanVideoTransformerBlock": _TWO_STREAMS,
-        "HunyuanVideoSingleTransformerBlock": _FUSED,
+        "HunyuanVideoSingleTransformerBlock": replace(_FUSED, joined="first"),
         "HunyuanVideoTokenReplaceTransformerBlock": _TWO_STREAMS,
-        "HunyuanVideoTokenReplaceSingleTransformerBlock": _FUSED,
+        "HunyuanVideoTokenReplaceSingleTransformerBlock": replace(_FUSED, joined="first"),
     },
     "HunyuanVideo15Transformer3DModel": {"HunyuanVideo15TransformerBlock": _TWO_STREAMS},
     "LTXVideoTransformer3DModel": {"LTXVideoTransformerBlock": _CROSS},
@@ -85,10 +89,14 @@ MODELS: Final[dict[str, dict[str, Cached]]] = {
         "Lumina2TransformerBlock": Cached(("norm2", "ffn_norm2"), idle=("attn", "feed_forward")),
     },
     "PixArtTransformer2DModel": {"BasicTransformerBlock": _CROSS},
-    "QwenImageTransformer2DModel": {"QwenImageTransformerBlock": Cached(("attn", "img_mlp", "txt_mlp"))},
+    "QwenImageTransformer2DModel": {
+        "QwenImageTransformerBlock": Cached(("attn", "img_mlp", "txt_mlp"), text=("txt_mlp",))
+    },
     "SanaTransformer2DModel": {"SanaTransformerBlock": _CROSS},
     # 3.5 has a second attention on the image; its last block has no text MLP.
-    "SD3Transformer2DModel": {"JointTransformerBlock": Cached(("attn", "attn2", "ff", "ff_context"))},
+    "SD3Transformer2DModel": {
+        "JointTransformerBlock": Cached(("attn", "ff", "attn2", "ff_context"), text=("ff_context",))
+    },
     "WanTransformer3DModel": {"WanTransformerBlock": Cached(("attn1", "attn2", "ffn"))},
     # As Lumina2.
     "ZImageTransformer2DModel": {
@@ -106,6 +114,8 @@ class Part:
     path: str  # within the model
     module: nn.Module
     is_feature: bool  # else idle
+    layer: str  # path of its block
+    picture: str | None  # where the picture's tokens are among those of its first tensor; None: nowhere
 
 
 def cached_parts(model: nn.Module) -> list[Part]:
@@ -142,7 +152,9 @@ def cached_parts(model: nn.Module) -> list[Part]:
                     )
                 module = getattr(block, part)
                 if module is not None:  # blocks set to None what their model does not use
-                    parts[module] = Part(f"{path}.{part}", module, part in cached.features)
+                    picture = None if part in cached.text else cached.joined
+                    feature = part in cached.features
+                    parts[module] = Part(f"{path}.{part}", module, feature, f"{list_name}.{index}", picture)
     if not parts:
         raise ValueError(f"hicache.reference: {name} has no blocks; expected {', '.join(blocks)}")
     return list(parts.values())

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hicache.config import HiCacheConfig
+from hicache.reference.blocks import Part
 from hicache.reference.history import Feature
+from hicache.reference.rows import Key, Rows
 from hicache.run import Position
 from hicache.schedule import is_full
 from hicache.stats import ContextStats
-
-# (path of a submodule, how often it had run before in this call of the transformer)
-Key = tuple[str, int]
 
 
 def form(named: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -96,10 +96,12 @@ class Context:
         self.skipped_steps = 0
         self.features: dict[Key, Feature] = {}
         self.scale: Any = None  # of the ControlNet, if there is one
+        self.rows = Rows(config.weighed_by)
         self.pairs: set[str] = set()  # paths of idle submodules that give a pair of streams
 
     def release(self) -> None:
         self.features.clear()
+        self.rows = Rows(self.config.weighed_by)
         self.last_full = None
         self.recorded = 0
 
@@ -121,8 +123,18 @@ class Context:
     def is_full(self, step: int) -> bool:
         return is_full(self.config, step, self.last_full, self.num_steps)
 
-    def record(self, step: int, outputs: dict[Key, Any]) -> None:
-        """Take in what the submodules gave at a full step."""
+    def record(
+        self, step: int, outputs: dict[Key, Any], parts: Mapping[str, Part] = MappingProxyType({})
+    ) -> None:
+        """Take in what the submodules gave at a full step.
+
+        Args:
+            step: of the context.
+            outputs: of every call of a submodule.
+            parts: the submodules, by path; those of the table of :mod:`hicache.reference.blocks`.
+        """
+        if parts and outputs:
+            self.rows.begin_full(parts, [*outputs], self.features, tensors(outputs)[0].device)
         # a submodule that did not run this time starts anew when it does: its history would have a hole
         self.features = {key: self.features.get(key) or Feature(self.config) for key in outputs}
         for key, output in outputs.items():
@@ -141,4 +153,4 @@ class Context:
         position = functools.partial(
             Position, num_steps=self.num_steps, sigmas=self.sigmas, context=self.label
         )
-        return self.features[key].forecast(step, position)
+        return self.features[key].forecast(step, position, functools.partial(self.rows.weights, key))

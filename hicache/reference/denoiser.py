@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from hicache.companion import Companions, FullCall
 from hicache.reference.blocks import Part, cached_parts
-from hicache.reference.context import Context, Key, form, wants_gradients
+from hicache.reference.context import Context, form, wants_gradients
 from hicache.reference.controlnet import ControlNet
+from hicache.reference.rows import Key
 from hicache.reference.run_settings import RunSettings
 from hicache.reference.steps import Steps
 from hicache.reference.timer import Timer
@@ -26,11 +27,12 @@ _MOST_CALLS: Final = 16
 class _Call:
     """A call of the transformer that goes on: its submodules report to it."""
 
-    def __init__(self, context: Context, step: int, timer: Timer) -> None:
+    def __init__(self, context: Context, step: int, timer: Timer, parts: Sequence[Part]) -> None:
         self.context = context
         self.step = step  # of the context
         self.full = context.is_full(step)
         self.outputs: dict[Key, Any] = {}
+        self.parts = {part.path: part for part in parts}
         self._runs: Counter[str] = Counter()
         self._timer = timer
 
@@ -140,11 +142,12 @@ class Denoiser:
         scales = tuple(controlnet.scale for controlnet in self._controlnets)
         context.follow(scales, self._step, self._steps.num_steps)
         self._settings.see(self._step, named.get(self._names[0]))
-        self._call = _Call(context, self._step - context.first_step, self._timer)
+        parts = cached_parts(module)  # looked up anew: adapters may have replaced some since
+        self._call = _Call(context, self._step - context.first_step, self._timer, parts)
         if self._call.full:
             self._settings.note(self._step)
             self.companions.begin(FullCall(context, context.recorded, context.config.warmup, named))
-        for part in cached_parts(module):  # looked up anew: adapters may have replaced some since
+        for part in parts:
             self._undo.append(_replace_forward(part, self._call))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -160,7 +163,7 @@ class Denoiser:
             call.context.skipped_steps += 1
             return
         with self._timer.measure(next(module.parameters()).device), torch.no_grad():
-            call.context.record(call.step, call.outputs)
+            call.context.record(call.step, call.outputs, call.parts)
         call.context.full_steps += 1
 
     def _end(self) -> None:

@@ -5,7 +5,7 @@ Independent of :mod:`hicache.engine` and its kernels, which are tested against i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from hicache.basis import evaluate
 from hicache.config import HiCacheConfig
 from hicache.run import Position
+
+# at a place, the coefficients of the differences that exist
+Weigh = Callable[[Position], Sequence[float]]
 
 
 class History:
@@ -60,15 +63,18 @@ class History:
         self.differences = [newest, *(difference.to(dtype) for difference in new[1:])]
         self.step = step
 
-    def forecast(self, step: int, position: Callable[..., Position] = Position) -> Tensor:
+    def forecast(
+        self, step: int, position: Callable[..., Position] = Position, weigh: Weigh | None = None
+    ) -> Tensor:
         """``Σ_k α_k(x) · D_k`` at distance ``x = step - last full step``, in the feature's dtype.
 
         Args:
             step: ordinal of the skipped step.
             position: makes the place of the forecast, with what else is known of the run.
+            weigh: gives the coefficients at a place; the basis does when None.
         """
         at = position(step, self.step, tuple(self.gaps), len(self.differences))
-        alphas = evaluate(self.config.weighed_by, at)
+        alphas = evaluate(self.config.weighed_by, at) if weigh is None else weigh(at)
         total = alphas[0] * _promoted(self.differences[0])
         for alpha, difference in zip(alphas[1:], self.differences[1:], strict=True):
             total = total + alpha * _promoted(difference)
@@ -102,14 +108,27 @@ class Feature:
                 history.record(step, element)
                 self._histories[position] = history
 
+    @property
+    def first_difference(self) -> Tensor | None:
+        """D1 of the first tensor, where there is one."""
+        held = self._histories[0].differences if 0 in self._histories else []
+        return held[1] if len(held) > 1 else None
+
     def forecast(
-        self, step: int, position: Callable[..., Position] = Position
+        self, step: int, position: Callable[..., Position] = Position, weigh: Weigh | None = None
     ) -> Tensor | tuple[Tensor | None, ...]:
-        """What the submodule would give at a skipped step, see :meth:`History.forecast`."""
-        if self._bare:
-            return self._histories[0].forecast(step, position)
-        histories = map(self._histories.get, range(self._length))
-        return tuple(None if history is None else history.forecast(step, position) for history in histories)
+        """What the submodule would give at a skipped step, see :meth:`History.forecast`.
+
+        Args:
+            step: ordinal of the skipped step.
+            position: makes the place of the forecast.
+            weigh: gives the coefficients of the first tensor; the basis gives those of others.
+        """
+        made = {
+            index: history.forecast(step, position, None if index else weigh)
+            for index, history in self._histories.items()
+        }
+        return made[0] if self._bare else tuple(map(made.get, range(self._length)))
 
 
 def _promoted(x: Tensor) -> Tensor:

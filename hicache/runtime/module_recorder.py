@@ -10,6 +10,7 @@ from torch import Tensor
 from hicache import compat
 from hicache.adapters.base import ModuleAdapter
 from hicache.adapters.gates import deferred
+from hicache.adapters.layers import layers_of
 from hicache.engine import Sum
 from hicache.hooks.module_outputs import ModuleOutputs, watched
 from hicache.runtime.context import BegunCall, CallForm
@@ -68,11 +69,18 @@ class ModuleRecorder(Recorder):
         assert form is not None
         outputs = self.watch(form.view)
         shapes = [form.shape] * form.num_features
-        slots = tuple(begun.context.engine.open(shapes, form.dtype, form.device))
+        engine = begun.context.engine
+        layers = self._layers(form.num_features) if engine.config.by_feature else None
+        slots = tuple(engine.open(shapes, form.dtype, form.device, layers))
         self._slots = slots[: form.num_outputs]
         self._added = slots[-1] if form.ones else None
         outputs.bind(self._slots, form.view)
         return FullStep(slots, view=form.view)
+
+    def _layers(self, num_features: int) -> list[str | None]:
+        """The block of each feature; None of those that no one block makes."""
+        known = layers_of(self.adapter)[:num_features]
+        return [*known, *[None] * (num_features - len(known))]
 
     def watch(self, view: TokenView | None) -> ModuleOutputs:
         """Record the outputs of the family's modules; LoRA may have put others in their places since.

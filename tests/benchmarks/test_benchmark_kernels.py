@@ -74,6 +74,9 @@ def test_bytes_are_those_of_the_tensors(name, order, dtype):
         "gated_sum, no gates": ([*rows, problem.base], [problem.out]),
         "gated_sum, update": ([*rows, problem.base, problem.gates], [*rows, problem.out]),
         "gated_sum, no gates, update": ([*rows, problem.base], [*rows, problem.out]),
+        # coefficients are not counted: a few numbers, of every feature too
+        "forecast, by feature": (rows, [problem.row]),
+        "gated_sum, by feature": ([*rows, problem.base, problem.gates], [problem.out]),
     }[name]
     expected = sum(tensor.numel() * tensor.element_size() for tensor in (*reads, *writes))
     assert minimum_bytes(op, SMALL, order, dtype.itemsize) == expected
@@ -122,7 +125,8 @@ def test_operations_are_those_of_the_formulas(order):
 
 
 def test_order_zero_updates_nothing():
-    assert {op.name for op in ops_at(0)} == {"forecast", "gated_sum", "gated_sum, no gates"}
+    alone = {"forecast", "forecast, by feature", "gated_sum", "gated_sum, by feature", "gated_sum, no gates"}
+    assert {op.name for op in ops_at(0)} == alone
 
 
 def test_parity_checks_cover_every_op_and_backend():
@@ -232,7 +236,7 @@ def test_command(tmp_path):
     assert contestants == everywhere | {"mm"}
     # in fp32, a forecast and a sum without gates are one matrix product, at both orders
     assert Counter(row["backend"] for row in rows)["mm"] == 2 * 2 * 2
-    assert len(rows) == 2 * 2 * (len(OPS) + 3) * len(everywhere) + 2 * 2 * 2
+    assert len(rows) == 2 * 2 * (len(OPS) + len(ops_at(0))) * len(everywhere) + 2 * 2 * 2
     for row in rows:
         assert row["device"]
         assert row["driver"]

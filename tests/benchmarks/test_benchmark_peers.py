@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import TaylorSeerCacheConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hicache.demo
 import hicache.fast
@@ -54,6 +55,15 @@ def full(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bench(short, full):
     return Bench("bundled", subjects(2), full)
+
+
+def test_tensors_without_memory_hold_none():
+    """Fake ones, which other code may have left, among them."""
+    before = counting.held_bytes_at_rest()
+    with FakeTensorMode():
+        fake = torch.ones(1000)
+    held = [fake, torch.ones(1000, device="meta"), torch.ones(1000)]
+    assert counting.held_bytes_at_rest() - before == held[-1].nbytes
 
 
 def test_judged_pictures_are_of_the_grammar_and_of_no_demo():

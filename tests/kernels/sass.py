@@ -121,13 +121,13 @@ def _registers(operands: str, width: int) -> set[int]:
     return found
 
 
-def late_loads(instructions: Sequence[Instruction]) -> list[Instruction]:
-    """Wide loads issued after what an earlier wide load brings has been used."""
+def late_loads(instructions: Sequence[Instruction], narrow: bool = False) -> list[Instruction]:
+    """Loads issued after what an earlier one brings has been used: wide ones, or all with ``narrow``."""
     coming: set[int] = set()
     late, used = [], False
     for instruction in instructions:
         used = used or bool(instruction.reads & coming)
-        if instruction.is_wide_load:
+        if instruction.is_wide_load or (narrow and instruction.is_load):
             coming |= instruction.writes
             if used:
                 late.append(instruction)

@@ -5,6 +5,7 @@ That the kernels compute the right numbers is tests/kernels/test_cuda_on_host.py
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import runpy
@@ -21,6 +22,7 @@ from hicache_kernels import backend_status
 from hicache_kernels.backends import native
 
 ROOT = Path(__file__).parents[2]
+BOOLEANS = ("true", "false")
 PACKS = {"float": 4, "bf16": 8, "fp16": 8, "double": 2}
 # history dtype → base dtypes
 PAIRS = {
@@ -62,14 +64,17 @@ def expected(types: tuple[str, ...]) -> set[str]:
     """Every kernel there must be; the rows of a tile are left out."""
     names = set()
     for t in types:
-        for op in ("update", "update_forecast", "forecast"):
-            names.add(f"{op}_any_kernel<{t}>")
-            names |= {f"{op}_kernel<{t}, {PACKS[t]}, {read}>" for read in range(5)}
-        for base in PAIRS[t]:
-            names.add(f"gated_sum_any_kernel<{t}, {base}>")
-            pack = max(PACKS[t], PACKS[base])
-            for orders in range(1, 6):
-                names |= {f"gated_sum_kernel<{t}, {base}, {pack}, {orders}, {u}>" for u in ("true", "false")}
+        names.add(f"update_any_kernel<{t}>")
+        names |= {f"update_kernel<{t}, {PACKS[t]}, {read}>" for read in range(5)}
+        for by_feature in BOOLEANS:
+            for op in ("update_forecast", "forecast"):
+                names.add(f"{op}_any_kernel<{t}, {by_feature}>")
+                names |= {f"{op}_kernel<{t}, {PACKS[t]}, {read}, {by_feature}>" for read in range(5)}
+            for base in PAIRS[t]:
+                names.add(f"gated_sum_any_kernel<{t}, {base}, {by_feature}>")
+                kind = f"{t}, {base}, {max(PACKS[t], PACKS[base])}"
+                for orders, update in itertools.product(range(1, 6), BOOLEANS):
+                    names.add(f"gated_sum_kernel<{kind}, {orders}, {update}, {by_feature}>")
     return names
 
 
@@ -133,9 +138,13 @@ def test_wide_accesses(compiled):
                 continue
             assert all(".128" in store for store in stores), (arch, name, stores)
             assert any(".128" in load for load in loads), (arch, name, loads)
-            # either of two dtypes of at most five coefficients and a gap
+            # Either of two dtypes of at most five coefficients and a gap. Where features have coefficients of
+            # their own a gated sum loads them wherever it loads a feature: so often may the loop be unrolled,
+            # and a tile of one row stands beside that of several.
             narrow = [load for load in loads if ".128" not in load]
-            assert len(narrow) <= 12, (arch, name, narrow)
+            by_feature = name.startswith("gated_sum_kernel") and name.endswith("true>")
+            most = 2 * (len(loads) - len(narrow)) + 2 if by_feature else 12
+            assert len(narrow) <= most, (arch, name, narrow)
             assert not any(".U16" in load for load in narrow), (arch, name, narrow)
         assert seen == expected(types)
 

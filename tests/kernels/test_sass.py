@@ -43,6 +43,7 @@ def test_a_listing_is_read():
 def test_a_late_load_is_found():
     [body] = parse(LISTING).loading_loops()
     assert late_loads(body) == [body[2]]
+    assert late_loads(body, narrow=True) == [body[2], body[3]]
     in_order = LISTING.replace("R20, R5, R21.reuse", "R20, R19, R21.reuse")
     [body] = parse(in_order).loading_loops()
     assert late_loads(body) == []

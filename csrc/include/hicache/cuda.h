@@ -40,8 +40,9 @@ struct sum_kernels {
 };
 
 struct cuda_kernel_table {
-  cascade_kernels update, update_forecast, forecast;
-  sum_kernels gated_sum[4];  // [base dtype]
+  cascade_kernels update;
+  cascade_kernels update_forecast[2], forecast[2];  // [a row of coefficients for each feature]
+  sum_kernels gated_sum[2][4];                      // [a row for each feature][base dtype]
 };
 
 template <class T>

@@ -136,60 +136,69 @@ struct coefficients {
   A at[N];
 };
 
-template <class A, int N>
+template <class A, int N, bool BY_FEATURE>
 HICACHE_INLINE coefficients<A, N> load_coeffs(const scalars& from, int64_t feature) {
   coefficients<A, N> out;
   HICACHE_UNROLL
-  for (int k = 0; k < N; ++k) out.at[k] = scalar<A>(from, k, feature);
+  for (int k = 0; k < N; ++k) out.at[k] = coefficient<A, BY_FEATURE>(from, k, feature);
   return out;
 }
 
-// The coefficients of elements up to `end`: of all, or of a feature that has its own.
-template <class A, int N>
-struct row_of {
-  coefficients<A, N> coeffs;
-  int64_t end;
+// The coefficients of the elements a thread is at: loaded once, or, where every feature has its own, once a feature.
+template <class A, int N, bool BY_FEATURE>
+struct coefficients_at {
+  coefficients<A, N> row;
+  int64_t end;  // of the feature they are for
 };
 
-template <class A, int N>
-HICACHE_INLINE row_of<A, N> row_at(const cascade_args& a, int64_t i) {
-  const int64_t feature = i / a.slot;
-  return {load_coeffs<A, N>(a.coeffs, feature), (feature + 1) * a.slot};
+template <bool BY_FEATURE, class A, int N>
+HICACHE_INLINE void begin(coefficients_at<A, N, BY_FEATURE>& coeffs, const cascade_args& a) {
+  if constexpr (!BY_FEATURE) coeffs.row = load_coeffs<A, N, false>(a.coeffs, 0);
 }
 
-template <class T, int LANES, int DIFFERENCES, bool FORECAST>
+template <bool BY_FEATURE, class A, int N>
+HICACHE_INLINE void go_to(coefficients_at<A, N, BY_FEATURE>& coeffs, const cascade_args& a, int64_t i) {
+  if (!BY_FEATURE || i < coeffs.end) return;
+  const int64_t feature = i / a.slot;
+  coeffs.row = load_coeffs<A, N, true>(a.coeffs, feature);
+  coeffs.end = (feature + 1) * a.slot;
+}
+
+template <class T, int LANES, int DIFFERENCES, bool FORECAST, bool BY_FEATURE>
 HICACHE_INLINE void update_thread(const cascade_args& a, int64_t thread, int64_t threads) {
   using A = accumulate_t<T>;
   T* const orders = static_cast<T*>(a.past.orders);
   const A inv_gap = scalar<A>(a.inv_gap, 0);
-  row_of<A, DIFFERENCES + 1> row = {};
+  coefficients_at<A, DIFFERENCES + 1, BY_FEATURE> coeffs = {};
+  if constexpr (FORECAST) begin<BY_FEATURE>(coeffs, a);
   for (int64_t i = thread * LANES; i < a.numel; i += threads * LANES) {
-    if (FORECAST && i >= row.end) row = row_at<A, DIFFERENCES + 1>(a, i);
+    if constexpr (FORECAST) go_to<BY_FEATURE>(coeffs, a, i);
     pack<T, LANES> old[DIFFERENCES + 1];
     lanes<A, LANES> d[DIFFERENCES + 1];
     load_old<LANES, DIFFERENCES>(orders + i, a.past.order_stride, a.past.top, old);
     store_new<LANES, DIFFERENCES>(orders + i, a.past.order_stride, old, inv_gap, d);
-    if constexpr (FORECAST) store<LANES>(static_cast<T*>(a.out) + i, evaluate<DIFFERENCES + 1>(d, row.coeffs.at));
+    if constexpr (FORECAST) store<LANES>(static_cast<T*>(a.out) + i, evaluate<DIFFERENCES + 1>(d, coeffs.row.at));
   }
 }
 
-template <class T, int LANES, int COEFFS>
+template <class T, int LANES, int COEFFS, bool BY_FEATURE>
 HICACHE_INLINE void forecast_thread(const cascade_args& a, int64_t thread, int64_t threads) {
   using A = accumulate_t<T>;
   const T* const orders = static_cast<const T*>(a.past.orders);
-  row_of<A, COEFFS> row = {};
+  coefficients_at<A, COEFFS, BY_FEATURE> coeffs = {};
+  begin<BY_FEATURE>(coeffs, a);
   for (int64_t i = thread * LANES; i < a.numel; i += threads * LANES) {
-    if (i >= row.end) row = row_at<A, COEFFS>(a, i);
+    go_to<BY_FEATURE>(coeffs, a, i);
     lanes<A, LANES> d[COEFFS];
     HICACHE_UNROLL
     for (int k = 0; k < COEFFS; ++k) d[k] = promote<LANES>(load<LANES>(orders + i + k * a.past.order_stride));
-    store<LANES>(static_cast<T*>(a.out) + i, evaluate<COEFFS>(d, row.coeffs.at));
+    store<LANES>(static_cast<T*>(a.out) + i, evaluate<COEFFS>(d, coeffs.row.at));
   }
 }
 
 // One tile of gated_sum: ROWS rows from element `at` on, by LANES channels; `gate` is that of the first feature, or
 // null.
-template <class T, class B, int LANES, int ROWS, int COEFFS, bool UPDATE, class A>
+template <class T, class B, int LANES, int ROWS, int COEFFS, bool UPDATE, bool BY_FEATURE, class A>
 HICACHE_INLINE void sum_tile(const sum_args& a, A inv_gap, coefficients<A, COEFFS> coeffs, int64_t at, const B* gate) {
   constexpr int DIFFERENCES = COEFFS - 1;
   lanes<A, LANES> sums[ROWS];
@@ -199,7 +208,6 @@ HICACHE_INLINE void sum_tile(const sum_args& a, A inv_gap, coefficients<A, COEFF
   }
   T* slot = static_cast<T*>(a.past.orders) + at;
   for (int64_t feature = 0; feature < a.num_features; ++feature) {
-    if (a.coeffs.features) coeffs = load_coeffs<A, COEFFS>(a.coeffs, feature);
     // The whole tile is asked for before any of it is used or stored: memory is far, and it is asked in parallel.
     pack<T, LANES> old[ROWS][COEFFS];
     HICACHE_UNROLL
@@ -209,6 +217,7 @@ HICACHE_INLINE void sum_tile(const sum_args& a, A inv_gap, coefficients<A, COEFF
     }
     pack<B, LANES> gates = {};
     if (gate) gates = load<LANES>(gate);
+    if constexpr (BY_FEATURE) coeffs = load_coeffs<A, COEFFS, true>(a.coeffs, feature);
     HICACHE_UNROLL
     for (int row = 0; row < ROWS; ++row) {
       lanes<A, LANES> d[COEFFS];
@@ -231,12 +240,13 @@ HICACHE_INLINE void sum_tile(const sum_args& a, A inv_gap, coefficients<A, COEFF
   }
 }
 
-template <class T, class B, int LANES, int ROWS, int COEFFS, bool UPDATE>
+template <class T, class B, int LANES, int ROWS, int COEFFS, bool UPDATE, bool BY_FEATURE>
 HICACHE_INLINE void sum_thread(const sum_tiles& s, int64_t thread, int64_t threads) {
   using A = accumulate_t<T>;
   const sum_args& a = s.args;
   const A inv_gap = UPDATE ? scalar<A>(a.inv_gap, 0) : A(0);
-  const coefficients<A, COEFFS> coeffs = load_coeffs<A, COEFFS>(a.coeffs, 0);
+  coefficients<A, COEFFS> coeffs = {};
+  if constexpr (!BY_FEATURE) coeffs = load_coeffs<A, COEFFS, false>(a.coeffs, 0);
   for (int64_t tile = thread; tile < s.count; tile += threads) {
     const int64_t channel = tile % s.packs * LANES;
     const int64_t group = tile / s.packs % s.groups;
@@ -246,10 +256,10 @@ HICACHE_INLINE void sum_thread(const sum_tiles& s, int64_t thread, int64_t threa
     const B* const gate =
         a.gates ? static_cast<const B*>(a.gates) + sample * a.channels + channel : nullptr;
     if (row + ROWS <= a.rows && at + (ROWS - 1) * a.channels < s.numel) {
-      sum_tile<T, B, LANES, ROWS, COEFFS, UPDATE>(a, inv_gap, coeffs, at, gate);
+      sum_tile<T, B, LANES, ROWS, COEFFS, UPDATE, BY_FEATURE>(a, inv_gap, coeffs, at, gate);
     } else {
       for (int64_t i = at; i < s.numel && i < at + (a.rows - row) * a.channels; i += a.channels) {
-        sum_tile<T, B, LANES, 1, COEFFS, UPDATE>(a, inv_gap, coeffs, i, gate);
+        sum_tile<T, B, LANES, 1, COEFFS, UPDATE, BY_FEATURE>(a, inv_gap, coeffs, i, gate);
       }
     }
   }

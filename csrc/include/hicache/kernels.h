@@ -58,10 +58,15 @@ struct scalars {
 };
 
 template <class A>
-HICACHE_INLINE A scalar(const scalars& from, int index, int64_t feature = 0) {
-  const int64_t at = from.features ? index * from.features + feature : index;
-  if (from.type == dtype::f64) return static_cast<A>(static_cast<const double*>(from.values)[at]);
-  return static_cast<A>(static_cast<const float*>(from.values)[at]);
+HICACHE_INLINE A scalar(const scalars& from, int64_t index) {
+  if (from.type == dtype::f64) return static_cast<A>(static_cast<const double*>(from.values)[index]);
+  return static_cast<A>(static_cast<const float*>(from.values)[index]);
+}
+
+// Order k's coefficient for a feature, where there is a row of them for each; else for all.
+template <class A, bool BY_FEATURE>
+HICACHE_INLINE A coefficient(const scalars& from, int k, int64_t feature) {
+  return scalar<A>(from, BY_FEATURE ? k * from.features + feature : k);
 }
 
 struct cascade_args {

@@ -4,10 +4,10 @@ from hicache_kernels import _native as n
 
 CALLS = {
     "update_": lambda: n.cuda_update_(64, 16, 3, 1, 1024, 2, 64, 0, 0, 0),
-    "forecast": lambda: n.cuda_forecast(64, 16, 3, 1, 1024, 64, 0, 3, 64, 0, 0),
-    "update_forecast_": lambda: n.cuda_update_forecast_(64, 16, 3, 1, 1024, 64, 0, 64, 0, 3, 64, 0, 0),
+    "forecast": lambda: n.cuda_forecast(64, 16, 3, 1, 1024, 64, 0, 0, 3, 64, 0, 0),
+    "update_forecast_": lambda: n.cuda_update_forecast_(64, 16, 3, 1, 1024, 64, 0, 64, 0, 0, 3, 64, 0, 0),
     "gated_sum": lambda: n.cuda_gated_sum(
-        64, 16, 3, 1, 0, 1, 1, 4, 16, 1, 64, 0, 0, 0, 64, 0, 3, 64, 0, 0
+        64, 16, 3, 1, 0, 1, 1, 4, 16, 1, 64, 0, 0, 0, 64, 0, 0, 3, 64, 0, 0
     ),
 }  # fmt: skip
 for op, call in CALLS.items():
