@@ -33,9 +33,10 @@ from hicache.step_plan import SkippedStep
 
 _UNCOUNTED: Final = (
     "without a step of the scheduler: these calls run uncached; is this the scheduler of the run? (see "
-    "apply(..., scheduler=...)), and are tiles among them? (max_contexts=...)"
+    "apply(..., scheduler=...))"
 )
-_MANY: Final = "in one run: further ones run uncached; for tiles there is apply(..., max_contexts=...)"
+_TILES: Final = "; tiles need apply(..., max_contexts=...)"
+_MANY: Final = f"in one run: further ones run uncached{_TILES}"
 
 
 class Denoiser(NotCopied):
@@ -140,7 +141,7 @@ class Denoiser(NotCopied):
         if counter.stands_still(model_kwargs):
             self._warn(f"was called with another timestep {_UNCOUNTED}")
         if counter.ordinal >= self._max_contexts:
-            self._warn(f"was called more than {self._max_contexts} times {_UNCOUNTED}")
+            self._warn(f"was called more than {self._max_contexts} times {_UNCOUNTED}{_TILES}")
             return None
         name = self._name.current or caller.name
         scale = scale_of(model_kwargs)
