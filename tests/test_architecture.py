@@ -56,6 +56,7 @@ LAYERS = [
     {"hicache.hooks", "hicache.handle"},
     {"hicache.cuda_graphs"},
     {"hicache.runtime"},
+    {"hicache.companions"},
     {"hicache.dry_run"},
     {"hicache.planned_memory"},
     {"hicache.plan"},

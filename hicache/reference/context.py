@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hicache.config import HiCacheConfig
-from hicache.reference.history import Feature
+from hicache.reference.clusters import Clusters
+from hicache.reference.history import Feature, History
 from hicache.run import Position
 from hicache.schedule import is_full
 from hicache.stats import ContextStats
@@ -95,6 +96,7 @@ class Context:
         self.skipped_steps = 0
         self.features: dict[Key, Feature] = {}
         self.scale: Any = None  # of the ControlNet, if there is one
+        self.clusters: Clusters | None = None  # of its tokens, with clusters=
         self.pairs: set[str] = set()  # paths of idle submodules that give a pair of streams
 
     def release(self) -> None:
@@ -110,6 +112,8 @@ class Context:
         """The ControlNet has another scale from this step of the run on: all begins anew with it."""
         if scale != self.scale and self.last_full is not None:
             self.release()
+            if self.clusters is not None:
+                self.clusters = self.clusters.anew()
             self.first_step = step
             self.num_steps = None if num_steps is None else num_steps - step
             if self.sigmas is not None and self.num_steps is not None:
@@ -127,15 +131,23 @@ class Context:
             self.features[key].record(step, output)
         self.last_full = step
 
-    def forecast(self, step: int, key: Key) -> Any:
-        """What a submodule would give at a skipped step."""
+    def _feature(self, key: Key) -> Feature:
         if key not in self.features:
             path, ordinal = key
             raise RuntimeError(
                 f"hicache.reference: {path} was called {ordinal + 1} times in a skipped step, {ordinal} "
                 "times in the full step before it: there is nothing to forecast from"
             )
+        return self.features[key]
+
+    def history(self, key: Key) -> History:
+        """That of a submodule that gives one tensor."""
+        return self._feature(key).history
+
+    def forecast(self, step: int, key: Key) -> Any:
+        """What a submodule would give at a skipped step."""
+        feature = self._feature(key)
         position = functools.partial(
             Position, num_steps=self.num_steps, sigmas=self.sigmas, context=self.label
         )
-        return self.features[key].forecast(step, position)
+        return feature.forecast(step, position)
