@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -42,11 +42,15 @@ from hicache.pipeline import (
 from hicache.plan import DenoiserPlan, Plan, plan
 from hicache.runtime.budget import Policy
 from hicache.runtime.controlnet import ControlNet
+from hicache.runtime.corrector import Correctors, by_module, correctors_of
 from hicache.runtime.denoiser import Denoiser
 from hicache.runtime.gate_rank import GATE_TOLERANCE
 from hicache.runtime.session import Session, Sessions
 from hicache.stats import ContextStats, Stats
 from hicache_kernels import BACKENDS
+
+if TYPE_CHECKING:
+    from hicache.companions.clusca import ClusCa
 
 __all__ = ["ContextStats", "DenoiserPlan", "Handle", "Plan", "Stats", "apply", "plan"]
 
@@ -112,6 +116,7 @@ def apply(
     gate_tolerance: float = GATE_TOLERANCE,
     cuda_graphs: bool | str = "auto",
     backend: str = "auto",
+    clusters: ClusCa | None = None,
 ) -> Handle:
     """Cache a diffusers pipeline, or a bare transformer driven by a loop of your own.
 
@@ -150,6 +155,8 @@ def apply(
             the budget; ``"full"`` captures both in any case, ``"skipped"`` skipped steps alone. The
             environment variable ``HICACHE_CUDA_GRAPHS=0`` switches graphs off.
         backend: of :mod:`hicache_kernels`: ``"auto"`` or a name; a name never falls back silently.
+        clusters: compute MLPs of double blocks for a few tokens at skipped steps
+            (:class:`hicache.companions.clusca.ClusCa`, docs/companions.md), by module; None: compute nothing.
 
     Returns:
         Handle: its ``remove()`` restores everything.
@@ -158,6 +165,8 @@ def apply(
         TypeError, ValueError: bad arguments, or a pipeline with nothing to hook. The pipeline is left as it
             was.
     """
+    if clusters is not None:
+        granularity = by_module(granularity, "clusters")
     calibration = shipped(pipe) if config is None and granularity in ("auto", "stack") else None
     offered = None if calibration is None else HiCacheConfig.of(calibration)
     config = check_config(config)
@@ -186,6 +195,11 @@ def apply(
                 f"not known; known are {', '.join(registry.known())}; use granularity='stack' or 'auto'"
             )
 
+    correctors: dict[str, Correctors | None] = {}
+    for name, adapter in adapters.items() if clusters is not None else ():
+        assert adapter is not None
+        correctors[name] = correctors_of(clusters, "clusters", adapter, hooked[name].call)
+
     # everything that can fail has been checked: from here on the pipeline is changed
     Handle.remove_from(modules.values())
     facts = PipelineFacts(pipe, modules, granularity)
@@ -202,7 +216,8 @@ def apply(
         graphs = None
         if cuda_graphs is not False:
             graphs = GraphRunner(transformer, CudaBackend(), cuda_graphs)
-        denoisers.append(Denoiser(name, transformer, adapters[name], policy, sessions, graphs))
+        more = graphs, correctors.get(name)
+        denoisers.append(Denoiser(name, transformer, adapters[name], policy, sessions, *more))
     handle = Handle(sessions, denoisers, controlnets)
     handle.install()
     return handle

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hicache.companions.clusca.draws import Draws, Groups
-from hicache.companions.clusca.families import double_blocks, find_family, image_of
+from hicache.companions.clusca.families import double_blocks, find_family
 from hicache.companions.clusca.settings import ClusCa
 from hicache.reference.history import History
 
@@ -31,7 +31,7 @@ class ClusteredModel:
 
     def __init__(self, settings: ClusCa, model: nn.Module) -> None:
         self.settings = settings
-        family = find_family(model)
+        family = self.family = find_family(model)
         self.blocks: list[nn.Module] = double_blocks(model)
         # path of an MLP in the model → which of the blocks it is in
         self.paths = {f"{family.blocks}.{block}.{family.mlp}": block for block in range(len(self.blocks))}
@@ -76,7 +76,7 @@ class Clusters:
 
     def _leave(self, full: bool, output: Any) -> None:
         if full:
-            self._seen = image_of(output).detach().clone()
+            self._seen = self._model.family.image_of(output).detach().clone()
 
     def _enter(self, full: bool, hidden: Tensor) -> None:
         if not full and self.groups is None:

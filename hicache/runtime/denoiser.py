@@ -20,6 +20,7 @@ from hicache.hooks.hooked import HookedModule
 from hicache.pipeline import check_one_cache
 from hicache.runtime.budget import Policy
 from hicache.runtime.context import MAX_CONTEXTS, BegunCall
+from hicache.runtime.corrector import Correctors
 from hicache.runtime.module_recorder import ModuleRecorder
 from hicache.runtime.planner import forecast
 from hicache.runtime.residuals import given_to_blocks, scale_of
@@ -50,6 +51,7 @@ class Denoiser(NotCopied):
         policy: what to cache.
         sessions: what all denoisers of the pipeline share.
         graphs: captures and replays its calls; None for none.
+        correctors: make what its skipped steps do beside their sums; None: they do nothing.
     """
 
     def __init__(
@@ -60,14 +62,16 @@ class Denoiser(NotCopied):
         policy: Policy,
         sessions: Sessions,
         graphs: GraphRunner | None = None,
+        correctors: Correctors | None = None,
     ) -> None:
         self.name = name
         self.module = hooked.module
         self.hooked = hooked
         self.sessions = sessions
         self.graphs = graphs
-        by_module = adapter is not None and policy.by_module
-        self._modules = ModuleRecorder(adapter, hooked.call) if adapter is not None and by_module else None
+        self._modules: ModuleRecorder | None = None
+        if adapter is not None and policy.by_module:
+            self._modules = ModuleRecorder(adapter, hooked.call, correctors)
         track = functools.partial(Track, name, hooked, policy, self._modules, self._warn, adapter, graphs)
         self.tracks = Tracks(track, policy.memory_budget, adapter)
         self._names = tuple(inspect.signature(type(self.module).forward).parameters)[1:]

@@ -65,6 +65,16 @@ class Groups:
     counts: Tensor
 
     @classmethod
+    def empty(cls, shape: torch.Size, clusters: int, dtype: torch.dtype, device: torch.device) -> Groups:
+        """Memory for the clusters of points ``[batch, tokens, channels]`` of this shape and dtype."""
+        batch, tokens, channels = shape
+        clusters = min(tokens, clusters)
+        centroids = torch.empty(batch, clusters, channels, dtype=_wide(dtype), device=device)
+        labels = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
+        counts = torch.zeros(batch, clusters, dtype=torch.int64, device=device)
+        return cls(labels, centroids, labels.clone(), counts, counts.clone())
+
+    @classmethod
     def of(cls, points: Tensor, first: Tensor, before: Tensor | None, iterations: int) -> Groups:
         """Find clusters.
 
@@ -75,7 +85,7 @@ class Groups:
             before: centroids of the last time, to begin with in place of tokens; None: there are none.
             iterations: of k-means, at most.
         """
-        points = points if points.dtype == torch.float64 else points.float()
+        points = points.to(_wide(points.dtype))
         batch, tokens, _ = points.shape
         clusters = min(tokens, len(first))
         indices = torch.arange(clusters, device=points.device)
@@ -107,3 +117,8 @@ class Groups:
         """
         tokens = torch.arange(self.labels.shape[1], device=drawn.device)
         return drawn.gather(1, self.labels) == tokens
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What points of a dtype are clustered in."""
+    return torch.promote_types(dtype, torch.float32)

@@ -21,7 +21,11 @@ def _of_model(
     blocks: Sequence[Any], block_kwargs: Mapping[str, Any], like: Tensor
 ) -> list[Callable[[], Tensor]]:
     """All blocks are given one embedding."""
-    activated = nn.functional.silu(block_kwargs["temb"])
+    embedding = block_kwargs["temb"]
+    if block_kwargs.get("modulate_index") is not None:
+        # zero_cond_t: the second half is of timestep zero, for the tokens of given pictures
+        embedding = embedding.chunk(2)[0]
+    activated = nn.functional.silu(embedding)
     return [lambda: activated] * len(blocks)
 
 
@@ -48,6 +52,7 @@ class Family:
         layer: of that layer in the child.
         embeddings: what the layer is given.
         blocks: the model's list of double blocks; of models that have one stream, all blocks.
+        image: which element of what a block returns is the image's hidden state; None: it returns that alone.
     """
 
     mlp: str = "ff"
@@ -56,10 +61,16 @@ class Family:
     layer: str = "linear"
     embeddings: Embeddings = _of_model
     blocks: str = "transformer_blocks"
+    image: int | None = -1
+
+    def image_of(self, output: Any) -> Tensor:
+        """The image's hidden state in what a double block returns."""
+        hidden: Tensor = output if self.image is None else output[self.image]
+        return hidden
 
 
 FAMILIES: Final[dict[str, Family]] = {
-    "DiTTransformer2DModel": Family(norm="norm3", embeddings=_of_blocks),
+    "DiTTransformer2DModel": Family(norm="norm3", embeddings=_of_blocks, image=None),
     "FluxTransformer2DModel": Family(),
     "QwenImageTransformer2DModel": Family("img_mlp", "img_norm2", "img_mod", "1"),
     "SD3Transformer2DModel": Family(),
@@ -88,9 +99,3 @@ def double_blocks(model: nn.Module) -> list[Any]:
         ValueError: as :func:`find_family`.
     """
     return list(getattr(model, find_family(model).blocks).children())
-
-
-def image_of(output: Any) -> Tensor:
-    """The image's hidden state in what a double block returns, alone or behind the text's."""
-    hidden: Tensor = output[-1] if isinstance(output, (tuple, list)) else output
-    return hidden

@@ -58,6 +58,11 @@ class ClusCa:
                 raise ValueError(f"ClusCa.{name}: expected one of {', '.join(known)}, got {value!r}")
 
     @property
+    def correctors(self) -> str | None:
+        """What :mod:`hicache.fast` corrects skipped steps by, see :mod:`hicache.runtime.corrector`."""
+        return "hicache.companions.clusca.corrector:ClusterCorrectors" if self.clusters else None
+
+    @property
     def draws_in_blocks(self) -> bool:
         """Whether tokens are drawn anew in every block, and not once a step."""
         return self.variant == "upstream"
