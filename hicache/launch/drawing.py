@@ -45,7 +45,11 @@ class Painter:
         self._handle = None
         if settings.mode != ORIGINAL:
             self._handle = hicache.fast.apply(
-                pipe, settings.config(), speedup=settings.speedup, granularity=settings.granularity
+                pipe,
+                settings.config(),
+                speedup=settings.speedup,
+                granularity=settings.granularity,
+                clusters=settings.clusters,
             )
 
     def _check(self) -> None:

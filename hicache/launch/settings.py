@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,6 +16,7 @@ from hicache.checks import check_positive, check_whole
 from hicache.config import HISTORY_DTYPES, HiCacheConfig
 from hicache.launch.backends import VIDEO, Backend
 from hicache.pipeline import GRANULARITIES, check_choice, check_speedup
+from hicache.plain_data import to_plain
 from hicache.schedule import Schedule, Steps, full_steps
 
 ORIGINAL: Final = "original"
@@ -26,7 +28,11 @@ MODES: Final[dict[str, str | None]] = {
     "taylor": "taylor",
     "reuse": "reuse",
     "fitted": None,
+    "clusca": "taylor",
+    "hi-clusca": "hermite",
 }
+#: Those of them whose skipped steps compute MLPs for a few tokens.
+CLUSTERED: Final = ("clusca", "hi-clusca")
 DTYPES: Final = ("auto", "bf16", "fp16", "fp32")
 FORMATS: Final = ("png", "jpg")
 #: Of the cache: of no meaning to ``original``.
@@ -114,7 +120,8 @@ class Settings:
             check_positive("--guidance", self.guidance, zero=True)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("format", self.format, FORMATS)
-        check_choice("granularity", self.granularity, GRANULARITIES)
+        clustered = self.mode in CLUSTERED
+        check_choice("granularity", self.granularity, ("auto", "module") if clustered else GRANULARITIES)
         check_speedup(self.speedup, counted=True)
         if self.mode == "fitted" and self._given(_PAPERS):
             names = ", ".join(f"--{name}" for name in self._given(_PAPERS))
@@ -150,6 +157,13 @@ class Settings:
         except OSError as error:
             raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
 
+    @property
+    def clusters(self) -> Any:
+        """The companion that the mode is of, with its defaults; None of any other."""
+        if self.mode not in CLUSTERED:
+            return None
+        return importlib.import_module("hicache.companions.clusca").ClusCa()
+
     def resolved(self, model: str, backend: Backend) -> Settings:
         """With the family's settings where none are given: nothing but the pipeline's own is left open.
 
@@ -172,6 +186,8 @@ class Settings:
             "dtype": backend.dtype,
         }
         chosen = {name: value for name, value in first.items() if getattr(self, name) in (None, "auto")}
+        if self.mode in CLUSTERED:
+            chosen["granularity"] = "module"
         unused: dict[str, Any] = (
             {f.name: f.default for f in fields(self) if f.name in _CACHE} if self.mode == ORIGINAL else {}
         )
@@ -182,6 +198,8 @@ class Settings:
         config = self.config()
         data = {**asdict(self), "more": dict(self.more)}
         data["config"] = None if config is None else json.loads(config.to_json())
+        if self.clusters is not None:
+            data["clusters"] = to_plain(self.clusters)
         data["image"] = [_contents(path) for path in self.image]
         return json.loads(json.dumps(data))  # type: ignore[no-any-return]  # tuples as a file has them
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +22,11 @@ from hicache.companions.clusca.correction import ClusterCorrection
 from hicache.companions.clusca.draws import Groups
 from hicache.companions.clusca.families import double_blocks
 from hicache.companions.clusca.settings import LABELS, VARIANTS
+from hicache.launch.drawing import Painter
+from hicache.launch.loading import Place, load, resolve
+from hicache.launch.prompts import Prompt
+from hicache.launch.settings import Settings
+from hicache.launch.tasks import Picture, Task
 from hicache.runtime import finite
 from tests.support import pipelines
 from tests.support.clusters import (
@@ -290,7 +297,7 @@ def some() -> Iterator[Any]:
         yield pytest.param(*case, id=", ".join(case), marks=[pytest.mark.slow] * slow)
 
 
-@pytest.mark.parametrize(("name", "variant", "labels"), some())
+@pytest.mark.parametrize(("name", "variant", "labels"), [*some()])
 def test_replays_equal_eager(name: str, variant: str, labels: str, runtime: Runtime) -> None:
     pipe, arguments = pipelines.build(name)
     other = {**arguments, "class_labels": [3]} if name == "dit" else other_prompt(arguments)
@@ -420,3 +427,28 @@ def test_gradients_and_a_call_that_fails_leave_it_whole() -> None:
         with pytest.raises(KeyboardInterrupt):
             pipelines.draw(pipe, other_prompt(arguments), callback_on_step_end=stop)
         assert pipelines.draw(pipe, arguments).equal(wanted)
+
+
+# By the command line.
+
+
+@pytest.mark.parametrize(("mode", "basis"), [("clusca", "taylor"), ("hi-clusca", "hermite")])
+def test_modes_of_the_launcher(mode: str, basis: str) -> None:
+    """The bundled model draws as it does by hand, and what made a picture is told of it."""
+    chosen, backend = resolve(Settings(mode=mode, steps=8, interval=3))
+    pipe = load(chosen, Place())
+    painter = Painter(pipe, chosen, backend)
+    arguments = painter.arguments(Task((Picture(0, 5, Prompt(0, "a red ring on blue")),), frozenset({0})))
+    drawn = painter.drawn(arguments)
+    assert painter._handle is not None
+    assert "16 clusters of tokens" in str(painter._handle.stats)
+    painter.close()
+    arguments["generator"].manual_seed(5)
+    with hicache.fast.apply(pipe, HiCacheConfig(interval=3, basis=basis), clusters=ClusCa()):
+        again = painter.drawn(arguments)
+    assert np.array_equal(np.asarray(drawn[0]), np.asarray(again[0]))
+    assert chosen.granularity == "module"
+    assert chosen.plain()["clusters"] == {"kind": "ClusCa", **dataclasses.asdict(ClusCa())}
+    assert "clusters" not in Settings(mode=basis.replace("hermite", "hicache")).plain()
+    with pytest.raises(ValueError, match="unknown granularity 'stack'; expected one of auto, module"):
+        Settings(mode=mode, granularity="stack")
