@@ -20,7 +20,7 @@ from hicache.companions.clusca.settings import LABELS, VARIANTS
 from hicache.reference.clusters import ClusteredModel, Clusters
 from hicache.reference.history import History
 from tests.support import pipelines
-from tests.support.clusters import CONFIG, FAMILIES, MANY, Spy, by_reference, off, recorded, with_full_mlps
+from tests.support.clusca import CONFIG, FAMILIES, MANY, Spy, by_reference, off, recorded, with_full_mlps
 from tests.support.runs import Run, recorded_in, replay
 from tests.support.schedulers import CountingScheduler
 
@@ -135,7 +135,7 @@ def test_3_an_mlp_that_gives_the_forecast_changes_nothing(variant: str) -> None:
 # 4: every token computed.
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "flux_controlnet", "flux_ip_adapter"])
 @pytest.mark.parametrize("variant", ["exact", "residual"])
 def test_4_a_cluster_a_token_runs_every_mlp_in_full(
     name: str, variant: str, monkeypatch: pytest.MonkeyPatch

@@ -29,7 +29,7 @@ from hicache.launch.settings import Settings
 from hicache.launch.tasks import Picture, Task
 from hicache.runtime import finite
 from tests.support import pipelines
-from tests.support.clusters import (
+from tests.support.clusca import (
     CONFIG,
     FAMILIES,
     MANY,
@@ -165,6 +165,19 @@ def test_5_pictures_one_after_the_other_are_the_reference_too(name: str, variant
     assert not got[0].equal(got[1])
 
 
+@each_variant
+@pytest.mark.parametrize("name", ["flux", "sd3", "qwen"])
+def test_5_other_sizes_are_clustered_anew(name: str, variant: str) -> None:
+    pipe, arguments = pipelines.in_float64(name)
+    sizes = [arguments, {**arguments, "height": 96}, arguments]
+    drawn = []
+    for module in (hicache.reference, hicache.fast):
+        with module.apply(pipe, CONFIG, clusters=settings(variant)):
+            drawn.append([pipelines.draw(pipe, given) for given in sizes])
+    for one, other in zip(*drawn, strict=True):
+        assert off(one, other) < 1e-10
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @each_variant
 def test_5_in_low_precision_it_is_as_near_to_float64_as_the_reference(
@@ -246,10 +259,12 @@ def test_9_lora_is_part_of_what_is_computed() -> None:
 @pytest.mark.parametrize("name", ["flux", "sd3", "qwen"])  # whose pipelines tell of their steps
 @each_variant
 def test_10_no_later_step_waits_for_the_device(name: str, variant: str) -> None:
+    labels = LABELS[name == "flux"]
     with waits.emulated() as seen, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe, arguments = waits.build(name, seen)
-        with hicache.fast.apply(pipe, waits.CONFIG, clusters=settings(variant), cuda_graphs=False):
+        chosen = settings(variant, labels=labels)
+        with hicache.fast.apply(pipe, waits.CONFIG, clusters=chosen, cuda_graphs=False):
             runs = [waits.of_a_run(seen, pipe, arguments) for _ in range(2)]
     for run in runs:
         for kind in ("later full steps", "later skipped steps"):
@@ -316,6 +331,18 @@ def test_replays_equal_eager(name: str, variant: str, labels: str, runtime: Runt
         assert off(ours, theirs) < 1e-5
 
 
+@each_variant
+def test_blocks_may_be_compiled_one_by_one(variant: str) -> None:
+    pipe, arguments = pipelines.build("flux")
+    with hicache.fast.apply(pipe, CONFIG, clusters=settings(variant)):
+        expected = pipelines.draw(pipe, arguments)
+    torch._dynamo.reset()
+    pipe.transformer.compile_repeated_blocks(backend="eager", fullgraph=True)
+    with hicache.fast.apply(pipe, CONFIG, clusters=settings(variant)):
+        assert off(pipelines.draw(pipe, arguments), expected) < 1e-5
+    torch._dynamo.reset()
+
+
 # What cannot be had.
 
 
@@ -338,6 +365,17 @@ def test_calls_whose_steps_between_blocks_are_not_known_are_refused_with_the_rea
     assert "FluxTransformer2DModel cannot be corrected: a ControlNet adds" in refused("flux_controlnet")
     assert "SD3Transformer2DModel cannot be corrected: a ControlNet adds" in refused("sd3_controlnet")
     assert "an image prompt (IP-Adapter) adds to its hidden state" in refused("flux_ip_adapter")
+
+
+def test_a_transformer_compiled_as_a_whole_is_refused_with_the_reason() -> None:
+    pipe, arguments = pipelines.build("flux")
+    pipe.transformer.compile(backend="eager")
+    with (
+        hicache.fast.apply(pipe, CONFIG, clusters=settings("exact")),
+        pytest.raises(RuntimeError, match=r"compiled as a whole .*compile_repeated_blocks"),
+    ):
+        pipelines.draw(pipe, arguments)
+    torch._dynamo.reset()
 
 
 def test_offloaded_blocks_are_refused_with_the_reason() -> None:
