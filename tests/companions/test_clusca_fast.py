@@ -367,6 +367,30 @@ def test_calls_whose_steps_between_blocks_are_not_known_are_refused_with_the_rea
     assert "an image prompt (IP-Adapter) adds to its hidden state" in refused("flux_ip_adapter")
 
 
+@pytest.mark.parametrize("warmup", [1, 3])
+def test_calls_without_the_last_double_block_are_refused_with_the_reason(warmup: int) -> None:
+    """Skip-layer guidance leaves blocks out; which, is known once such a call has been made."""
+    pipe, arguments = pipelines.build("sd3_skip_layer")
+    last = len(pipe.transformer.transformer_blocks) - 1
+    config = HiCacheConfig(interval=4, warmup=warmup)
+    with (
+        hicache.fast.apply(pipe, config, clusters=settings("exact")),
+        pytest.raises(RuntimeError, match="its last double block is left out"),
+    ):
+        pipelines.draw(pipe, {**arguments, "skip_guidance_layers": [last]})
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_runs_in_either_mode_of_torch_go_on_from_each_other(mode: Any) -> None:
+    pipe, arguments = pipelines.build("flux")
+    with hicache.fast.apply(pipe, CONFIG, clusters=settings("upstream")):
+        with torch.inference_mode():
+            one = pipelines.draw(pipe, arguments).clone()
+        with mode():
+            two = pipelines.draw(pipe, arguments).clone()
+        assert torch.equal(one, two)
+
+
 def test_a_transformer_compiled_as_a_whole_is_refused_with_the_reason() -> None:
     pipe, arguments = pipelines.build("flux")
     pipe.transformer.compile(backend="eager")

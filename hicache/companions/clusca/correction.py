@@ -31,7 +31,8 @@ class ClusterCorrection:
         mlps: of the model.
         present: those of them that this call has.
         places: has the clusters.
-        weights: how much each feature's forecast counts in the sum, float64 ``[num_features]``.
+        weights: how much each feature's forecast counts in the sum, float64 ``[num_features]``; None: all of
+            it.
         numbers: that tokens are drawn by, ``[blocks or 1, clusters]``.
         finds: whether clusters are to be found in this step, in what enters the first block.
     """
@@ -40,7 +41,7 @@ class ClusterCorrection:
     mlps: Mlps
     present: tuple[Mlp, ...]
     places: Places
-    weights: Tensor
+    weights: Tensor | None
     numbers: Tensor
     finds: bool
 
@@ -58,7 +59,7 @@ class ClusterCorrection:
 
     @property
     def fixed(self) -> list[Tensor]:
-        return [*self.places.memory, self.weights]
+        return self.places.memory if self.weights is None else [*self.places.memory, self.weights]
 
     def __call__(self, total: Sum, base: Tensor, gates: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
         if self.finds:
@@ -71,8 +72,10 @@ class ClusterCorrection:
         others, own = self._tables(total, drawn, base, gates, block_kwargs)
         table = torch.cat([others, own], dim=1)  # [B, 2 · C, D]
         index = groups.labels + others.shape[1] * groups.are_drawn(drawn)
-        coeffs = (total.coeffs[:, None] * self.weights).to(total.coeffs.dtype)  # [num_coeffs, num_features]
-        return dataclasses.replace(total, coeffs=coeffs)(base, gates).add_(_rows(table, index))
+        if self.weights is not None:
+            coeffs = (total.coeffs[:, None] * self.weights).to(total.coeffs.dtype)  # [num_coeffs, features]
+            total = dataclasses.replace(total, coeffs=coeffs)
+        return total(base, gates).add_(_rows(table, index))
 
     def _tables(
         self, total: Sum, drawn: Tensor, base: Tensor, gates: Tensor, block_kwargs: Mapping[str, Any]

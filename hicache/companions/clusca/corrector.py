@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from hicache.numbers import uploaded
 from hicache.runtime.call_form import CallForm
 from hicache.runtime.corrector import Corrector, Correctors
 from hicache.step_plan import RunningCall
+
+_NOT_SEEN: Final = "its last double block is left out, in whose output clusters are found"
 
 
 class ClusterCorrector(Corrector):
@@ -34,14 +38,13 @@ class ClusterCorrector(Corrector):
         self.fits = form.shape, form.dtype, form.device
         self._settings = settings
         self._mlps = mlps
-        self._draws = Draws(settings, len(mlps.all), form.device)
-        self._places = Places(settings, self._draws, *self.fits)
+        with torch.inference_mode(False):  # outlives the mode of the run that made it
+            self._draws = Draws(settings, len(mlps.all), form.device)
+            self._places = Places(settings, self._draws, *self.fits)
+            empty = torch.empty(form.shape, dtype=form.dtype, device=form.device)
+        self.memory = (empty,) if settings.labels == "full-steps" else ()
         self._recorded = False  # whether memory has what clusters are to be found in next
-        self._weights: Tensor | None = None  # of all features, in the sum of a skipped step
-        self.memory = ()
-        if settings.labels == "full-steps":
-            with torch.inference_mode(False):  # outlives the mode of the run
-                self.memory = (torch.empty(form.shape, dtype=form.dtype, device=form.device),)
+        self._weights: Tensor | None = None  # of all features, in the sum of a skipped step; None: they are 1
 
     def restart(self) -> None:
         self._places.found = self._recorded = False
@@ -51,10 +54,13 @@ class ClusterCorrector(Corrector):
 
     def correct(self, step: int, form: CallForm) -> ClusterCorrection:
         present = tuple(self._mlps.present(form.missing))
+        if self.memory and self._mlps.all[-1] not in present:
+            raise RuntimeError(f"hicache: no token can be drawn at step {step}: {_NOT_SEEN}")
         if self._recorded:
             self._places.find(self.memory[0])
             self._places.found, self._recorded = True, False
-        if self._weights is None or len(self._weights) != form.num_features:
+        held = 0 if self._weights is None else len(self._weights)
+        if self._settings.variant == "exact" and held != form.num_features:
             self._weights = self._weighed(form)
         return ClusterCorrection(
             self._settings,
@@ -70,12 +76,11 @@ class ClusterCorrector(Corrector):
         self._places.found = True
 
     def _weighed(self, form: CallForm) -> Tensor:
-        """How much each feature's forecast counts: with the exact variant, of MLPs a little less."""
-        weights = torch.ones(form.num_features, dtype=torch.float64)
-        if self._settings.variant == "exact":
-            weights[[mlp.feature for mlp in self._mlps.all]] = 1 - self._settings.rho
+        """How much each feature's forecast counts: that of MLPs a little less."""
         with torch.inference_mode(False):  # outlives the mode of the run
-            return uploaded(weights.clone(), form.device)
+            weights = torch.ones(form.num_features, dtype=torch.float64)
+            weights[[mlp.feature for mlp in self._mlps.all]] = 1 - self._settings.rho
+            return uploaded(weights, form.device)
 
     @property
     def nbytes(self) -> int:
@@ -107,8 +112,8 @@ class ClusterCorrectors(Correctors):
     def refusal(self, form: CallForm) -> str | None:
         if any(feature < form.num_outputs for feature in self._mlps.shared):
             return "an image prompt (IP-Adapter) adds to its hidden state between MLPs"
-        if self._mlps.all[-1].feature in form.missing:
-            return "its last double block is left out, in whose output clusters are found"
+        if self._settings.labels == "full-steps" and self._mlps.all[-1].feature in form.missing:
+            return _NOT_SEEN
         if form.view is not None and form.view.groups is not None:
             return "its gates differ between tokens"
         return None

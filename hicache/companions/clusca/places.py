@@ -28,8 +28,7 @@ class Places:
         self._settings = settings
         self._draws = draws
         self.found = False  # in this run
-        with torch.inference_mode(False):  # outlives the mode of the run that made it
-            self.groups = Groups.empty(shape, settings.clusters, dtype, device)
+        self.groups = Groups.empty(shape, settings.clusters, dtype, device)
 
     def find(self, hidden: Tensor) -> None:
         """Find clusters in ``[batch, tokens, channels]``, from those of the run on, if there are any."""
