@@ -22,12 +22,14 @@ from hicache.companions.clusca.correction import ClusterCorrection
 from hicache.companions.clusca.draws import Groups
 from hicache.companions.clusca.families import double_blocks
 from hicache.companions.clusca.settings import LABELS, VARIANTS
+from hicache.cuda_graphs.call_graph import CallArguments
 from hicache.launch.drawing import Painter
 from hicache.launch.loading import Place, load, resolve
 from hicache.launch.prompts import Prompt
 from hicache.launch.settings import Settings
 from hicache.launch.tasks import Picture, Task
 from hicache.runtime import finite
+from hicache.step_plan import FullStep, RunningCall
 from tests.support import pipelines
 from tests.support.clusca import (
     CONFIG,
@@ -341,6 +343,16 @@ def test_blocks_may_be_compiled_one_by_one(variant: str) -> None:
     with hicache.fast.apply(pipe, CONFIG, clusters=settings(variant)):
         assert off(pipelines.draw(pipe, arguments), expected) < 1e-5
     torch._dynamo.reset()
+
+
+def test_a_graph_of_a_full_step_serves_the_memory_it_was_captured_with() -> None:
+    """What clusters are found in is written to as the history is: at the place of the capture."""
+    call, slot, memory = RunningCall(), torch.zeros(1, 2, 3), [torch.zeros(1, 2, 3) for _ in range(2)]
+    keys = []
+    for place in (memory[0], memory[1], memory[0]):
+        call.plan = FullStep((slot,), corrected_by=(place,))
+        keys.append(CallArguments.of(call, (), {}).key)
+    assert keys[0] == keys[2] != keys[1]
 
 
 # What cannot be had.
