@@ -49,6 +49,16 @@ class Sum:
             backend=self.backend,
         )
 
+    def ahead(self, orders: Tensor) -> Tensor:
+        """The forecast of some of the history's numbers: ``[...]``, of their dtype.
+
+        Args:
+            orders: ``[K, ...]``, a copy of theirs, which is written to where an update waits.
+        """
+        if self.inv_gap is None:
+            return kernels.forecast(orders, self.coeffs, backend=self.backend)
+        return kernels.update_forecast_(orders, self.inv_gap, self.coeffs, self.filled, backend=self.backend)
+
 
 class Engine:
     """Records the features of full steps and forecasts them at skipped ones.

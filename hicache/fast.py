@@ -46,14 +46,16 @@ from hicache.plan import DenoiserPlan, Plan, plan
 from hicache.runtime.budget import Policy
 from hicache.runtime.context import MAX_CONTEXTS
 from hicache.runtime.controlnet import ControlNet
+from hicache.runtime.corrector import Correctors, by_module, correctors_of
 from hicache.runtime.denoiser import Denoiser
 from hicache.runtime.gate_rank import GATE_TOLERANCE
 from hicache.runtime.session import Session, Sessions
 from hicache.stats import ContextStats, Stats
 from hicache_kernels import BACKENDS
 
-if TYPE_CHECKING:  # nobody who does not use it imports it
+if TYPE_CHECKING:  # nobody who does not use them imports them
     from hicache.companion import CompanionSettings
+    from hicache.companions.clusca import ClusCa
 
 __all__ = ["ContextStats", "DenoiserPlan", "Handle", "Plan", "Stats", "apply", "plan"]
 
@@ -127,6 +129,7 @@ def apply(
     max_contexts: int = MAX_CONTEXTS,
     cuda_graphs: bool | str = "auto",
     backend: str = "auto",
+    clusters: ClusCa | None = None,
     sparse: CompanionSettings | None = None,
 ) -> Handle:
     """Cache a diffusers pipeline, or a bare transformer driven by a loop of your own.
@@ -168,6 +171,8 @@ def apply(
             the budget; ``"full"`` captures both in any case, ``"skipped"`` skipped steps alone. The
             environment variable ``HICACHE_CUDA_GRAPHS=0`` switches graphs off.
         backend: of :mod:`hicache_kernels`: ``"auto"`` or a name; a name never falls back silently.
+        clusters: compute MLPs of double blocks for a few tokens at skipped steps
+            (:class:`hicache.companions.clusca.ClusCa`, docs/companions.md), by module; None: compute nothing.
         sparse: a :class:`hicache.companions.sparse.SparseAttention`: full steps after the warm-up attend to
             few columns, on FLUX and Wan, and run eagerly.
 
@@ -178,6 +183,8 @@ def apply(
         TypeError, ValueError: bad arguments, or a pipeline with nothing to hook. The pipeline is left as it
             was.
     """
+    if clusters is not None:
+        granularity = by_module(granularity, "clusters")
     calibration = shipped(pipe) if config is None and granularity in ("auto", "stack") else None
     offered = None if calibration is None else HiCacheConfig.of(calibration)
     config = check_config(config)
@@ -210,6 +217,11 @@ def apply(
 
     beside = companions(modules, sparse=sparse)
 
+    correctors: dict[str, Correctors | None] = {}
+    for name, adapter in adapters.items() if clusters is not None else ():
+        assert adapter is not None
+        correctors[name] = correctors_of(clusters, "clusters", adapter, hooked[name].call)
+
     # everything that can fail has been checked: from here on the pipeline is changed
     Handle.remove_from(modules.values())
     facts = PipelineFacts(pipe, modules, granularity)
@@ -227,7 +239,8 @@ def apply(
         if cuda_graphs is not False:
             eager = beside[name].eager
             graphs = GraphRunner(transformer, CudaBackend(), cuda_graphs, why_not_full=eager)
-        denoisers.append(Denoiser(name, transformer, adapters[name], policy, sessions, graphs, beside[name]))
+        more = graphs, beside[name], correctors.get(name)
+        denoisers.append(Denoiser(name, transformer, adapters[name], policy, sessions, *more))
     handle = Handle(sessions, denoisers, controlnets)
     handle.install()
     return handle

@@ -29,16 +29,47 @@ class FullStep:
             slot then receives the residual. By module None: the modules' outputs are recorded.
         view: of the hidden state that the features have; None: all of it.
         weights: with gates of low rank, what outputs are weighed with before they are added up.
+        corrected_by: what else is written to, for corrections of the skipped steps to come.
     """
 
     slots: tuple[Tensor, ...]
     base: Tensor | None = None
     view: TokenView | None = None
     weights: Tensor | None = None
+    corrected_by: tuple[Tensor, ...] = ()
 
     def drawn(self, hidden: Tensor) -> Tensor:
         """What of a hidden state is recorded."""
         return hidden if self.view is None else self.view.drawn(hidden)
+
+
+class Correction(Protocol):
+    """What a skipped step does beside its sum: immutable, and like it of tensors and numbers alone."""
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors whose numbers differ from step to step."""
+
+    def with_inputs(self, tensors: list[Tensor]) -> Correction:
+        """The same correction with other tensors in the places of :attr:`inputs`."""
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What of it is part of a CUDA graph, hashable."""
+
+    @property
+    def fixed(self) -> list[Tensor]:
+        """Memory with a fixed place that it reads or writes, the history apart."""
+
+    def __call__(self, total: Sum, base: Tensor, gates: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
+        """The hidden state after the blocks, ``[batch, tokens, channels]``.
+
+        Args:
+            total: the step's sum, which is to be made once, of the same history.
+            base: ``[batch, tokens, channels]``.
+            gates: ``[num_features, batch, channels]``.
+            block_kwargs: the first block's arguments by name.
+        """
 
 
 @dataclass(frozen=True)
@@ -52,6 +83,7 @@ class SkippedStep:
         between: what the model itself adds to the hidden state between its blocks.
         ones: features after those of the blocks, whose gates are one.
         view: of the hidden state that the features have; None: all of it, with a gate a sample.
+        correction: what is done beside the sum; None: nothing.
     """
 
     sum: Sum
@@ -60,6 +92,7 @@ class SkippedStep:
     between: tuple[Tensor, ...] = ()
     ones: int = 0
     view: TokenView | None = None
+    correction: Correction | None = None
 
     def of_any_size(self) -> SkippedStep:
         """The same plan for torch.compile, which makes one graph of it whatever the picture's size."""
@@ -69,21 +102,26 @@ class SkippedStep:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """The tensors whose numbers differ from step to step: the sum's, gates, what is added between."""
+        """The tensors whose numbers differ from step to step: of the sum, gates, corrections, between."""
         found = [self.sum.coeffs]
         if self.sum.inv_gap is not None:
             found.append(self.sum.inv_gap)
         if self.gates is not None:
             found.append(self.gates)
-        return [*found, *self.between]
+        corrected = [] if self.correction is None else self.correction.inputs
+        return [*found, *corrected, *self.between]
 
     def with_inputs(self, tensors: list[Tensor]) -> SkippedStep:
         """The same plan with other tensors in the places of :attr:`inputs`."""
         coeffs, *others = tensors
         inv_gap = None if self.sum.inv_gap is None else others.pop(0)
         gates = None if self.gates is None else others.pop(0)
+        correction = self.correction
+        if correction is not None:
+            count = len(correction.inputs)
+            correction, others = correction.with_inputs(others[:count]), others[count:]
         total = replace(self.sum, coeffs=coeffs, inv_gap=inv_gap)
-        return replace(self, sum=total, gates=gates, between=tuple(others))
+        return replace(self, sum=total, gates=gates, between=tuple(others), correction=correction)
 
 
 @dataclass(frozen=True)

@@ -17,30 +17,19 @@ from torch import Tensor
 
 import hicache.fast
 from hicache import AnalyticHermite
-from hicache.cuda_graphs import capture_safety
-from hicache.cuda_graphs.capture import CudaBackend
 from hicache.runtime.stream_order import StreamOrder
 from hicache.stats import GraphStats
 from tests.support import pipelines
 from tests.support.comparisons import close
+from tests.support.cuda.on_host import Backend, recorded_on_another_device
 from tests.support.cuda.runtime import Runtime, Stream, Violation
 from tests.support.cuda.tape import FreedMemory
 from tests.support.graphs import CONFIG, PIPELINES, STEPS, other_prompt
 
 
-class Backend(CudaBackend):
-    """Takes a transformer on the CPU for one on ``cuda:1``."""
-
-    def unavailable(self, device: torch.device) -> str | None:
-        return super().unavailable(torch.device("cuda", 1))
-
-
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
-    monkeypatch.setattr(hicache.fast, "CudaBackend", Backend)
-    # tensors count as the device's there too: what reads them is found before a capture is begun
-    monkeypatch.setattr(capture_safety, "_on_host", lambda device: False)
-    with Runtime(tensors=1).installed() as mocked:
+    with recorded_on_another_device(monkeypatch) as mocked:
         yield mocked
 
 

@@ -48,6 +48,12 @@ ALLOWED = {
     "hicache.stats",
     "hicache.pipeline",
     "hicache.handle",
+    # what is clustered, how, and which tokens are drawn; what becomes of them is its own
+    "hicache.companions.clusca.draws",
+    "hicache.companions.clusca.families",
+    "hicache.companions.clusca.kmeans",
+    "hicache.companions.clusca.settings",
+    "hicache.numbers",
 }
 PACKAGE = Path(hicache.__file__).parent
 

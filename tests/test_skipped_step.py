@@ -3,44 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
 
-import hicache.fast
-from hicache import HiCacheConfig
 from hicache.runtime import finite
 from tests.support import pipelines
-from tests.support.operations import Operations
-
-# what waits for a device: its answer is needed on the host
-SYNCS = ("_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
-
-
-def operations(pipe: Any, arguments: dict[str, Any], granularity: str) -> list[Counter[str]]:
-    """Of every call of the transformer in a run of twelve steps, seven of them skipped."""
-    calls: list[Counter[str]] = []
-    transformer = pipe.transformer
-    original = type(transformer).__call__
-
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with Operations() as mode:
-            output = original(self, *args, **kwargs)
-        calls.append(mode.seen)
-        return output
-
-    with hicache.fast.apply(pipe, HiCacheConfig(interval=4), granularity=granularity):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(transformer), "__call__", counted)
-            pipelines.draw(pipe, arguments, 12)
-    return calls
-
-
-def skipped(calls: list[Counter[str]]) -> list[Counter[str]]:
-    contexts = len(calls) // 12
-    steps = [seen for index, seen in enumerate(calls) if index // contexts not in (0, 1, 2, 6, 10)]
-    assert len(steps) == 7 * contexts
-    return steps
+from tests.support.skipped_steps import SYNCS, operations, skipped
 
 
 @pytest.mark.parametrize("granularity", ["module", "low-rank", "stack"])

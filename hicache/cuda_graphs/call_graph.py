@@ -51,8 +51,10 @@ def _form(call: RunningCall) -> tuple[Any, ...]:
         fixed: Sequence[Tensor | None] = [plan.sum.orders, *tensors_of(call.recalled)]
         # compute gates or read them, update so many differences or none
         does: tuple[Any, ...] = plan.gates is None, plan.ones, plan.sum.inv_gap is None, plan.sum.filled
+        if plan.correction is not None:
+            fixed, does = [*fixed, *plan.correction.fixed], (*does, plan.correction.form)
     else:
-        fixed = [] if plan is None else [plan.base, plan.weights, *plan.slots]
+        fixed = [] if plan is None else [plan.base, plan.weights, *plan.slots, *plan.corrected_by]
         does = ()
     # the form too: a history may be followed by a smaller one in the same place
     places = [None if tensor is None else (tensor.data_ptr(), tensor.shape) for tensor in fixed]

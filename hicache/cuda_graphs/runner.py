@@ -133,7 +133,11 @@ class GraphRunner:
             kwargs: of the call.
         """
         plan = self._call.plan
-        computes = not isinstance(plan, SkippedStep) or (plan.gated and plan.gates is None)
+        computes = (
+            not isinstance(plan, SkippedStep)
+            or (plan.gated and plan.gates is None)
+            or plan.correction is not None
+        )
         if self._model.changed(blocks=computes):
             self.drop()
         if self._scope.why_not_whole is not None:

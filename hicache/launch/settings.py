@@ -28,13 +28,19 @@ MODES: Final[dict[str, str | None]] = {
     "taylor": "taylor",
     "reuse": "reuse",
     "fitted": None,
+    "clusca": "taylor",
+    "hi-clusca": "hermite",
     "sparse": "hermite",
 }
 #: Modes with something beside the cache → the argument of :func:`hicache.fast.apply` that it is, the module
 #: of its settings, and their class.
 COMPANIONS: Final[dict[str, tuple[str, str, str]]] = {
+    "clusca": ("clusters", "hicache.companions.clusca", "ClusCa"),
+    "hi-clusca": ("clusters", "hicache.companions.clusca", "ClusCa"),
     "sparse": ("sparse", "hicache.companions.sparse", "SparseAttention"),
 }
+#: Those whose skipped steps compute MLPs for a few tokens: by module alone.
+CLUSTERED: Final = tuple(mode for mode, (option, *_) in COMPANIONS.items() if option == "clusters")
 #: Modes whose basis is a class, with its defaults → its name in :mod:`hicache`, imported when asked for.
 CLASSES: Final = {"hicache-analytic": "AnalyticHermite"}
 DTYPES: Final = ("auto", "bf16", "fp16", "fp32")
@@ -125,7 +131,8 @@ class Settings:
             check_positive("--guidance", self.guidance, zero=True)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("format", self.format, FORMATS)
-        check_choice("granularity", self.granularity, GRANULARITIES)
+        clustered = self.mode in CLUSTERED
+        check_choice("granularity", self.granularity, ("auto", "module") if clustered else GRANULARITIES)
         check_speedup(self.speedup, counted=True)
         if self.mode == "fitted" and self._given(_PAPERS):
             names = ", ".join(f"--{name}" for name in self._given(_PAPERS))
@@ -200,6 +207,8 @@ class Settings:
             "dtype": backend.dtype,
         }
         chosen = {name: value for name, value in first.items() if getattr(self, name) in (None, "auto")}
+        if self.mode in CLUSTERED:
+            chosen["granularity"] = "module"
         unused: dict[str, Any] = (
             {f.name: f.default for f in fields(self) if f.name in _CACHE} if self.mode == ORIGINAL else {}
         )

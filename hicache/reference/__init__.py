@@ -4,9 +4,9 @@ Every attention and MLP output is cached before its gate, of the image and the t
 context; on skipped steps every block still runs, with forecasts in place of its attention and MLP and with
 the gates of the current timestep. It is what :mod:`hicache.fast` is compared with, for parity and for speed,
 and shares with it only how a pipeline's parts are found and given back (:mod:`hicache.pipeline`,
-:mod:`hicache.handle`) and the settings' own numbers (config, schedule, basis): it hooks, counts steps, tells
-contexts apart, computes and measures by itself. A ControlNet runs at full steps only, and each of its
-residuals is cached as a feature is.
+:mod:`hicache.handle`), the settings' own numbers (config, schedule, basis) and, with ``clusters``, which
+tokens are drawn: it hooks, counts steps, tells contexts apart, computes and measures by itself. A ControlNet
+runs at full steps only, and each of its residuals is cached as a feature is.
 
 >>> import hicache.reference                                        # doctest: +SKIP
 >>> with hicache.reference.apply(pipe) as handle:                   # doctest: +SKIP
@@ -21,6 +21,7 @@ from torch import nn
 
 from hicache import compat
 from hicache.companion import companions
+from hicache.companions.clusca.settings import ClusCa
 from hicache.config import HiCacheConfig
 from hicache.handle import BaseHandle
 from hicache.pipeline import (
@@ -31,6 +32,7 @@ from hicache.pipeline import (
     find_scheduler,
 )
 from hicache.reference.blocks import cached_parts
+from hicache.reference.clusters import ClusteredModel
 from hicache.reference.controlnet import ControlNet
 from hicache.reference.denoiser import Denoiser
 from hicache.reference.run_settings import RunSettings
@@ -97,6 +99,7 @@ def apply(
     config: HiCacheConfig | None = None,
     *,
     scheduler: Any = None,
+    clusters: ClusCa | None = None,
     sparse: CompanionSettings | None = None,
 ) -> Handle:
     """Cache a diffusers pipeline, or a bare transformer, as the paper has it: slow, and to the letter.
@@ -109,6 +112,8 @@ def apply(
         config: the cache's settings; the defaults of :class:`~hicache.HiCacheConfig` when None.
         scheduler: what counts the steps, where it is not ``pipe.scheduler``. A bare transformer without one
             counts by its ``timestep`` argument.
+        clusters: compute MLPs of double blocks for a few tokens at skipped steps
+            (:class:`hicache.companions.clusca.ClusCa`); None: compute nothing.
         sparse: as for :func:`hicache.fast.apply`.
 
     Returns:
@@ -116,14 +121,20 @@ def apply(
 
     Raises:
         TypeError: bad arguments.
-        ValueError: a model that is not in the table of :mod:`hicache.reference.blocks`, a compiled one, or
-            one that :mod:`hicache.fast` caches at the moment. The pipeline is left as it was.
+        ValueError: a model that is not in the table of :mod:`hicache.reference.blocks`, a compiled one, one
+            that :mod:`hicache.fast` caches at the moment, or with ``clusters`` one whose double blocks are
+            not known. The pipeline is left as it was.
     """
     config = check_config(config)
+    if clusters is not None and not isinstance(clusters, ClusCa):
+        raise TypeError(f"hicache.reference: expected clusters to be a ClusCa or None, got {clusters!r}")
     modules = find_denoisers(pipe)
     for name, module in modules.items():
         check_one_cache(module, Handle.owner)
         _check_module(pipe if isinstance(pipe, nn.Module) else getattr(pipe, name), module)
+    clustered: dict[str, ClusteredModel] = {}
+    if clusters is not None and clusters.clusters:
+        clustered = {name: ClusteredModel(clusters, module) for name, module in modules.items()}
     source = find_scheduler(pipe, scheduler)
     beside = companions(modules, sparse=sparse)
     # everything that can fail has been checked: from here on the pipeline is changed
@@ -134,7 +145,9 @@ def apply(
         name: ControlNet(module, settings, steps, timer) for name, module in find_controlnets(pipe).items()
     }
     denoisers = [
-        Denoiser(name, module, settings, steps, timer, [*controlnets.values()], beside[name])
+        Denoiser(
+            name, module, settings, steps, timer, [*controlnets.values()], beside[name], clustered.get(name)
+        )
         for name, module in modules.items()
     ]
     handle = Handle(denoisers, controlnets, settings, steps, timer)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hicache.config import HiCacheConfig
 from hicache.reference.blocks import Part
-from hicache.reference.history import Feature
+from hicache.reference.clusters import Clusters
+from hicache.reference.history import Feature, History
 from hicache.reference.rows import Key, Rows
 from hicache.run import Position
 from hicache.schedule import is_full
@@ -97,6 +98,7 @@ class Context:
         self.features: dict[Key, Feature] = {}
         self.scale: Any = None  # of the ControlNet, if there is one
         self.rows = Rows(config.weighed_by)
+        self.clusters: Clusters | None = None  # of its tokens, with clusters=
         self.pairs: set[str] = set()  # paths of idle submodules that give a pair of streams
 
     def release(self) -> None:
@@ -114,6 +116,8 @@ class Context:
         """The ControlNet has another scale from this step of the run on: all begins anew with it."""
         if scale != self.scale and self.last_full is not None:
             self.release()
+            if self.clusters is not None:
+                self.clusters = self.clusters.anew()
             self.first_step = step
             self.num_steps = None if num_steps is None else num_steps - step
             if self.sigmas is not None and self.num_steps is not None:
@@ -142,15 +146,23 @@ class Context:
         self.last_full = step
         self.recorded += 1
 
-    def forecast(self, step: int, key: Key) -> Any:
-        """What a submodule would give at a skipped step."""
+    def _feature(self, key: Key) -> Feature:
         if key not in self.features:
             path, ordinal = key
             raise RuntimeError(
                 f"hicache.reference: {path} was called {ordinal + 1} times in a skipped step, {ordinal} "
                 "times in the full step before it: there is nothing to forecast from"
             )
+        return self.features[key]
+
+    def history(self, key: Key) -> History:
+        """That of a submodule that gives one tensor."""
+        return self._feature(key).history
+
+    def forecast(self, step: int, key: Key) -> Any:
+        """What a submodule would give at a skipped step."""
+        feature = self._feature(key)
         position = functools.partial(
             Position, num_steps=self.num_steps, sigmas=self.sigmas, context=self.label
         )
-        return self.features[key].forecast(step, position, functools.partial(self.rows.weights, key))
+        return feature.forecast(step, position, functools.partial(self.rows.weights, key))

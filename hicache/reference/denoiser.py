@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hicache.companion import Companions, FullCall
 from hicache.reference.blocks import Part, cached_parts
+from hicache.reference.clusters import ClusteredModel, Clusters
 from hicache.reference.context import Context, form, wants_gradients
 from hicache.reference.controlnet import ControlNet
 from hicache.reference.rows import Key
@@ -31,6 +32,7 @@ class _Call:
         self.context = context
         self.step = step  # of the context
         self.full = context.is_full(step)
+        self.clusters = context.clusters
         self.outputs: dict[Key, Any] = {}
         self.parts = {part.path: part for part in parts}
         self._runs: Counter[str] = Counter()
@@ -42,10 +44,26 @@ class _Call:
         self._runs[path] += 1
         if not self.full:
             with self._timer.measure(_device(args, kwargs)), torch.no_grad():
+                if self.clusters is not None and self.clusters.compute(path):
+                    return self._clustered(self.clusters, key, forward, args, kwargs)
                 return self.context.forecast(self.step, key)
         output = forward(*args, **kwargs)
         self.outputs[key] = _copy(path, output)
         return output
+
+    def _clustered(
+        self, clusters: Clusters, key: Key, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Tensor:
+        """An MLP that is computed for a few tokens is called at a skipped step."""
+        hidden, *others = args
+        return clusters.forecast(
+            self.step,
+            key[0],
+            lambda rows: forward(rows, *others, **kwargs),
+            hidden,
+            self.context.history(key),
+            lambda: self.context.forecast(self.step, key),
+        )
 
     def idle(self, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A submodule that only feeds a cached one is called."""
@@ -73,6 +91,7 @@ class Denoiser:
         timer: of all of them, too.
         controlnets: that the pipeline calls before it.
         companions: take part in its full steps, not installed yet; None for none.
+        clustered: its MLPs that are computed for a few tokens at skipped steps; None: none are.
     """
 
     def __init__(
@@ -84,6 +103,7 @@ class Denoiser:
         timer: Timer,
         controlnets: Sequence[ControlNet] = (),
         companions: Companions | None = None,
+        clustered: ClusteredModel | None = None,
     ) -> None:
         self.name = name
         self.module = module
@@ -93,6 +113,7 @@ class Denoiser:
         self._timer = timer
         self._controlnets = controlnets
         self.companions = companions or Companions()
+        self._clustered = clustered
         self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self._run = -1
         self._step = -1
@@ -149,6 +170,8 @@ class Denoiser:
             self.companions.begin(FullCall(context, context.recorded, context.config.warmup, named))
         for part in parts:
             self._undo.append(_replace_forward(part, self._call))
+        if context.clusters is not None:
+            self._undo.append(context.clusters.watch(self._call.full))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call = self._call
@@ -194,13 +217,15 @@ class Denoiser:
             label = f"{self.name}[{self._ordinal}]"
             twins = sum(context.label.split(" ")[0] == label for context in self.contexts.values())
             num_steps, sigmas = self._steps.num_steps, self._settings.sigmas
-            self.contexts[key] = Context(
+            context = self.contexts[key] = Context(
                 self._settings.config,
                 f"{label} #{twins + 1}" if twins else label,
                 self._step,
                 None if num_steps is None else num_steps - self._step,
                 None if sigmas is None else sigmas[self._step :],
             )
+            if self._clustered is not None:
+                context.clusters = Clusters(self._clustered)
         return self.contexts[key]
 
     def _warn(self, what: str) -> None:

@@ -97,6 +97,12 @@ class Feature:
         """Bytes held."""
         return sum(history.nbytes for history in self._histories.values())
 
+    @property
+    def history(self) -> History:
+        """Of the only tensor."""
+        [history] = self._histories.values()
+        return history
+
     def record(self, step: int, output: Tensor | tuple[Tensor | None, ...]) -> None:
         """Take in what the submodule gave at a full step, see :meth:`History.record`."""
         elements = (output,) if isinstance(output, Tensor) else output

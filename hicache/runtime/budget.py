@@ -124,6 +124,9 @@ class RecorderChoice:
         assert form is not None
         if self.recorder is self.coarse or self.modules is None:
             return
+        if self.modules.correctors is not None:
+            absent = self.modules.late is not None
+            self.modules.correctors.check(form, begun.model_kwargs, begun.compiled, absent)
         context.prefetch.meet(self.modules.adapter, clock.rules, begun.step, begun.model_kwargs)
         refusal = None if form.refusal is None else f"{self._model}: {form.refusal}"
         if refusal is None and self.recorder is self.modules and self._policy.granularity == "auto":
@@ -211,6 +214,8 @@ class RecorderChoice:
             what = "low-rank: "
             if gates is not None:
                 what += f"rank {gates.rank}, gates off by {gates.error:.2g}, by stack {gates.errors[0]:.2g}; "
+        if self.modules is not None and self.modules.correctors is not None:
+            what += f"{self.modules.correctors.describe()}; "
         if self._policy.granularity != "auto":
             return f"{what}asked for; {planned:,} bytes"
         return f"{what}{planned:,} bytes fit memory_budget={self._policy.memory_budget:,}"

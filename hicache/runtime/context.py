@@ -3,60 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
-
-import torch
-from torch import Tensor
 
 from hicache.companion import FullCall
 from hicache.engine import Engine
+from hicache.runtime.call_form import CallForm
 from hicache.runtime.conditions import Conditions
+from hicache.runtime.corrector import Corrector
 from hicache.runtime.finite import FiniteCheck
 from hicache.runtime.gate_prefetch import GatePrefetch
 from hicache.runtime.gate_rank import RunGates
 from hicache.runtime.known_call import KnownCall
 from hicache.runtime.session import Session, StepCounter
 from hicache.runtime.signature import signature
-from hicache.runtime.token_layout import LayoutCheck, TokenLayout
-from hicache.token_view import TokenView
+from hicache.runtime.token_layout import LayoutCheck
 from hicache.trees import tensors_of
 
 MAX_CONTEXTS: Final = 16  # of one denoiser in a run: more usually means that steps are not what they seem
-
-
-@dataclass
-class CallForm:
-    """What the calls of one context have in common, learned from the first."""
-
-    entered: torch.Size  # shape of the hidden state that enters the first block, [batch, tokens, channels]
-    shape: torch.Size  # of a feature: the drawn tokens of it
-    dtype: torch.dtype
-    device: torch.device
-    layout: TokenLayout
-    view: TokenView | None  # None: all tokens are drawn, and share the gates of their sample
-    num_features: int = 0  # by module; 0 where nobody knows the modules
-    refusal: str | None = None  # why they cannot be cached by module
-    block_kwargs: dict[str, Any] = field(default_factory=dict)  # of the first block, no hidden states
-    missing: tuple[int, ...] = ()  # features without an output
-    ones: int = 0  # features after the family's, with gates of one: what a ControlNet adds
-
-    @classmethod
-    def of(cls, hidden: Tensor, layout: TokenLayout) -> CallForm:
-        """The form of a call whose tokens are laid out like this."""
-        view = None if hidden.ndim != 3 else TokenView.of(hidden, layout.drawn, layout.group)
-        shape = hidden.shape if view is None else view.drawn(hidden).shape
-        return cls(hidden.shape, shape, hidden.dtype, hidden.device, layout, view)
-
-    @property
-    def num_outputs(self) -> int:
-        """Features of the family's modules: without what a ControlNet adds."""
-        return self.num_features - self.ones
-
-    def like(self) -> Tensor:
-        """Something ``[batch, 1, channels]`` of the hidden state's dtype and device, without memory."""
-        nothing = torch.empty((), dtype=self.dtype, device=self.device)
-        return nothing.expand(self.shape[0], 1, self.shape[-1])
 
 
 class Context:
@@ -76,6 +40,7 @@ class Context:
         self.low_rank = RunGates()
         self.finite = FiniteCheck()
         self.check: LayoutCheck | None = None
+        self.corrector: Corrector | None = None  # of what its skipped steps do beside their sums
         self.form: CallForm | None = None  # learned from its first call
         self.recalled: list[Any] = []  # what only blocks read, of the call learned from
         self.returned: Any = None  # the form of what it returned at its last full step, by output
@@ -105,6 +70,8 @@ class Context:
             None if sigmas is None else sigmas[step:],
             self.label,
         )
+        if self.corrector is not None:
+            self.corrector.restart()
 
     def follow(self, scale: tuple[float, ...] | None, step: int, session: Session) -> None:
         """A ControlNet counts as much from here on: where that is another number, all starts anew.
@@ -150,6 +117,7 @@ class Context:
     def release(self) -> None:
         """Free its memory, and forget what was learned."""
         self.engine.release()
+        self.corrector = None
         self.prefetch.forget()
         self.low_rank.release()
         self.recalled.clear()
@@ -167,6 +135,7 @@ class Context:
     def kept_nbytes(self) -> int:
         """Bytes of what else it keeps for a run: coefficients, embeddings, copies of the prompt."""
         kept = sum(tensor.nbytes for tensor in tensors_of(self.recalled)) + self.conditions.nbytes
+        kept += 0 if self.corrector is None else self.corrector.nbytes
         return kept + self.engine.numbers.nbytes
 
     @property

@@ -21,6 +21,7 @@ from hicache.hooks.hooked import HookedModule
 from hicache.pipeline import check_one_cache
 from hicache.runtime.budget import Policy
 from hicache.runtime.context import BegunCall
+from hicache.runtime.corrector import Correctors
 from hicache.runtime.module_recorder import ModuleRecorder
 from hicache.runtime.planner import forecast
 from hicache.runtime.residuals import given_to_blocks, scale_of
@@ -50,6 +51,7 @@ class Denoiser(NotCopied):
         sessions: what all denoisers of the pipeline share.
         graphs: captures and replays its calls; None for none.
         companions: take part in its full steps, not installed yet; None for none.
+        correctors: make what its skipped steps do beside their sums; None: they do nothing.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Denoiser(NotCopied):
         sessions: Sessions,
         graphs: GraphRunner | None = None,
         companions: Companions | None = None,
+        correctors: Correctors | None = None,
     ) -> None:
         self.name = name
         self.module = hooked.module
@@ -69,8 +72,9 @@ class Denoiser(NotCopied):
         self.graphs = graphs
         self._max_contexts = policy.max_contexts
         self.companions = companions or Companions()
-        by_module = adapter is not None and policy.by_module
-        self._modules = ModuleRecorder(adapter, hooked.call) if adapter is not None and by_module else None
+        self._modules: ModuleRecorder | None = None
+        if adapter is not None and policy.by_module:
+            self._modules = ModuleRecorder(adapter, hooked.call, correctors)
         track = functools.partial(Track, name, hooked, policy, self._modules, self._warn, adapter, graphs)
         self.tracks = Tracks(track, policy.memory_budget, adapter, self.companions)
         self._names = tuple(inspect.signature(type(self.module).forward).parameters)[1:]

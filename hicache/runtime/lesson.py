@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hicache.runtime.budget import RecorderChoice
-from hicache.runtime.context import BegunCall, CallForm
+from hicache.runtime.call_form import CallForm
+from hicache.runtime.context import BegunCall
 from hicache.runtime.finite import not_finite
 from hicache.runtime.session import StepClock
 from hicache.runtime.sum_check import NotFinite, Unfit

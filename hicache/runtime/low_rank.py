@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hicache import compat
 from hicache.engine import Sum
-from hicache.runtime.context import BegunCall, CallForm, Context
+from hicache.runtime.call_form import CallForm
+from hicache.runtime.context import BegunCall, Context
 from hicache.runtime.gate_prefetch import come_out_alike, foretold, lora_scale
 from hicache.runtime.gate_rank import GateBasis, SumMemory, forecast_misses, why_not
 from hicache.runtime.module_recorder import ModuleRecorder, as_blocks_do

@@ -13,7 +13,9 @@ from hicache.adapters.gates import deferred
 from hicache.adapters.layers import layers_of
 from hicache.engine import Sum
 from hicache.hooks.module_outputs import ModuleOutputs, watched
-from hicache.runtime.context import BegunCall, CallForm
+from hicache.runtime.call_form import CallForm
+from hicache.runtime.context import BegunCall
+from hicache.runtime.corrector import Correctors
 from hicache.runtime.gate_prefetch import come_out_alike, foretold, lora_scale, with_ones
 from hicache.runtime.late_gates import LateGates
 from hicache.runtime.recorders import Recorder
@@ -36,12 +38,16 @@ class ModuleRecorder(Recorder):
     Args:
         adapter: the family's.
         call: the transformer's running call.
+        correctors: make what a context's skipped steps do beside their sums; None: they do nothing.
     """
 
     name = "module"
 
-    def __init__(self, adapter: ModuleAdapter, call: RunningCall) -> None:
+    def __init__(
+        self, adapter: ModuleAdapter, call: RunningCall, correctors: Correctors | None = None
+    ) -> None:
         self.adapter = adapter
+        self.correctors = correctors
         self._call = call
         self._outputs: ModuleOutputs | None = None
         self._slots: tuple[Tensor, ...] = ()  # of the family's features
@@ -75,7 +81,11 @@ class ModuleRecorder(Recorder):
         self._slots = slots[: form.num_outputs]
         self._added = slots[-1] if form.ones else None
         outputs.bind(self._slots, form.view)
-        return FullStep(slots, view=form.view)
+        memory: tuple[Tensor, ...] = ()
+        if self.correctors is not None:
+            corrector = begun.context.corrector = self.correctors.watch(begun.context.corrector, form)
+            memory = corrector.memory
+        return FullStep(slots, view=form.view, corrected_by=memory)
 
     def _layers(self, num_features: int) -> list[str | None]:
         """The block of each feature; None of those that no one block makes."""
@@ -96,7 +106,9 @@ class ModuleRecorder(Recorder):
         form = begun.context.form
         assert form is not None
         between = () if form.ones else tuple(self.adapter.between(begun.model_kwargs))
-        return SkippedStep(total, self._prefetched(begun), True, between, form.ones, form.view)
+        gates, corrector = self._prefetched(begun), begun.context.corrector
+        correction = None if corrector is None else corrector.correct(begun.local_step, form)
+        return SkippedStep(total, gates, True, between, form.ones, form.view, correction)
 
     def _prefetched(self, begun: BegunCall) -> Tensor | None:
         read = self.late is not None  # without them no step is skipped: worth a look at the device
@@ -225,6 +237,8 @@ class ModuleRecorder(Recorder):
     def end(self) -> None:
         if self._outputs is not None:
             self._outputs.unbind()
+        if self.correctors is not None:
+            self.correctors.end()
         self._slots, self.between, self._block_kwargs, self.base = (), (), {}, None
         self._added = self._view = None
         self._model_kwargs, self._gates = {}, None
@@ -237,6 +251,8 @@ class ModuleRecorder(Recorder):
         if self._outputs is not None:
             self._outputs.remove()
         self._outputs = None
+        if self.correctors is not None:
+            self.correctors.forget()
 
 
 def as_blocks_do(gates: Tensor, base: Tensor) -> Tensor:

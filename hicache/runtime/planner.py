@@ -89,6 +89,8 @@ class CallPlanner:
         watch = self._session.watch
         started = watch.start(context.form.device)
         with torch.no_grad():
+            if context.corrector is not None and context.corrector.edits:
+                context.engine.flush()
             total = context.engine.prepare(
                 begun.local_step, fixed=replayed or begun.compiled, fused=not begun.compiled
             )
@@ -117,6 +119,8 @@ class CallPlanner:
         context, call = begun.context, self._hooked.call
         if call.skipping:
             context.engine.settle()
+            if context.corrector is not None:
+                context.corrector.settle()
             context.skipped_steps += 1
             return
         context.count_full()
@@ -127,6 +131,8 @@ class CallPlanner:
             return
         with self._session.watch.measure(context.form.device), torch.no_grad():
             context.engine.commit(begun.local_step)
+            if context.corrector is not None:
+                context.corrector.commit()
             context.finite.ask(begun.step, self._telling(output))
             reason = self._choice.recorder.prefetch(begun, self._session.clock)
             if reason is not None:
@@ -195,6 +201,10 @@ def forecast(
             gates = modules.gates(block_kwargs, hidden if view is None else view.grouped(hidden), plan.ones)
         for residual in plan.between:
             hidden = hidden + (residual if view is None else view.drawn(residual))
-        if view is None:
-            return plan.sum(hidden, gates)
-        return view.filled(base, plan.sum(view.grouped(hidden), gates))
+        grouped = hidden if view is None else view.grouped(hidden)
+        if plan.correction is None:
+            total = plan.sum(grouped, gates)
+        else:
+            assert gates is not None
+            total = plan.correction(plan.sum, grouped, gates, block_kwargs)
+        return total if view is None else view.filled(base, total)

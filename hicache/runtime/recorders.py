@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hicache.engine import Sum
-from hicache.runtime.context import BegunCall, CallForm
+from hicache.runtime.call_form import CallForm
+from hicache.runtime.context import BegunCall
 from hicache.runtime.session import StepClock
 from hicache.step_plan import FullStep, SkippedStep
 from hicache.token_view import TokenView
