@@ -11,7 +11,7 @@ import typer
 from hicache.cli.options import assignments, take_file
 from hicache.launch.backends import AUTO, BACKENDS
 from hicache.launch.loading import OFFLOADS
-from hicache.launch.settings import COMPANIONS, DTYPES, FORMATS, MODES, ORIGINAL, Settings
+from hicache.launch.settings import CLASSES, DTYPES, FORMATS, MODES, ORIGINAL, Settings
 from hicache.pipeline import GRANULARITIES
 
 _CACHE: Final = "What is cached, and how often"
@@ -56,7 +56,7 @@ def generate(
     mode: Annotated[
         str,
         _option(
-            _CACHE, f"{', '.join((ORIGINAL, *MODES, *COMPANIONS))}, another basis, or a calibration's path."
+            _CACHE, f"{', '.join((ORIGINAL, *MODES, *CLASSES))}, another basis, or a calibration's path."
         ),
     ] = "hicache",
     interval: Annotated[

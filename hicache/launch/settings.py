@@ -67,7 +67,7 @@ class Settings:
     Args:
         model: a folder or a name.
         backend: of :data:`hicache.launch.backends.BACKENDS`, or ``"auto"``.
-        mode: ``"original"``, of :data:`MODES` or :data:`COMPANIONS`, another basis, or the path of a
+        mode: ``"original"``, of :data:`MODES` or :data:`CLASSES`, another basis, or the path of a
             calibration.
         interval: of :class:`HiCacheConfig`, as ``order``, ``sigma``, ``warmup`` and ``last_step_full``.
         speedup: the bound to reach, in place of the interval.
@@ -151,9 +151,9 @@ class Settings:
         known = {**MODES, **{basis: basis for basis in known_bases()}}
         if self.mode == ORIGINAL or (self.mode in known and known[self.mode] is None):
             return None
-        if self.mode not in {**known, **COMPANIONS} and not self.mode.endswith(".json"):
+        if self.mode not in {**known, **CLASSES} and not self.mode.endswith(".json"):
             raise ValueError(
-                f"--mode: expected one of {', '.join((ORIGINAL, *known, *COMPANIONS))}, or the path of a "
+                f"--mode: expected one of {', '.join((ORIGINAL, *known, *CLASSES))}, or the path of a "
                 f"calibration, got {self.mode!r}"
             )
         try:

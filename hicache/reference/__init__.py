@@ -15,13 +15,13 @@ runs at full steps only, and each of its residuals is cached as a feature is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from hicache import compat
 from hicache.companion import companions
-from hicache.companions.clusca.settings import ClusCa
 from hicache.config import HiCacheConfig
 from hicache.handle import BaseHandle
 from hicache.pipeline import (
@@ -32,7 +32,6 @@ from hicache.pipeline import (
     find_scheduler,
 )
 from hicache.reference.blocks import cached_parts
-from hicache.reference.clusters import ClusteredModel
 from hicache.reference.controlnet import ControlNet
 from hicache.reference.denoiser import Denoiser
 from hicache.reference.run_settings import RunSettings
@@ -42,6 +41,8 @@ from hicache.stats import ControlNetStats, Stats
 
 if TYPE_CHECKING:
     from hicache.companion import CompanionSettings
+    from hicache.companions.clusca import ClusCa
+    from hicache.reference.clusters import ClusteredModel
 
 __all__ = ["Handle", "apply"]
 
@@ -126,15 +127,11 @@ def apply(
             not known. The pipeline is left as it was.
     """
     config = check_config(config)
-    if clusters is not None and not isinstance(clusters, ClusCa):
-        raise TypeError(f"hicache.reference: expected clusters to be a ClusCa or None, got {clusters!r}")
     modules = find_denoisers(pipe)
     for name, module in modules.items():
         check_one_cache(module, Handle.owner)
         _check_module(pipe if isinstance(pipe, nn.Module) else getattr(pipe, name), module)
-    clustered: dict[str, ClusteredModel] = {}
-    if clusters is not None and clusters.clusters:
-        clustered = {name: ClusteredModel(clusters, module) for name, module in modules.items()}
+    clustered = _clustered(clusters, modules)
     source = find_scheduler(pipe, scheduler)
     beside = companions(modules, sparse=sparse)
     # everything that can fail has been checked: from here on the pipeline is changed
@@ -153,6 +150,20 @@ def apply(
     handle = Handle(denoisers, controlnets, settings, steps, timer)
     handle.install()
     return handle
+
+
+def _clustered(clusters: ClusCa | None, modules: Mapping[str, nn.Module]) -> dict[str, ClusteredModel]:
+    """MLPs of which skipped steps compute a few tokens, by denoiser; what they are is imported here."""
+    if clusters is None:
+        return {}
+    from hicache.companions.clusca.settings import ClusCa
+    from hicache.reference.clusters import ClusteredModel
+
+    if not isinstance(clusters, ClusCa):
+        raise TypeError(f"hicache.reference: expected clusters to be a ClusCa or None, got {clusters!r}")
+    if not clusters.clusters:
+        return {}
+    return {name: ClusteredModel(clusters, module) for name, module in modules.items()}
 
 
 def _check_module(held: Any, module: nn.Module) -> None:

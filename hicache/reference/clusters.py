@@ -36,6 +36,10 @@ class ClusteredModel:
         # path of an MLP in the model → which of the blocks it is in
         self.paths = {f"{family.blocks}.{block}.{family.mlp}": block for block in range(len(self.blocks))}
 
+    def begin(self) -> Clusters:
+        """The clusters of a context in a run that begins."""
+        return Clusters(self)
+
 
 class Clusters:
     """The clusters of one context in one run.

@@ -5,19 +5,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hicache.config import HiCacheConfig
 from hicache.reference.blocks import Part
-from hicache.reference.clusters import Clusters
 from hicache.reference.history import Feature, History
 from hicache.reference.rows import Key, Rows
 from hicache.run import Position
 from hicache.schedule import is_full
 from hicache.stats import ContextStats
+
+if TYPE_CHECKING:  # nobody who does not use them imports them
+    from hicache.reference.clusters import Clusters
 
 
 def form(named: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -6,20 +6,22 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from hicache.companion import Companions, FullCall
 from hicache.reference.blocks import Part, cached_parts
-from hicache.reference.clusters import ClusteredModel, Clusters
 from hicache.reference.context import Context, form, wants_gradients
 from hicache.reference.controlnet import ControlNet
 from hicache.reference.rows import Key
 from hicache.reference.run_settings import RunSettings
 from hicache.reference.steps import Steps
 from hicache.reference.timer import Timer
+
+if TYPE_CHECKING:  # nobody who does not use them imports them
+    from hicache.reference.clusters import ClusteredModel, Clusters
 
 # Calls of one transformer in one step; more means that the steps are not being counted.
 _MOST_CALLS: Final = 16
@@ -225,7 +227,7 @@ class Denoiser:
                 None if sigmas is None else sigmas[self._step :],
             )
             if self._clustered is not None:
-                context.clusters = Clusters(self._clustered)
+                context.clusters = self._clustered.begin()
         return self.contexts[key]
 
     def _warn(self, what: str) -> None:

@@ -522,7 +522,7 @@ def test_modes_of_the_launcher(mode: str, basis: str) -> None:
         again = painter.drawn(arguments)
     assert np.array_equal(np.asarray(drawn[0]), np.asarray(again[0]))
     assert chosen.granularity == "module"
-    assert chosen.plain()["clusters"] == {"kind": "ClusCa", **dataclasses.asdict(ClusCa())}
+    assert chosen.plain()["clusters"] == dataclasses.asdict(ClusCa())
     assert "clusters" not in Settings(mode=basis.replace("hermite", "hicache")).plain()
     with pytest.raises(ValueError, match="unknown granularity 'stack'; expected one of auto, module"):
         Settings(mode=mode, granularity="stack")
