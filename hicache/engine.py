@@ -50,14 +50,18 @@ class Sum:
         )
 
     def ahead(self, orders: Tensor) -> Tensor:
-        """The forecast of some of the history's numbers: ``[...]``, of their dtype.
+        """The forecast of some of the history's numbers: ``[features, ...]``, of their dtype.
 
         Args:
-            orders: ``[K, ...]``, a copy of theirs, which is written to where an update waits.
+            orders: ``[K, features, ...]``, a copy of numbers of the first features, which is written to where
+                an update waits.
         """
+        coeffs = self.coeffs
+        if coeffs.ndim == 2:
+            coeffs = coeffs[:, : orders.shape[1]].contiguous()
         if self.inv_gap is None:
-            return kernels.forecast(orders, self.coeffs, backend=self.backend)
-        return kernels.update_forecast_(orders, self.inv_gap, self.coeffs, self.filled, backend=self.backend)
+            return kernels.forecast(orders, coeffs, backend=self.backend)
+        return kernels.update_forecast_(orders, self.inv_gap, coeffs, self.filled, backend=self.backend)
 
 
 class Engine:

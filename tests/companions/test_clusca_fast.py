@@ -16,7 +16,7 @@ from torch import Tensor
 import hicache.fast
 import hicache.reference
 from benchmarks import waits
-from hicache import HiCacheConfig
+from hicache import AnalyticHermite, HiCacheConfig
 from hicache.companions.clusca import ClusCa
 from hicache.companions.clusca.correction import ClusterCorrection
 from hicache.companions.clusca.draws import Groups
@@ -124,6 +124,14 @@ def test_4_a_cluster_a_token_runs_every_mlp_in_full(
 @pytest.mark.parametrize("config", [CONFIG, TAYLOR], ids=["hermite", "taylor"])
 def test_5_it_is_the_reference(name: str, variant: str, labels: str, config: HiCacheConfig) -> None:
     chosen = settings(variant, labels=labels)
+    assert off(by_fast(name, chosen, config), by_reference(name, chosen, config)) < 1e-10
+
+
+@each_variant
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_5_where_every_layer_has_coefficients_of_its_own(name: str, variant: str) -> None:
+    config = HiCacheConfig(interval=4, basis=AnalyticHermite())
+    chosen = settings(variant)
     assert off(by_fast(name, chosen, config), by_reference(name, chosen, config)) < 1e-10
 
 

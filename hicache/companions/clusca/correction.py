@@ -73,7 +73,8 @@ class ClusterCorrection:
         table = torch.cat([others, own], dim=1)  # [B, 2 · C, D]
         index = groups.labels + others.shape[1] * groups.are_drawn(drawn)
         if self.weights is not None:
-            coeffs = (total.coeffs[:, None] * self.weights).to(total.coeffs.dtype)  # [num_coeffs, features]
+            rows = total.coeffs if total.coeffs.ndim == 2 else total.coeffs[:, None]
+            coeffs = (rows * self.weights).to(rows.dtype)  # [num_coeffs, num_features]
             total = dataclasses.replace(total, coeffs=coeffs)
         return total(base, gates).add_(_rows(table, index))
 
