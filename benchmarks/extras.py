@@ -30,7 +30,7 @@ from hicache.demo import pictures, upscaler
 from hicache.demo.compare import Pictures, keep_freed_memory, psnr, ssim
 
 STEPS: Final = 50
-PICTURES: Final = 24
+PICTURES: Final = 16
 INTERVALS: Final = (5, 7)
 HEADER: Final = (
     "pictures",
@@ -155,7 +155,7 @@ def enlarged(count: int) -> tuple[Any, Callable[[], Pictures]]:
 def main() -> None:
     parser = command.parser(__doc__)
     parser.add_argument("--pictures", type=int, default=PICTURES)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()

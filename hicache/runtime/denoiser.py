@@ -219,7 +219,8 @@ class Denoiser(NotCopied):
         track, self._begun, self._track = self._track, None, None
         if self.graphs is not None:
             self.graphs.due = False
-        self.companions.end()
+        if self.companions.members:
+            self.companions.end()
         if track is not None:
             track.planner.end()
 

@@ -154,19 +154,14 @@ def _run(op: str, orders: Tensor, *arguments: Tensor | int | None) -> None:
 def _scalars(scalars: Tensor | None) -> tuple[Tensor | None, int]:
     """Coefficients or a gap as kernels read them, and the dtype's code; (None, 0) for None.
 
-    Contiguous, fp32 or float64, on the same device: another dtype or stride costs a copy.
+    Contiguous, fp32 or float64, on the same device: another dtype or stride costs a copy. After coefficients
+    kernels are told how many features have rows of their own (none: 0), and how many orders there are.
     """
     if scalars is None:
         return None, 0
     if scalars.dtype not in (torch.float32, torch.float64):
         scalars = scalars.float()
     return scalars.contiguous(), _CODES[scalars.dtype]
-
-
-def _coeffs(coeffs: Tensor) -> tuple[Tensor | int | None, ...]:
-    """Coefficients, their dtype's code, features with rows of their own (0: none), and how many orders."""
-    features = coeffs.shape[1] if coeffs.ndim == 2 else 0
-    return *_scalars(coeffs), features, len(coeffs)
 
 
 def update_(orders: Tensor, inv_gap: Tensor, num_differences: int) -> None:
@@ -176,14 +171,22 @@ def update_(orders: Tensor, inv_gap: Tensor, num_differences: int) -> None:
 
 def forecast(orders: Tensor, coeffs: Tensor, out: Tensor) -> None:
     """Write the forecast of ``orders[K, ...]`` with ``coeffs[num_coeffs]`` into ``out[...]``."""
-    _run("forecast", orders, out.numel(), *_coeffs(coeffs), out)
+    _run(
+        "forecast",
+        orders,
+        out.numel(),
+        *_scalars(coeffs),
+        (coeffs.ndim - 1) * coeffs.shape[-1],
+        len(coeffs),
+        out,
+    )
 
 
 def update_forecast_(
     orders: Tensor, inv_gap: Tensor, coeffs: Tensor, num_differences: int, out: Tensor
 ) -> None:
     """Update ``orders[K, ...]`` in place and write the forecast with ``coeffs[num_differences + 1]``."""
-    scalars = *_scalars(inv_gap), *_coeffs(coeffs)
+    scalars = *_scalars(inv_gap), *_scalars(coeffs), (coeffs.ndim - 1) * coeffs.shape[-1], len(coeffs)
     _run("update_forecast_", orders, out.numel(), *scalars, out)
 
 
@@ -204,5 +207,5 @@ def gated_sum(
     batch, channels = base.shape[0], base.shape[-1]
     rows = base.numel() // (batch * channels) if base.numel() else 0
     sizes = orders.stride(1), orders.shape[1], batch, rows, channels
-    scalars = *_scalars(inv_gap), *_coeffs(coeffs)
+    scalars = *_scalars(inv_gap), *_scalars(coeffs), (coeffs.ndim - 1) * coeffs.shape[-1], len(coeffs)
     _run("gated_sum", orders, *sizes, _CODES[base.dtype], base, gates, *scalars, out)
