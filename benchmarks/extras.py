@@ -26,7 +26,6 @@ from hicache import HiCacheConfig
 from hicache.companions.analytic import AnalyticHermite
 from hicache.companions.clusca import ClusCa
 from hicache.companions.sparse import SparseAttention
-from hicache.demo import pictures, upscaler
 from hicache.demo.compare import Pictures, keep_freed_memory, psnr, ssim
 
 STEPS: Final = 50
@@ -140,16 +139,8 @@ def shapes(count: int) -> tuple[Any, Callable[[], Pictures]]:
 
 def enlarged(count: int) -> tuple[Any, Callable[[], Pictures]]:
     """The upscaler, and what enlarges pictures with it."""
-    pipe = hicache.demo.load_upscaler()
-    _, images = pictures.sample(count, torch.Generator().manual_seed(super_resolution.SEED), upscaler.TILE)
-    small = upscaler.shrink(images / 2 + 0.5)
-
-    def loop() -> Pictures:
-        noise = [torch.Generator().manual_seed(super_resolution.NOISE_SEED + index) for index in range(count)]
-        drawn: Pictures = pipe(small, super_resolution.STEPS, generator=noise, output_type="np").images
-        return drawn
-
-    return pipe, loop
+    pipe, small = super_resolution.upscaled(count)
+    return pipe, lambda: super_resolution.draw(pipe, small, super_resolution.STEPS)
 
 
 def main() -> None:

@@ -4,15 +4,20 @@
 28 steps, pictures of shapes that it was not trained on. ``whole``: 8 × 8 pixels to 32 × 32, one call a step.
 ``tiled``: 16 × 16 to 64 × 64 by four tiles, four calls a step with histories of their own. ``module`` records
 every attention and MLP; ``output`` what the transformer returns. Bicubic interpolation is beside it.
+
+``--picture FILE`` draws the first six too: small, bicubic, the full run, two cached ones, the truth.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 import torch
+from PIL import Image
+from torch.nn import functional
 
 import hicache.demo
 import hicache.fast
@@ -66,18 +71,10 @@ def _near(drawn: Pictures, wanted: Pictures) -> tuple[str, str, str]:
 
 def sweep(size: str, count: int, steps: int) -> list[tuple[str, ...]]:
     """Measure every method on the pictures of one of :data:`SIZES`."""
-    pipe = hicache.demo.load_upscaler(torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    _, images = pictures.sample(count, torch.Generator().manual_seed(SEED), SIZES[size])
-    truth = _shown(images)
-    small = upscaler.shrink(images / 2 + 0.5)
+    pipe, small = upscaled(count, size)
+    wanted = _shown(truth(count, size))
 
-    def draw() -> Pictures:
-        noise = [torch.Generator().manual_seed(NOISE_SEED + index) for index in range(count)]
-        drawn: Pictures = pipe(small, steps, generator=noise, output_type="np").images
-        return drawn
-
-    full = draw()
+    full = draw(pipe, small, steps)
     rows = [
         Row(size, "bicubic", None, _shown(upscaler.enlarge(small * 2 - 1))),
         Row(size, "full run", steps, full),
@@ -86,11 +83,45 @@ def sweep(size: str, count: int, steps: int) -> list[tuple[str, ...]]:
         for interval in INTERVALS:
             config = HiCacheConfig(interval=interval)
             with hicache.fast.apply(pipe, config, granularity=granularity):
-                drawn = draw()
+                drawn = draw(pipe, small, steps)
             rows.append(
                 Row(size, f"HiCache {granularity} N={interval}", len(full_steps(config, steps)), drawn)
             )
-    return [row.cells(full, truth) for row in rows]
+    return [row.cells(full, wanted) for row in rows]
+
+
+def sheet(steps: int, count: int = 6) -> Image.Image:
+    """Rows: pictures. Columns: small, bicubic, the full run, N=3 and N=7 by output, the truth."""
+    pipe, small = upscaled(count, "tiled")
+    images = truth(count, "tiled")
+    shown = functional.interpolate(small, scale_factor=upscaler.SCALE, mode="nearest")
+    columns = [_shown(shown * 2 - 1), _shown(upscaler.enlarge(small * 2 - 1)), draw(pipe, small, steps)]
+    for interval in (3, 7):
+        with hicache.fast.apply(pipe, HiCacheConfig(interval=interval), granularity="output"):
+            columns.append(draw(pipe, small, steps))
+    columns.append(_shown(images))
+    whole = np.concatenate([np.concatenate(list(column), axis=0) for column in columns], axis=1)
+    made = Image.fromarray((whole * 255).round().astype("uint8"))
+    return made.resize((made.width * 2, made.height * 2), Image.Resampling.NEAREST)
+
+
+def upscaled(count: int, size: str = "whole") -> tuple[upscaler.ShapesUpscaler, torch.Tensor]:
+    """The upscaler, and pictures of one of :data:`SIZES` made small, ``[count, 3, side, side]`` in [0, 1]."""
+    pipe = hicache.demo.load_upscaler()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, upscaler.shrink(truth(count, size) / 2 + 0.5)
+
+
+def truth(count: int, size: str) -> torch.Tensor:
+    """The pictures themselves, in [-1, 1]."""
+    return pictures.sample(count, torch.Generator().manual_seed(SEED), SIZES[size])[1]
+
+
+def draw(pipe: upscaler.ShapesUpscaler, small: torch.Tensor, steps: int) -> Pictures:
+    """The pictures, each from noise of its own."""
+    noise = [torch.Generator().manual_seed(NOISE_SEED + index) for index in range(len(small))]
+    drawn: Pictures = pipe(small, steps, generator=noise, output_type="np").images
+    return drawn
 
 
 def _shown(images: torch.Tensor) -> Pictures:
@@ -103,7 +134,10 @@ def main() -> None:
     parser = command.parser(__doc__)
     parser.add_argument("--pictures", type=int, default=PICTURES)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--picture", type=Path, help="a sheet of the first pictures")
     options = parser.parse_args()
+    if options.picture:
+        sheet(options.steps).save(options.picture)
     rows = [row for size in SIZES for row in sweep(size, options.pictures, options.steps)]
     print(tables.markdown(HEADER, rows))
     software = versions()
