@@ -227,7 +227,7 @@ class Engine:
                 orders, self._inv_gap(), coeffs, self._pending, backend=self.backend
             )
             self._pending = None
-        return history.split(row.view(-1))
+        return history.split(row if row.ndim == 1 else row.view(-1))
 
     def gated_sum(self, step: int, base: Tensor, gates: Tensor | None = None) -> Tensor:
         """The hidden state after all blocks at a skipped step: ``base + Σ_i gates[i] ⊙ forecast_i``.

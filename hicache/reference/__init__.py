@@ -41,7 +41,7 @@ from hicache.stats import ControlNetStats, Stats
 
 if TYPE_CHECKING:
     from hicache.companion import CompanionSettings
-    from hicache.companions.clusca import ClusCa
+    from hicache.companions.clusca.settings import ClusCa
     from hicache.reference.clusters import ClusteredModel
 
 __all__ = ["Handle", "apply"]
