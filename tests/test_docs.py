@@ -168,6 +168,23 @@ def test_tables_of_super_resolution_are_what_was_measured():
     assert all(table in page for table in super_resolution_tables())
 
 
+def extras_table() -> str:
+    """The table of docs/companions.md: all of them beside plain HiCache."""
+    with (ROOT / "benchmarks" / "results" / "extras.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    lines = ["| | full steps | PSNR, mean / worst | SSIM | seconds | speed-up |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        if row["pictures"] == "shapes":
+            psnr = f"{row['mean PSNR dB']} / {row['worst PSNR dB']}" if row["mean PSNR dB"] else ""
+            cells = [row["method"], row["full steps"], psnr, row["mean SSIM"]]
+            lines.append("| " + " | ".join([*cells, row["seconds"], f"{row['speed-up']}x"]) + " |")
+    return "\n".join(lines)
+
+
+def test_table_of_companions_is_what_was_measured():
+    assert extras_table() in (ROOT / "docs" / "companions.md").read_text()
+
+
 def telescope_results() -> list[dict[str, str]]:
     """benchmarks/results/telescope.csv, what it says of outputs."""
     with (ROOT / "benchmarks" / "results" / "telescope.csv").open() as file:
