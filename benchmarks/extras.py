@@ -139,7 +139,7 @@ def shapes(count: int) -> tuple[Any, Callable[[], Pictures]]:
 
 def enlarged(count: int) -> tuple[Any, Callable[[], Pictures]]:
     """The upscaler, and what enlarges pictures with it."""
-    pipe, small = super_resolution.upscaled(count)
+    pipe, small, _ = super_resolution.upscaled(count, "whole")
     return pipe, lambda: super_resolution.draw(pipe, small, super_resolution.STEPS)
 
 

@@ -71,9 +71,8 @@ def _near(drawn: Pictures, wanted: Pictures) -> tuple[str, str, str]:
 
 def sweep(size: str, count: int, steps: int) -> list[tuple[str, ...]]:
     """Measure every method on the pictures of one of :data:`SIZES`."""
-    pipe, small = upscaled(count, size)
-    wanted = _shown(truth(count, size))
-
+    pipe, small, images = upscaled(count, size)
+    wanted = _shown(images)
     full = draw(pipe, small, steps)
     rows = [
         Row(size, "bicubic", None, _shown(upscaler.enlarge(small * 2 - 1))),
@@ -92,8 +91,7 @@ def sweep(size: str, count: int, steps: int) -> list[tuple[str, ...]]:
 
 def sheet(steps: int, count: int = 6) -> Image.Image:
     """Rows: pictures. Columns: small, bicubic, the full run, N=3 and N=7 by output, the truth."""
-    pipe, small = upscaled(count, "tiled")
-    images = truth(count, "tiled")
+    pipe, small, images = upscaled(count, "tiled")
     shown = functional.interpolate(small, scale_factor=upscaler.SCALE, mode="nearest")
     columns = [_shown(shown * 2 - 1), _shown(upscaler.enlarge(small * 2 - 1)), draw(pipe, small, steps)]
     for interval in (3, 7):
@@ -105,16 +103,12 @@ def sheet(steps: int, count: int = 6) -> Image.Image:
     return made.resize((made.width * 2, made.height * 2), Image.Resampling.NEAREST)
 
 
-def upscaled(count: int, size: str = "whole") -> tuple[upscaler.ShapesUpscaler, torch.Tensor]:
-    """The upscaler, and pictures of one of :data:`SIZES` made small, ``[count, 3, side, side]`` in [0, 1]."""
+def upscaled(count: int, size: str) -> tuple[upscaler.ShapesUpscaler, torch.Tensor, torch.Tensor]:
+    """The upscaler, pictures of one of :data:`SIZES` made small, in [0, 1], and as they are, in [−1, 1]."""
     pipe = hicache.demo.load_upscaler()
     pipe.set_progress_bar_config(disable=True)
-    return pipe, upscaler.shrink(truth(count, size) / 2 + 0.5)
-
-
-def truth(count: int, size: str) -> torch.Tensor:
-    """The pictures themselves, in [-1, 1]."""
-    return pictures.sample(count, torch.Generator().manual_seed(SEED), SIZES[size])[1]
+    _, images = pictures.sample(count, torch.Generator().manual_seed(SEED), SIZES[size])
+    return pipe, upscaler.shrink(images / 2 + 0.5), images
 
 
 def draw(pipe: upscaler.ShapesUpscaler, small: torch.Tensor, steps: int) -> Pictures:

@@ -222,18 +222,18 @@ class Contexts:
                 met.last_step = counter.step
                 return met
         arguments, conditions = (name, *signature(model_kwargs)), Conditions(model_kwargs)
-        context = self._met(counter.step, arguments, conditions)
+        alike = [context for context in self.current if context.arguments == arguments]
+        context = self._met(counter.step, alike, conditions)
         if context is None and len(self.current) < self._limit:
             context = self._take(counter, arguments, session)
             twins = sum(other.ordinal == context.ordinal for other in self.current)
             label = f"{self._denoiser}[{counter.ordinal}]" + (f" #{twins + 1}" if twins else "")
-            given = (other.conditions for other in self.current if other.arguments == arguments)
-            twin = next((other for other in given if other.are(conditions)), None)
+            twin = next((other.conditions for other in alike if other.conditions.are(conditions)), None)
             context.restart(label, counter.step, conditions.keep(twin), session)
             self.current.append(context)
+            alike.append(context)
         if context is None:
             return None
-        alike = [other for other in self.current if other.arguments == arguments]
         same = [other for other in alike if other.conditions.are(conditions)]
         if context in same and (len(same) == 1 or conditions.counted):
             place = same.index(context)
@@ -241,13 +241,9 @@ class Contexts:
             self._known[counter.ordinal] = KnownCall(name, model_kwargs), context, before
         return context
 
-    def _met(self, step: int, arguments: tuple[Any, ...], conditions: Conditions) -> Context | None:
-        """The context of this run that a call is of, if it is of one."""
-        waiting = [
-            context
-            for context in self.current
-            if context.last_step != step and context.arguments == arguments
-        ]
+    def _met(self, step: int, alike: Sequence[Context], conditions: Conditions) -> Context | None:
+        """The context of this run that a call is of, if it is of one of those with its arguments."""
+        waiting = [context for context in alike if context.last_step != step]
         same = [context for context in waiting if context.conditions.are(conditions)]
         if same and (len(same) == 1 or conditions.counted):
             met: Context | None = same[0]
