@@ -20,9 +20,9 @@ import hicache.fast
 from hicache import HiCacheConfig
 from tests.support import models, pipelines, refused_models, unets
 from tests.support.comparisons import cast, flat, relative_rms, snapshot
-from tests.support.operations import Operations
 from tests.support.pipelines import randomize
 from tests.support.schedulers import CountingScheduler
+from tests.support.skipped_steps import counted
 
 CONFIG = HiCacheConfig(interval=3, order=2, warmup=3)
 FULL_STEPS = [0, 1, 2, 5, 8, 11]  # of CONFIG in twelve steps
@@ -105,17 +105,7 @@ def test_operations_of_a_skipped_step(name: str):
     """Of a call of the denoiser: one kernel, and views of what it wrote; no more where an update waits."""
     pipe, arguments = build(name)
     [denoiser] = denoisers(pipe)
-    calls: list[Counter[str]] = []
-    with apply(pipe), pytest.MonkeyPatch.context() as patch:
-        original = type(denoiser).__call__
-
-        def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with Operations() as mode:
-                output = original(self, *args, **kwargs)
-            calls.append(mode.seen)
-            return output
-
-        patch.setattr(type(denoiser), "__call__", counted)
+    with apply(pipe), counted(denoiser) as calls:
         draw(pipe, arguments)
     contexts = len(calls) // 12
     skipped = [operations for index, operations in enumerate(calls) if index // contexts not in FULL_STEPS]

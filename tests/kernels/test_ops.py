@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -19,6 +15,7 @@ from hypothesis import strategies as st
 
 from hicache_kernels import History, backend_status, forecast, gated_sum, update_, update_forecast_
 from hicache_kernels.tiles import Tile
+from tests.support.scripts import passed_interpreted
 
 ROOT = Path(__file__).parents[2]
 USABLE = [name for name, reason in backend_status("cpu").items() if reason is None]
@@ -622,15 +619,7 @@ def test_triton_in_its_interpreter():
     if INTERPRETED:
         pytest.skip("this is that process")
     pytest.importorskip("triton", reason="triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 10, done.stdout[-4000:]
+    assert passed_interpreted(__file__) >= 10
 
 
 def test_native_is_built_where_there_is_a_compiler():

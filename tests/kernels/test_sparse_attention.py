@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from hicache_kernels import sparse_attention as sparse
 from hicache_kernels.backends import triton as ops_in_triton
 from hicache_kernels.sparse_attention import reference
+from tests.support.scripts import passed_interpreted
 
 INTERPRETED = ops_in_triton.interpreted()
 BACKENDS = ["torch", *(["triton"] if INTERPRETED else [])]
@@ -241,12 +237,4 @@ def test_9_triton_in_its_interpreter():
     if INTERPRETED:
         pytest.skip("this is that process")
     pytest.importorskip("triton", reason="triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 20, done.stdout[-4000:]
+    assert passed_interpreted(__file__) >= 20

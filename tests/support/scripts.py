@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +32,17 @@ def run_script(
 ) -> subprocess.CompletedProcess[str]:
     """Run a file of tests/scripts as :func:`run_python` does."""
     return run_python(SCRIPTS / name, *arguments, cwd=cwd, timeout=timeout, **environment)
+
+
+def passed_interpreted(file: str) -> int:
+    """How many of a file's tests called ``triton`` pass where Triton's kernels run on the CPU.
+
+    Raises:
+        AssertionError: one of them fails.
+    """
+    options = ("-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", "triton")
+    done = run_python(*options, timeout=900, TRITON_INTERPRET="1")
+    found = re.search(r"(\d+) passed", done.stdout)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert found is not None, done.stdout[-4000:]
+    return int(found[1])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -25,21 +27,30 @@ def operations(pipe: Any, arguments: dict[str, Any], granularity: str, **more: A
         granularity: of the cache.
         more: other arguments of :func:`hicache.fast.apply`.
     """
-    calls: list[Counter[str]] = []
-    transformer = pipe.transformer
-    original = type(transformer).__call__
+    config = HiCacheConfig(interval=4)
+    with (
+        hicache.fast.apply(pipe, config, granularity=granularity, **more),
+        counted(pipe.transformer) as calls,
+    ):
+        pipelines.draw(pipe, arguments, 12)
+    return calls
 
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+
+@contextmanager
+def counted(denoiser: Any) -> Iterator[list[Counter[str]]]:
+    """The tensor operations of every call of a denoiser that is made in this block."""
+    calls: list[Counter[str]] = []
+    original = type(denoiser).__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         with Operations() as mode:
             output = original(self, *args, **kwargs)
         calls.append(mode.seen)
         return output
 
-    with hicache.fast.apply(pipe, HiCacheConfig(interval=4), granularity=granularity, **more):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(transformer), "__call__", counted)
-            pipelines.draw(pipe, arguments, 12)
-    return calls
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(denoiser), "__call__", call)
+        yield calls
 
 
 def skipped(calls: list[Counter[str]]) -> list[Counter[str]]:
