@@ -41,10 +41,13 @@ class Basis(ABC):
 
     #: Whether it looks at the scheduler's noise levels, which are read from the device once a run.
     reads_sigmas: ClassVar[bool] = False
-    #: Whether features have rows of their own, see :meth:`for_features`: each module is cached for itself.
-    by_feature: ClassVar[bool] = False
     #: Why it gives another rule's coefficients in this run, if it does.
     fallback: str | None = None
+
+    @property
+    def by_feature(self) -> bool:
+        """Whether features have rows of their own, see :meth:`for_features`: modules are cached, then."""
+        return False
 
     @abstractmethod
     def coefficients(self, at: Position) -> Sequence[float]:

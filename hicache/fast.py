@@ -117,6 +117,17 @@ class Handle(BaseHandle[Denoiser]):
         )
 
 
+def _offered(pipe: Any, granularity: str) -> HiCacheConfig | None:
+    """What was fitted to the models of a pipeline, by what is to be cached of them; None: nothing was."""
+    calibration = shipped(pipe)
+    if calibration is None or granularity not in ("auto", calibration.granularity or granularity):
+        return None
+    fitted = {key.name for key in calibration.models.values()}
+    if not fitted <= {type(module).__name__ for module in find_denoisers(pipe).values()}:
+        return None  # it holds for none of their runs
+    return HiCacheConfig.of(calibration)
+
+
 def apply(
     pipe: Any,
     config: HiCacheConfig | None = None,
@@ -185,8 +196,7 @@ def apply(
     """
     if clusters is not None:
         granularity = by_module(granularity, "clusters")
-    calibration = shipped(pipe) if config is None and granularity in ("auto", "stack") else None
-    offered = None if calibration is None else HiCacheConfig.of(calibration)
+    offered = _offered(pipe, granularity) if config is None else None
     config = check_config(config)
     if granularity == "auto":
         granularity = (offered or config).fitted_by or granularity

@@ -257,23 +257,25 @@ def test_the_reference_weighs_by_the_same_rows():
 # Fitting.
 
 
-def features(layout: Layout, polynomial: torch.Tensor) -> dict[int, torch.Tensor]:
-    """Of a run whose feature is a polynomial in the step: ``[numbers]`` by step."""
+def polynomials(layout: Layout) -> dict[int, torch.Tensor]:
+    """Of a run whose features are polynomials of order 2 in the step: ``[features, 1, 1, 64]`` by step."""
     steps = torch.arange(layout.num_steps, dtype=torch.float64)
-    powers = torch.stack([steps**power for power in range(len(polynomial))], 1)  # [steps, K]
-    return dict(enumerate(powers @ polynomial))
+    powers = torch.stack([steps**power for power in range(3)], 1)  # [steps, K]
+    found = [powers @ torch.randn(3, 64, dtype=torch.float64) for _ in range(layout.features or 1)]
+    return dict(enumerate(torch.stack(found, 1)[:, :, None, None]))
 
 
+@pytest.mark.parametrize("count", [None, 1, 3])
 @pytest.mark.parametrize("config", [CONFIG, HiCacheConfig(schedule=Steps(0, 1, 2, 5, 6, 9), order=2)])
-def test_without_a_ridge_polynomials_are_exact(config: HiCacheConfig):
+def test_without_a_ridge_polynomials_are_exact(config: HiCacheConfig, count: int | None):
     torch.manual_seed(0)
-    layout = Layout.of(config, 14)
+    layout = Layout.of(config, 14, count)
     grams = Grams(layout)
     for _ in range(4):
-        for step, feature in features(layout, torch.randn(3, 64, dtype=torch.float64)).items():
+        for step, feature in polynomials(layout).items():
             grams.take("t[0]", step, feature)
     rows = grams.rows(PRIOR, ridge=0)["t[0]"]
-    given = features(layout, torch.randn(3, 64, dtype=torch.float64))
+    given = polynomials(layout)
     rule = ByRows(layout, lambda context, step: rows[step])
     for step, feature in given.items():
         if rule.is_full(step):
@@ -282,17 +284,34 @@ def test_without_a_ridge_polynomials_are_exact(config: HiCacheConfig):
             assert torch.allclose(rule.forecast("t[0]", step), feature, rtol=1e-6)
 
 
+def test_features_have_the_rows_that_each_would_have_alone():
+    torch.manual_seed(0)
+    layout, alone = Layout.of(CONFIG, 14, 3), Layout.of(CONFIG, 14)
+    together, apart = Grams(layout), [Grams(alone) for _ in range(3)]
+    for step, feature in polynomials(layout).items():
+        feature = feature + torch.randn_like(feature)
+        together.take("t[0]", step, feature)
+        for index, grams in enumerate(apart):
+            grams.take("t[0]", step, feature[index : index + 1])
+    for step, rows in together.rows(PRIOR)["t[0]"].items():
+        own = [grams.rows(PRIOR)["t[0]"][step] for grams in apart]
+        assert torch.allclose(rows, torch.stack(own, 1), rtol=1e-9)
+        assert not torch.allclose(own[0], own[1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("count", [None, 3])
 @pytest.mark.parametrize("ridge", [float("inf"), 1e30])
-def test_with_a_large_ridge_rows_are_the_prior_bit_for_bit(ridge: float):
-    layout = Layout.of(CONFIG, 14)
+def test_with_a_large_ridge_rows_are_the_prior_bit_for_bit(ridge: float, count: int | None):
+    layout = Layout.of(CONFIG, 14, count)
     grams = Grams(layout)
-    for step, feature in features(layout, torch.randn(3, 64, dtype=torch.float64)).items():
+    for step, feature in polynomials(layout).items():
         grams.take("t[0]", step, feature)
     for step, row in grams.rows(PRIOR, ridge)["t[0]"].items():
         assert torch.equal(row, layout.row(PRIOR, step))
 
 
-def test_a_replay_by_the_prior_s_rows_is_the_fast_path():
+@pytest.mark.parametrize("granularity", ["stack", "module"])
+def test_a_replay_by_the_prior_s_rows_is_the_fast_path(granularity: str):
     pipe = hicache.demo.load()
     pipe.set_progress_bar_config(disable=True)
     call = {"prompt": ["a red ring on blue"], "num_inference_steps": 12, "output_type": "latent"}
@@ -300,8 +319,8 @@ def test_a_replay_by_the_prior_s_rows_is_the_fast_path():
     def seeded() -> dict[str, Any]:
         return {**call, "generator": torch.Generator().manual_seed(3), "return_dict": False}
 
-    layout = Layout.of(CONFIG, 12)
-    with Replay(pipe) as replay:
+    with Replay(pipe, granularity) as replay:
+        layout = Layout.of(CONFIG, 12, replay.features)
         plain = replay.run(InFull(), seeded()).output[0]
         rows = replay.run(ByRows(layout, lambda context, step: layout.row(PRIOR, step)), seeded()).output[0]
         moved = replay.run(
@@ -309,7 +328,7 @@ def test_a_replay_by_the_prior_s_rows_is_the_fast_path():
         ).output[0]
         assert replay.contexts == ["transformer[0]"]
     assert torch.equal(pipe(**seeded())[0], plain), "the pipeline is as it was"
-    with hicache.fast.apply(pipe, CONFIG, granularity="stack"):
+    with hicache.fast.apply(pipe, CONFIG, granularity=granularity):
         fast = pipe(**seeded())[0]
     assert (fast - rows).abs().max() <= 1e-4
     assert torch.equal(rows, moved.detach())
@@ -355,8 +374,11 @@ def test_a_few_iterations_bring_fitted_pictures_nearer(tmp_path: Path):
         assert handle.stats.full_steps == len(entry.full_steps)
 
 
+@pytest.mark.parametrize("granularity", ["stack", "module"])
 @pytest.mark.parametrize("method", ["trajectory", "closed-form"])
-def test_every_config_gets_rows_and_noise_levels(method: str, monkeypatch: pytest.MonkeyPatch):
+def test_every_config_gets_rows_and_noise_levels(
+    method: str, granularity: str, monkeypatch: pytest.MonkeyPatch
+):
     pipe = hicache.demo.load()
     pipe.set_progress_bar_config(disable=True)
     monkeypatch.setattr(Verdict, "better", True)  # whatever the few pictures say
@@ -366,11 +388,14 @@ def test_every_config_gets_rows_and_noise_levels(method: str, monkeypatch: pytes
         configs=[HiCacheConfig(interval=4), HiCacheConfig(interval=3)],
         num_inference_steps=8,
         method=method,
+        granularity=granularity,
         search=Search(iterations=2, batch=2, rate=0.05),
         held_out_pictures=2,
     )
     assert len(found.entries) == 2
+    assert found.granularity == granularity
     for entry in found.entries:
+        assert entry.features == (None if granularity == "stack" else 8)
         assert entry.rows.keys() == {"transformer[0]"}
         assert entry.sigmas is not None
         assert len(entry.sigmas) == 8

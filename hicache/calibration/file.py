@@ -21,7 +21,8 @@ FORMAT: Final = "hicache calibration"
 VERSION: Final = 1
 _SIGMAS_EQUAL: Final = 1e-3  # of the highest: schedulers of other dtypes differ by less
 
-Rows = Mapping[str, Mapping[int, tuple[float, ...]]]  # context → skipped step → coefficients
+Row = tuple[float, ...] | tuple[tuple[float, ...], ...]  # [num_coeffs], or [num_coeffs, features]
+Rows = Mapping[str, Mapping[int, Row]]  # context → skipped step → coefficients
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ class Entry:
     rows: Rows = field(hash=False)
     sigmas: tuple[float, ...] | None = None
     scores: Mapping[str, float] = field(default_factory=dict, hash=False)  # on prompts it was not fitted to
+
+    @property
+    def features(self) -> int | None:
+        """How many features have rows of their own; None: a row serves all."""
+        rows = (row for own in self.rows.values() for row in own.values())
+        first = next((row[0] for row in rows), 0.0)
+        return len(first) if isinstance(first, tuple) else None
 
     def why_not(self, run: Run) -> str | None:
         """Why it does not hold for a run; None where it does."""
@@ -76,6 +84,11 @@ class Calibration:
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     granularity: str | None = None
     source: str = "a calibration"
+
+    @property
+    def by_feature(self) -> bool:
+        """Whether features have rows of their own."""
+        return any(entry.features is not None for entry in self.entries)
 
     def save(self, path: str | Path) -> None:
         """Write a file for :func:`hicache.calibration.reader.load`: whole, or not at all."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hicache.basis import Basis
-from hicache.calibration.file import FORMAT, VERSION, Calibration, Entry
+from hicache.calibration.file import FORMAT, VERSION, Calibration, Entry, Row, Rows
 from hicache.json_lines import line_of
 from hicache.model_key import ModelKey
 from hicache.plain_data import from_plain
@@ -77,15 +77,12 @@ class _Reader:
         except (TypeError, ValueError) as error:
             line = line_of(self._text, ["prior"])
             raise CalibrationError(f"{self._name}: line {line}: {error}") from error
-        return Calibration(
-            models,
-            data.get("guidance"),
-            prior,
-            tuple(self._entry(["entries", index], entry) for index, entry in enumerate(entries)),
-            self._take(data, [], "settings", dict),
-            data.get("granularity"),
-            self._name,
-        )
+        read = tuple(self._entry(["entries", index], entry) for index, entry in enumerate(entries))
+        granularity = data.get("granularity")
+        if granularity != "module" and any(entry.features is not None for entry in read):
+            self._fail(["granularity"], "'module', as features have rows of their own", granularity)
+        settings = self._take(data, [], "settings", dict)
+        return Calibration(models, data.get("guidance"), prior, read, settings, granularity, self._name)
 
     def _model(self, path: list[str | int], data: Any) -> ModelKey:
         weights = self._numbers([*path, "weights"], self._take(data, path, "weights", list))
@@ -100,16 +97,7 @@ class _Reader:
         full = [self._whole([*path, "full_steps"], step) for step in places]
         if not full or full != sorted(set(full)) or full[0] != 0 or full[-1] >= num_steps:
             self._fail([*path, "full_steps"], f"rising steps from 0 to {num_steps - 1}", full)
-        rows: dict[str, dict[int, tuple[float, ...]]] = {}
-        for context in self._take(data, path, "rows", dict):
-            own = rows[context] = {}
-            for step, row in self._take(data["rows"], [*path, "rows"], context, dict).items():
-                place = [*path, "rows", context, step]
-                if not step.isdecimal() or int(step) in full or int(step) >= num_steps:
-                    self._fail(place, f"a skipped step below {num_steps} for a key", step)
-                if not isinstance(row, list) or not 1 <= len(row) <= order + 1:
-                    self._fail(place, f"1 to {order + 1} coefficients", row)
-                own[int(step)] = self._numbers(place, row)
+        rows = self._rows(path, data, num_steps, order, full)
         sigmas = data.get("sigmas")
         return Entry(
             num_steps,
@@ -120,6 +108,29 @@ class _Reader:
             None if sigmas is None else self._numbers([*path, "sigmas"], sigmas),
             self._take(data, path, "scores", dict),
         )
+
+    def _rows(self, path: list[str | int], data: Any, num_steps: int, order: int, full: list[int]) -> Rows:
+        rows: dict[str, dict[int, Row]] = {}
+        features: int | None = None  # that have rows of their own; 0: none has
+        for context in self._take(data, path, "rows", dict):
+            own = rows[context] = {}
+            for step, row in self._take(data["rows"], [*path, "rows"], context, dict).items():
+                place = [*path, "rows", context, step]
+                if not step.isdecimal() or int(step) in full or int(step) >= num_steps:
+                    self._fail(place, f"a skipped step below {num_steps} for a key", step)
+                if not isinstance(row, list) or not 1 <= len(row) <= order + 1:
+                    self._fail(place, f"1 to {order + 1} coefficients", row)
+                own[int(step)] = read = self._row(place, row)
+                counts = [len(numbers) if isinstance(numbers, tuple) else 0 for numbers in read]
+                features = counts[0] if features is None else features
+                if set(counts) != {features}:
+                    self._fail(place, f"rows of {features or 'no'} features as those before", row)
+        return rows
+
+    def _row(self, path: list[str | int], row: list[Any]) -> Row:
+        if not any(isinstance(numbers, list) and numbers for numbers in row):
+            return self._numbers(path, row)
+        return tuple(self._numbers(path, numbers) for numbers in row)
 
     def _take(self, data: Any, path: list[str | int], name: str, kind: type) -> Any:
         value = data.get(name) if isinstance(data, dict) else None

@@ -6,14 +6,20 @@ Where a run is not what it was fitted to, the basis it was fitted from takes its
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
 
 from hicache.basis import Basis, evaluate
-from hicache.calibration.file import Calibration, Entry
+from hicache.calibration.file import Calibration, Entry, Row
 from hicache.calibration.reader import load, parse
+from hicache.feature_rows import FeatureRows
+from hicache.numbers import uploaded
 from hicache.run import Position, Run
 from hicache.schedule import Instead, Interval, Schedule, Steps
 
@@ -53,12 +59,25 @@ class Fitted(Basis):
         prior = f"{self.calibration.source} is not used, as {why}: {self.calibration.prior} is"
         return replace(self, entry=None, fallback=prior)
 
-    def coefficients(self, at: Position) -> Sequence[float]:
-        row = None if self.entry is None else self._row(self.entry, at)
-        return evaluate(self.calibration.prior, at) if row is None else row
+    @property
+    def by_feature(self) -> bool:
+        if self.entry is not None:
+            return self.entry.features is not None
+        return self.fallback is None and self.calibration.by_feature
 
-    def _row(self, entry: Entry, at: Position) -> tuple[float, ...] | None:
+    def coefficients(self, at: Position) -> Sequence[float]:
+        """The row for a place, which serves all features; the prior's where there is none that does."""
+        row = None if self.by_feature else self.row(at)
+        return evaluate(self.calibration.prior, at) if row is None else cast("tuple[float, ...]", row)
+
+    def for_features(self, layers: Sequence[str | None], device: torch.device) -> FittedRows:
+        return FittedRows(self, len(layers), device)
+
+    def row(self, at: Position) -> Row | None:
         """The row for a place; None where the context has other differences, as one that began late has."""
+        entry = self.entry
+        if entry is None:
+            return None
         rows = entry.rows.get(at.context) if at.context else next(iter(entry.rows.values()), None)
         if rows is None or at.num_steps != entry.num_steps or len(rows.get(at.step, ())) != at.num_coeffs:
             return None
@@ -78,6 +97,39 @@ class Fitted(Basis):
     def from_plain(cls, file: str, text: str) -> Fitted:
         """For :mod:`hicache.plain_data`."""
         return cls(parse(file, text))
+
+
+class FittedRows(FeatureRows):
+    """The rows of one context in one run, where features have rows of their own.
+
+    Args:
+        basis: settled for the run.
+        features: of the context. Where those are others than rows were fitted to, all have the prior's.
+        device: of the features.
+    """
+
+    def __init__(self, basis: Fitted, features: int, device: torch.device) -> None:
+        self._basis, self._features, self._device = basis, features, device
+        fitted = None if basis.entry is None else basis.entry.features
+        self._fit = fitted == features
+        if not self._fit:
+            calibration = basis.calibration
+            warnings.warn(
+                f"hicache: {calibration.source} is not used, as it has rows for {fitted} features, not "
+                f"{features}: {calibration.prior} is",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def rows(self, places: Sequence[Position]) -> Tensor:
+        return uploaded(torch.tensor([self._row(at) for at in places], dtype=torch.float64), self._device)
+
+    def _row(self, at: Position) -> Sequence[Sequence[float]]:
+        row = self._basis.row(at) if self._fit else None
+        if row is not None:
+            return cast("tuple[tuple[float, ...], ...]", row)
+        prior = evaluate(self._basis.calibration.prior, at)
+        return [[weight] * self._features for weight in prior]
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ def calibrate(
     places: Annotated[
         str, typer.Option(help="Of the full steps: given by the interval, or as many that are searched.")
     ] = "given",
+    granularity: Annotated[
+        str, typer.Option(help="stack: a row for all features; module: every module has rows of its own.")
+    ] = "stack",
     iterations: Annotated[int, typer.Option(help="Of the fit.")] = 150,
     batch: Annotated[int, typer.Option(help="Pictures drawn together.")] = 8,
     guidance: Annotated[

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
@@ -58,7 +58,9 @@ class AnalyticHermite(Basis):
     key: str = "layer"
     sigma: float = 0.5
 
-    by_feature: ClassVar[bool] = True
+    @property
+    def by_feature(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         for name in ("alpha", "maximum", "eps", "sigma"):

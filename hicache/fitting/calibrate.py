@@ -65,6 +65,7 @@ def calibrate(
     call: Mapping[str, Any] | None = None,
     method: str = "trajectory",
     places: str = "given",
+    granularity: str = "stack",
     held_out: Sequence[str] | None = None,
     held_out_pictures: int = HELD_OUT,
     search: Search | None = None,
@@ -84,6 +85,9 @@ def calibrate(
         method: of :data:`METHODS`.
         places: of :data:`PLACES`: ``"searched"`` takes of a config's schedule how many steps are full, and
             searches their places; where those do not draw other pictures better, the schedule's are kept.
+        granularity: of :data:`hicache.fitting.features.GRANULARITIES`: ``"stack"``, a row serves all that a
+            model computes; ``"module"``, every module's output has rows of its own. Places are searched by
+            the stack's residual either way.
         held_out: prompts that judge and are not fitted to; None: ``prompts``, with other noise.
         held_out_pictures: how many pictures judge.
         search: how gradients move rows; of no use to ``"closed-form"``.
@@ -116,7 +120,7 @@ def calibrate(
     )
     judging = _others(pictures, held_out or prompts, held_out_pictures, 1)
     choosing = _others(pictures, prompts, CHOOSING, 2) if places == "searched" else None
-    work = _Work(pipe, pictures, judging, choosing, method, search, progress)
+    work = _Work(pipe, pictures, judging, choosing, method, granularity, search, progress)
     settings = {**work.settings(), "seed": seed}
     entries = _done(out, settings)
     calibration: Calibration | None = None
@@ -127,7 +131,7 @@ def calibrate(
         raise ValueError(f"hicache: expected configs of one basis, got {', '.join(map(str, priors))}")
     [prior] = priors
     for asked, config in zip(configs, begun, strict=True):
-        layout = Layout.of(config, num_inference_steps)
+        layout = work.layout(config)
         if any(_same(entry, layout, choosing is not None) for entry in entries):
             continue
         entry = work.entry(asked, config, layout)
@@ -152,6 +156,7 @@ class _Work:
         judging: Pictures,
         choosing: Pictures | None,
         method: str,
+        granularity: str,
         search: Search,
         progress: Callable[[Progress], None],
     ) -> None:
@@ -160,6 +165,8 @@ class _Work:
         self._judging = judging
         self._choosing = choosing
         self._method = method
+        self._granularity = granularity
+        self._features = Replay(pipe, granularity).features
         self._search = search
         self._progress = progress
         self._target: trajectory.Target | None = None
@@ -176,11 +183,16 @@ class _Work:
         return {
             "method": self._method,
             "places": "given" if self._choosing is None else "searched",
+            **({} if self._features is None else {"features": self._features}),
             "call": plain,
             "prompts": len(pictures),
             "prompts sha256": digest,
             **({} if self._method == "closed-form" else {"search": asdict(self._search)}),
         }
+
+    def layout(self, config: HiCacheConfig) -> Layout:
+        """The full steps of a config, and the form of its rows."""
+        return Layout.of(config, self._pictures.call["num_inference_steps"], self._features)
 
     def entry(self, asked: HiCacheConfig, config: HiCacheConfig, layout: Layout) -> Entry | None:
         """What was fitted for a config; None where it is refused.
@@ -194,7 +206,7 @@ class _Work:
             raise ValueError(f"hicache: expected a config that skips steps, got {asked}")
         if self._choosing is not None:
             config = self._better_places(config, layout)
-            layout = Layout.of(config, layout.num_steps)
+            layout = self.layout(config)
         prior = config.weighed_by
         rows = self._fit(config, layout, self._search)
         before = self._judge.psnr(asked)
@@ -220,12 +232,12 @@ class _Work:
                 self._placing = Placing(replay, self._pictures)
                 self._target = self._placing.target
         found = self._placing.found(config)
-        if Layout.of(found, layout.num_steps).full_steps == layout.full_steps:
+        if self.layout(found).full_steps == layout.full_steps:
             return config
         search = replace(self._search, iterations=max(1, self._search.iterations // _TRIAL))
         drawn = []
         for one in (config, found):
-            own = Layout.of(one, layout.num_steps)
+            own = self.layout(one)
             entry = self._entry(own, self._fit(one, own, search))
             drawn.append(self._chooser.psnr(self._settings(one, entry)))
         return found if Verdict(*drawn).better else config
@@ -233,13 +245,13 @@ class _Work:
     @cached_property
     def _judge(self) -> Judge:
         """Whose word goes into the file."""
-        return Judge(self._pipe, self._judging)
+        return Judge(self._pipe, self._judging, self._granularity)
 
     @cached_property
     def _chooser(self) -> Judge:
         """Chooses between places."""
         assert self._choosing is not None
-        return Judge(self._pipe, self._choosing)
+        return Judge(self._pipe, self._choosing, self._granularity)
 
     def _entry(self, layout: Layout, rows: Rows) -> Entry:
         plain = trajectory.plain(rows)
@@ -253,11 +265,12 @@ class _Work:
 
     def file(self, prior: Basis, entries: Sequence[Entry], settings: Mapping[str, Any]) -> Calibration:
         """The file of some entries."""
-        return Calibration(self._keys, guidance_of(self._pipe), prior, tuple(entries), settings, "stack")
+        guidance, granularity = guidance_of(self._pipe), self._granularity
+        return Calibration(self._keys, guidance, prior, tuple(entries), settings, granularity)
 
     def _fit(self, config: HiCacheConfig, layout: Layout, search: Search) -> Rows:
         prior = config.weighed_by
-        with Replay(self._pipe) as replay:
+        with Replay(self._pipe, self._granularity) as replay:
             if self._method == "closed-form":
                 rows = closed_form.fit(replay, layout, prior, self._pictures)
                 self._sigmas = replay.sigmas

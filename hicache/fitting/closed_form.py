@@ -1,8 +1,8 @@
 """Rows by ridge regression on full runs: no gradients, and features of one history in memory.
 
 For a skipped step with the K newest snapshots F_i, ``G_ij = Σ ⟨F_i, F_j⟩`` and ``b_i = Σ ⟨F_i, F_s⟩`` over
-runs, tokens and samples are all that is kept; weights are ``w = w₀ + (G + λ tr(G)/K I)⁻¹ (b − G w₀)``, with
-those of the prior for w₀ (L2P, CVPR 2026, in closed form).
+runs, tokens and samples are all that is kept, of each feature; weights are
+``w = w₀ + (G + λ tr(G)/K I)⁻¹ (b − G w₀)``, with those of the prior for w₀ (L2P, CVPR 2026, in closed form).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Grams:
     """
 
     layout: Layout
-    _of_snapshots: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # float64 [K, K]
-    _with_target: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # float64 [K]
+    _of_snapshots: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # float64 [features, K, K]
+    _with_target: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # float64 [features, K]
     _held: dict[str, list[Tensor]] = field(
         default_factory=dict
     )  # the newest snapshots of the run, by context
@@ -44,18 +44,19 @@ class Grams:
         if step == 0:
             self._held[context] = []
         if step in layout.positions:
-            snapshots = torch.stack(
-                [held.flatten() for held in self._held[context][: layout.positions[step].num_coeffs]]
-            ).double()
-            key, aim = (context, step), feature.flatten().double()
-            share = aim.square().sum().clamp_min(1e-300)  # every run counts as much
-            self._of_snapshots[key] = self._of_snapshots.get(key, 0) + (snapshots @ snapshots.T / share).cpu()
-            self._with_target[key] = self._with_target.get(key, 0) + (snapshots @ aim / share).cpu()
+            held = self._held[context][: layout.positions[step].num_coeffs]
+            snapshots = torch.stack([one.flatten(1) for one in held], 1).double()  # [features, K, numbers]
+            key, aim = (context, step), feature.flatten(1).double()
+            # every run counts as much
+            share = aim.square().sum(1).clamp_min(1e-300)[:, None]
+            gram, with_aim = snapshots @ snapshots.mT, (snapshots @ aim[..., None])[..., 0]
+            self._of_snapshots[key] = self._of_snapshots.get(key, 0) + (gram / share[..., None]).cpu()
+            self._with_target[key] = self._with_target.get(key, 0) + (with_aim / share).cpu()
         if step in layout.full_steps:
             self._held[context] = [feature.detach().clone(), *self._held[context]][: layout.order + 1]
 
     def rows(self, prior: Basis, ridge: float = RIDGE) -> dict[str, dict[int, Tensor]]:
-        """Coefficients, float64 ``[num_coeffs]``, by context and skipped step.
+        """Coefficients, float64, by context and skipped step, of the layout's form.
 
         Args:
             prior: at a large ridge the rows are its, bit for bit.
@@ -64,18 +65,25 @@ class Grams:
         found: dict[str, dict[int, Tensor]] = {}
         for context, step in self._of_snapshots:
             gram, aim = self._of_snapshots[context, step], self._with_target[context, step]
-            gaps = self.layout.positions[step].gaps
-            alphas = self.layout.row(prior, step)
-            weights = alphas @ differences_of_snapshots(gaps)
-            count = len(gram)
-            move = torch.zeros(count, dtype=torch.float64)
+            gaps, alphas = self.layout.positions[step].gaps, self.layout.row(prior, step)
+            weights = differences_of_snapshots(gaps).T @ alphas
             if math.isfinite(ridge):
-                damped = gram + ridge * gram.trace() / count * torch.eye(count, dtype=torch.float64)
-                # least squares where snapshots are the same but for rounding, as a constant feature's are
-                move = torch.linalg.lstsq(damped, aim - gram @ weights, driver="gelsd").solution
-            # the move alone goes through the inverse of M: without one the prior is left as it is
-            found.setdefault(context, {})[step] = alphas + coefficients_of_weights(move, gaps)
+                move = _move(gram, aim, weights if alphas.ndim == 2 else weights[:, None], ridge)
+                # the move alone goes through the inverse of M: without one the prior is left as it is
+                alphas = alphas + coefficients_of_weights(move.view_as(weights), gaps)
+            found.setdefault(context, {})[step] = alphas
         return found
+
+
+def _move(gram: Tensor, aim: Tensor, weights: Tensor, ridge: float) -> Tensor:
+    """By how much weights of snapshots, ``[K, features]``, are moved."""
+    count = gram.shape[-1]
+    traces = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+    damped = gram + ridge * traces / count * torch.eye(count, dtype=torch.float64)
+    missed = aim[..., None] - gram @ weights.T[..., None]
+    # least squares where snapshots are the same but for rounding, as a constant feature's are
+    found: Tensor = torch.linalg.lstsq(damped, missed, driver="gelsd").solution
+    return found[..., 0].T
 
 
 def fit(

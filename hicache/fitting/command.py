@@ -71,6 +71,7 @@ def run(options: SimpleNamespace, load: Callable[[str | None], Any]) -> None:
             call=call,
             method=options.method,
             places=options.places,
+            granularity=options.granularity,
             held_out=held_out,
             held_out_pictures=options.held_out_pictures,
             search=Search(iterations=options.iterations),

@@ -52,16 +52,18 @@ class Judge:
     Args:
         pipe: the pipeline, not cached.
         pictures: that nothing is fitted to.
+        granularity: what is cached.
     """
 
-    def __init__(self, pipe: Any, pictures: Pictures) -> None:
+    def __init__(self, pipe: Any, pictures: Pictures, granularity: str = "stack") -> None:
         self._pipe = pipe
         self._pictures = pictures
+        self._granularity = granularity
         self._full = self._draw()
 
     def psnr(self, config: HiCacheConfig) -> tuple[float, ...]:
         """Of every picture, dB."""
-        with hicache.fast.apply(self._pipe, config, granularity="stack"):
+        with hicache.fast.apply(self._pipe, config, granularity=self._granularity):
             drawn = self._draw()
         return tuple(_psnr(one, other) for one, other in zip(self._full, drawn, strict=True))
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hicache.engine import Sum
+from hicache.fitting.features import Features, features_of
 from hicache.hooks.step_clock import SchedulerClock
 from hicache.hooks.transformer import HookedTransformer
 from hicache.pipeline import find_denoisers, find_scheduler
@@ -28,10 +29,10 @@ class Rule(Protocol):
         """Whether the transformer runs."""
 
     def record(self, context: str, step: int, feature: Tensor) -> None:
-        """A full step has given the stack's residual, ``[batch, tokens, channels]``."""
+        """A full step has given these features (:mod:`hicache.fitting.features`)."""
 
     def forecast(self, context: str, step: int) -> Tensor:
-        """The residual at a skipped step."""
+        """The features at a skipped step."""
 
 
 @dataclass
@@ -44,29 +45,40 @@ class Trajectory:
 
 
 class _Taking:
-    """Looks on at a full step (:class:`hicache.step_plan.Lesson`), and takes the stack's residual."""
+    """Looks on at a full step (:class:`hicache.step_plan.Lesson`), and takes its features.
+
+    Args:
+        features: of the denoiser.
+        model_kwargs: of the call, by name.
+        take: is given them.
+    """
 
     unfit: str | None = None
 
-    def __init__(self, take: Callable[[Tensor], None]) -> None:
+    def __init__(
+        self, features: Features, model_kwargs: Mapping[str, Any], take: Callable[[Tensor], None]
+    ) -> None:
+        self._features = features
+        self._model_kwargs = model_kwargs
         self._take = take
 
     def first_block(self, hidden: Tensor, block_kwargs: Mapping[str, Any]) -> FullStep:
-        self._base = hidden.clone()  # blocks may work in place
+        self._features.begin(hidden, block_kwargs, self._model_kwargs)
         return FullStep(())
 
     def head(self, plan: FullStep, hidden: Tensor) -> FullStep | None:
-        self._take(hidden - self._base)
+        self._take(self._features.taken(hidden))
         return None
 
 
 class _Watched:
     """One denoiser of a pipeline that is being replayed."""
 
-    def __init__(self, name: str, module: nn.Module, replay: Replay) -> None:
+    def __init__(self, name: str, module: nn.Module, replay: Replay, granularity: str) -> None:
         self._name = name
         self._replay = replay
         self._hooked = HookedTransformer(module)
+        self.features = features_of(module, granularity)
         self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self._step = -1
         self._ordinal = 0
@@ -76,6 +88,7 @@ class _Watched:
         self._hooked.install(self._forecast)
         module = self._hooked.module
         return [
+            *self.features.install(),
             module.register_forward_pre_hook(self._before, with_kwargs=True).remove,
             module.register_forward_hook(self._after, always_call=True).remove,
             self._hooked.remove,
@@ -96,13 +109,16 @@ class _Watched:
             call.plan = SkippedStep(_NO_SUM)
             return
         self._hooked.refresh()
-        call.lesson = _Taking(lambda feature: replay.rule.record(self._context, step, feature))
+        call.lesson = _Taking(
+            self.features, named, lambda features: replay.rule.record(self._context, step, features)
+        )
         if not replay.through_full_steps:
             self._grad = torch.is_grad_enabled()
             torch.set_grad_enabled(False)
 
     def _forecast(self, plan: SkippedStep, base: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
-        return base + self._replay.rule.forecast(self._context, self._step).to(base.dtype)
+        features = self._replay.rule.forecast(self._context, self._step)
+        return self.features.after_blocks(features, base, block_kwargs)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._grad is not None:
@@ -115,21 +131,29 @@ class Replay:
     """Runs a pipeline by a rule; leave the ``with`` block to get it back as it was.
 
     Args:
-        pipe: a diffusers pipeline whose transformers :mod:`hicache.fast` could cache by stack.
+        pipe: a diffusers pipeline whose transformers :mod:`hicache.fast` could cache.
+        granularity: of :data:`hicache.fitting.features.GRANULARITIES`: what is forecast.
 
     Raises:
-        TypeError, ValueError: there is nothing to hook.
+        TypeError, ValueError: there is nothing to hook, or nobody knows the modules.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, granularity: str = "stack") -> None:
         self._pipe = pipe
         source = find_scheduler(pipe, None)
         if source is None:
             raise TypeError(f"hicache: expected a pipeline with a scheduler, got {type(pipe).__name__}")
         self._source = source
         modules = find_denoisers(pipe)
-        self._watched = [_Watched(name, module, self) for name, module in modules.items()]
+        self._watched = [_Watched(name, module, self, granularity) for name, module in modules.items()]
         self._modules = list(modules.values())
+        counts = {watched.features.count for watched in self._watched}
+        if len(counts) > 1:
+            raise ValueError(
+                f"hicache: granularity={granularity!r}: expected denoisers with as many features, got "
+                f"{', '.join(map(str, sorted(counts, key=str)))}"
+            )
+        [self.features] = counts  # that have rows of their own; None: one row serves all
 
     def __enter__(self) -> Replay:
         self._clock = SchedulerClock(self._source())

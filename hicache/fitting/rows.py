@@ -19,28 +19,36 @@ from hicache.snapshots import differences_of_snapshots
 
 @dataclass(frozen=True)
 class Layout:
-    """Which steps of a run are full, and what each skipped one has to forecast from."""
+    """Which steps of a run are full, what each skipped one has to forecast from, and the form of its row.
+
+    A row is ``[num_coeffs]``, for all features, or ``[num_coeffs, features]``.
+    """
 
     num_steps: int
     order: int
     warmup: int
     full_steps: tuple[int, ...]
     positions: Mapping[int, Position]  # of the skipped steps
+    features: int | None = None  # that have rows of their own; None: one row serves all
 
     @classmethod
-    def of(cls, config: HiCacheConfig, num_steps: int) -> Layout:
+    def of(cls, config: HiCacheConfig, num_steps: int, features: int | None = None) -> Layout:
         """That of a config's schedule."""
         places = tuple(full_steps(config, num_steps))
-        return cls(num_steps, config.order, config.warmup, places, positions(config, num_steps))
+        return cls(num_steps, config.order, config.warmup, places, positions(config, num_steps), features)
 
     def row(self, basis: Basis, step: int) -> Tensor:
         """A basis's coefficients at a skipped step, float64."""
-        return torch.tensor(evaluate(basis, self.positions[step]), dtype=torch.float64)
+        return self._for_all(torch.tensor(evaluate(basis, self.positions[step]), dtype=torch.float64))
 
     def scale(self, step: int) -> Tensor:
         """How much a change of each coefficient matters: by the distance, as in Taylor's polynomial."""
         at = self.positions[step]
-        return torch.tensor([at.distance**k / math.factorial(k) for k in range(at.num_coeffs)]).double()
+        scales = [at.distance**k / math.factorial(k) for k in range(at.num_coeffs)]
+        return self._for_all(torch.tensor(scales).double())
+
+    def _for_all(self, row: Tensor) -> Tensor:
+        return row if self.features is None else row[:, None].repeat(1, self.features)
 
 
 @dataclass
@@ -49,7 +57,7 @@ class ByRows:
 
     Args:
         layout: the full steps.
-        row: coefficients of a context at a skipped step, ``[num_coeffs]``.
+        row: coefficients of a context at a skipped step, of the layout's form.
     """
 
     layout: Layout
@@ -65,9 +73,9 @@ class ByRows:
     def forecast(self, context: str, step: int) -> Tensor:
         """``Σ_j w_j F_j`` with ``w = Mᵀ α``."""
         snapshots = self.snapshots(context, step)
-        weights = self.row(context, step) @ differences_of_snapshots(self.layout.positions[step].gaps)
+        weights = differences_of_snapshots(self.layout.positions[step].gaps).T @ self.row(context, step)
         terms = [
-            weight.to(snapshot.device, snapshot.dtype) * snapshot
+            weight.to(snapshot.device, snapshot.dtype).view(-1, 1, 1, 1) * snapshot
             for weight, snapshot in zip(weights, snapshots, strict=True)
         ]
         return torch.stack(terms).sum(0)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from hicache.basis import Basis
+from hicache.calibration.file import Row
 from hicache.fitting.pictures import Pictures
 from hicache.fitting.replay import Replay, Rule, Trajectory
 from hicache.fitting.rows import ByRows, InFull, Layout
@@ -77,11 +78,11 @@ def fit(
     search: Search,
     progress: Callable[[int, float], None] = lambda iteration, loss: None,
 ) -> dict[str, dict[int, Tensor]]:
-    """The rows of every context, ``[num_coeffs]`` float64 by skipped step.
+    """The rows of every context, float64, by skipped step.
 
     Args:
         replay: the pipeline, entered.
-        layout: the full steps.
+        layout: the full steps, and the form of a row.
         prior: rows begin as its.
         pictures: to fit to.
         target: their full runs, whose contexts get rows.
@@ -92,11 +93,11 @@ def fit(
         RuntimeError: the pipeline's output has no gradient: something in it detaches.
     """
     steps = layout.positions
+    priors = {step: layout.row(prior, step) for step in steps}
     moves = {
-        context: {step: torch.zeros(at.num_coeffs).double().requires_grad_() for step, at in steps.items()}
+        context: {step: torch.zeros_like(row).requires_grad_() for step, row in priors.items()}
         for context in target.contexts
     }
-    priors = {step: layout.row(prior, step) for step in steps}
     scales = {step: layout.scale(step) for step in steps}
 
     def row(context: str, step: int) -> Tensor:
@@ -155,9 +156,13 @@ def final_latents(run: Trajectory) -> Tensor:
     return found
 
 
-def plain(rows: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[int, tuple[float, ...]]]:
+def plain(rows: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[int, Row]]:
     """Rows as numbers, rounded to what fp32 holds."""
     return {
-        context: {step: tuple(float(f"{number:.7g}") for number in row.tolist()) for step, row in own.items()}
+        context: {step: tuple(map(_plain, row.tolist())) for step, row in own.items()}
         for context, own in rows.items()
     }
+
+
+def _plain(number: Any) -> Any:
+    return tuple(map(_plain, number)) if isinstance(number, list) else float(f"{number:.7g}")

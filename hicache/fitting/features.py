@@ -1,0 +1,159 @@
+"""What rows are fitted to: what a full step gives, and what stands for the blocks at a skipped one.
+
+Features are ``[features, batch, tokens, channels]``, differentiable and never written in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hicache.adapters import registry
+from hicache.adapters.base import ModuleAdapter, ModuleOutput
+from hicache.adapters.layers import check_layers
+from hicache.pipeline import check_choice
+from hicache.runtime.module_recorder import as_blocks_do
+from hicache.runtime.sum_check import Unfit, check_sum
+
+#: What rows can be fitted to: the residual of the whole stack; every module's output, with a row of its own.
+GRANULARITIES: Final = ("stack", "module")
+
+
+class Features(Protocol):
+    """The features of one denoiser, a call at a time."""
+
+    #: How many have rows of their own; None: one row serves all.
+    count: int | None
+
+    def install(self) -> list[Callable[[], None]]:
+        """Hook what is needed besides the stack; returns what undoes it."""
+
+    def begin(self, hidden: Tensor, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> None:
+        """A full step's hidden state enters the first block.
+
+        Args:
+            hidden: ``[batch, tokens, channels]``; blocks may work in place.
+            block_kwargs: the first block's arguments by name.
+            model_kwargs: the denoiser's.
+
+        Raises:
+            ValueError: a call like this has no such features.
+        """
+
+    def taken(self, hidden: Tensor) -> Tensor:
+        """The hidden state leaves the last block: the features of this step."""
+
+    def after_blocks(self, features: Tensor, base: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
+        """The hidden state after the blocks that features, which were forecast, make of the one before."""
+
+
+def features_of(module: nn.Module, granularity: str) -> Features:
+    """The features of a denoiser.
+
+    Raises:
+        ValueError: an unknown granularity, or a denoiser whose modules are not known.
+    """
+    check_choice("granularity", granularity, GRANULARITIES)
+    return OfStack() if granularity == "stack" else OfModules(module)
+
+
+class OfStack:
+    """What all blocks together add to the hidden state: one feature."""
+
+    count: int | None = None
+
+    def install(self) -> list[Callable[[], None]]:
+        return []
+
+    def begin(self, hidden: Tensor, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> None:
+        self._base = hidden.clone()
+
+    def taken(self, hidden: Tensor) -> Tensor:
+        return (hidden - self._base)[None]
+
+    def after_blocks(self, features: Tensor, base: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
+        return base + features[0].to(base.dtype)
+
+
+class OfModules:
+    """What every module computes before its gate.
+
+    Args:
+        module: the denoiser, whose blocks are in their lists.
+
+    Raises:
+        ValueError: its modules are not known, or features of it are sums of several blocks'.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._name = type(module).__name__
+        adapter = registry.find(module)
+        if adapter is None:
+            raise ValueError(
+                f"hicache: granularity='module': the modules of {self._name} are not known; use 'stack'"
+            )
+        check_layers(adapter, by_feature=True)
+        self._adapter: ModuleAdapter = adapter
+        self.count: int | None = adapter.num_features({})
+        self._outputs = list(adapter.outputs())
+        self._held: dict[int, Tensor] = {}  # what there is of each feature, in a full step
+        self._shape: torch.Size | None = None  # of the hidden state, in a full step
+        self._check: tuple[Tensor, Tensor] | None = None  # hidden state and gates, where the sum is checked
+        self._checked = False
+
+    def install(self) -> list[Callable[[], None]]:
+        return [output.module.register_forward_hook(self._hook(output)).remove for output in self._outputs]
+
+    def _hook(self, output: ModuleOutput) -> Callable[..., None]:
+        def note(module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
+            value = None if self._shape is None else output.read(given, self._shape)
+            if value is None:
+                return
+            for feature, factor in output.features:
+                part = value if factor is None else value * factor()
+                held = self._held.get(feature)
+                self._held[feature] = part if held is None else held + part
+
+        return note
+
+    def begin(self, hidden: Tensor, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> None:
+        adapter = self._adapter
+        refusal = adapter.refusal(block_kwargs, model_kwargs)
+        if refusal is None and adapter.token_timesteps(model_kwargs) is not None:
+            refusal = "tokens have timesteps of their own"
+        if refusal is None and any(True for _ in adapter.between(model_kwargs)):
+            refusal = "a ControlNet adds to the hidden state between its blocks"
+        if refusal is None and adapter.num_features(block_kwargs) != self.count:
+            refusal = "an adapter adds to the hidden state beside its modules"
+        if refusal is not None:
+            raise ValueError(
+                f"hicache: granularity='module': rows for {self._name} cannot be fitted: {refusal}"
+            )
+        self._held, self._shape = {}, hidden.shape
+        self._check = None if self._checked else (hidden.detach().clone(), self._gates(block_kwargs, hidden))
+
+    def taken(self, hidden: Tensor) -> Tensor:
+        held, self._held, self._shape = self._held, {}, None
+        nothing = torch.zeros_like(hidden)  # what skip-layer guidance leaves out
+        found = torch.stack([held.get(feature, nothing) for feature in range(self.count or 0)])
+        if self._check is not None:
+            base, gates = self._check
+            try:
+                check_sum(base, hidden.detach(), list(found.detach()), gates, ())
+            except Unfit as error:
+                raise ValueError(f"hicache: granularity='module': {self._name} {error}") from error
+            self._check, self._checked = None, True
+        return found
+
+    def after_blocks(self, features: Tensor, base: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
+        gates = self._gates(block_kwargs, base)
+        gated = torch.einsum("fbtc,fbc->btc", features.to(gates.dtype), gates)
+        return base + gated.to(base.dtype)
+
+    @torch.no_grad()
+    def _gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
+        """Of this step, ``[features, batch, channels]``: the adapter uses its memory again."""
+        return as_blocks_do(self._adapter.gates(block_kwargs, base), base).clone()
