@@ -19,6 +19,9 @@ def calibrate(
         typer.Option(help="Folder of a diffusers pipeline, or its name; the bundled model where left out."),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Text file, a prompt a line, to fit to.")] = None,
+    pictures: Annotated[
+        int, typer.Option(help="Of the bundled model: how many random prompts of its own to fit to.")
+    ] = 48,
     held_out: Annotated[
         Path | None, typer.Option(help="Prompts that judge; those of --prompts, with other noise.")
     ] = None,
@@ -30,7 +33,8 @@ def calibrate(
     sigma: Annotated[float, typer.Option(help="Contraction.")] = _DEFAULTS.sigma,
     basis: Annotated[str, typer.Option(help="Where rows begin.")] = str(_DEFAULTS.basis),
     schedule: Annotated[
-        str | None, typer.Option(help="Places of the full steps, in place of --interval.")
+        str | None,
+        typer.Option(help="Places of the full steps, in place of --interval; of a calibration, all it has."),
     ] = None,
     method: Annotated[str, typer.Option(help="trajectory, heads or closed-form.")] = "trajectory",
     places: Annotated[

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
+from hicache.calibration.rules import FittedSteps
 from hicache.config import HiCacheConfig
 from hicache.fitting.calibrate import Progress, calibrate
 from hicache.fitting.trajectory import Search
+from hicache.schedule import full_steps
 
 #: Of the bundled model, where no prompts are given: to fit to, and to judge by.
 PICTURES: Final = 48
@@ -39,16 +42,7 @@ def run(options: SimpleNamespace, load: Callable[[str | None], Any]) -> None:
     if not options.out.parent.is_dir():
         raise ValueError(f"--out: expected a file in an existing folder, got {options.out}")
     prompts, held_out = _prompts(options)
-    configs = [
-        HiCacheConfig(
-            interval=interval,
-            order=options.order,
-            sigma=options.sigma,
-            basis=options.basis,
-            schedule=options.schedule,
-        )
-        for interval in (options.interval if options.schedule is None else options.interval[:1])
-    ]
+    configs = _configs(options)
     disable_progress_bar()
     pipe = load(options.model)
     pipe.set_progress_bar_config(disable=True)
@@ -59,7 +53,7 @@ def run(options: SimpleNamespace, load: Callable[[str | None], Any]) -> None:
 
         def show(progress: Progress) -> None:
             if progress.config not in tasks:
-                name = f"N={progress.config.interval}"
+                name = f"{len(full_steps(progress.config, options.steps))} full steps"
                 tasks[progress.config] = bar.add_task(name, total=progress.iterations)
             bar.update(tasks[progress.config], completed=progress.iteration + 1)
 
@@ -89,12 +83,30 @@ def run(options: SimpleNamespace, load: Callable[[str | None], Any]) -> None:
     Console().print(table)
 
 
+def _configs(options: SimpleNamespace) -> list[HiCacheConfig]:
+    """What gets rows: an interval each, or the places of a schedule; of a calibration's, all it has."""
+    config = HiCacheConfig(order=options.order, sigma=options.sigma, basis=options.basis)
+    if options.schedule is None:
+        return [replace(config, interval=interval) for interval in options.interval]
+    config = replace(config, interval=options.interval[0], schedule=options.schedule)
+    places = config.schedule
+    if not isinstance(places, FittedSteps):
+        return [config]
+    entries = [entry for entry in places.calibration.entries if entry.num_steps == options.steps]
+    return [
+        replace(config, warmup=entry.warmup, schedule=replace(places, count=len(entry.full_steps)))
+        for entry in entries
+    ]
+
+
 def _prompts(options: SimpleNamespace) -> tuple[list[str], list[str] | None]:
     if options.prompts is None and options.model is None:
         from hicache.demo.prompts import random_prompts
 
         judging = random_prompts(options.held_out_pictures, HELD_OUT_SEED)
-        return random_prompts(PICTURES, FITTED_SEED), judging
+        return random_prompts(options.pictures, FITTED_SEED), judging
+    if options.pictures != PICTURES:
+        raise ValueError("--pictures: expected no other prompts than those of --prompts")
     if options.prompts is None:
         raise ValueError("--prompts: expected a text file of prompts, a prompt a line")
     held_out = None if options.held_out is None else lines("--held-out", options.held_out)
