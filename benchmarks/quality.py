@@ -26,7 +26,7 @@ from hicache.demo.prompts import PROMPTS
 STEPS = 50
 INTERVALS = range(3, 11)
 BASES = ("hermite", "taylor", "scaled_taylor", "reuse")
-GRANULARITIES = ("module", "stack")
+GRANULARITIES = {"module": "-", "stack": "--", "output": ":"}  # → how lines are drawn
 SIGMAS = (0.3, 0.4, 0.5, 0.6, 0.7, 1.0)  # at the default interval
 
 Row = tuple[str, str, float, int, int, float, float]
@@ -83,11 +83,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             lines.setdefault((basis, granularity), {})[interval] = mean
     colours = dict(zip(BASES, ("C0", "C1", "C2", "C7"), strict=True))
     for (basis, granularity), points in lines.items():
-        style = "-" if granularity == "module" else "--"
+        style, label = GRANULARITIES[granularity], f"{basis}, {granularity}"
         axes.plot(
-            list(points), list(points.values()), style, marker="o", ms=3, color=colours[basis],
-            label=f"{basis}, {granularity}",
-        )  # fmt: skip
+            list(points), list(points.values()), style, marker="o", ms=3, color=colours[basis], label=label
+        )
     axes.set_xlabel("interval N (50 steps, order 2)")
     axes.set_ylabel("mean PSNR against the full run, dB")
     axes.grid(alpha=0.3)

@@ -15,9 +15,11 @@ from benchmarks.peers.models import MODELS
 from benchmarks.peers.rows import Row
 from benchmarks.peers.table import METHODS, OURS
 from benchmarks.peers.wins import Win, no_more_full_steps, no_slower, wins
+from hicache.calibration.reader import load
+from hicache.calibration.shipped import NAME
+from hicache.demo import MODEL
 from hicache.demo.prompts import random_prompts
 from hicache.fitting.command import FITTED_SEED
-from hicache.fitting.command import PICTURES as FITTED_PICTURES
 
 _INTERVAL = 7.0  # at which methods are compared in full
 
@@ -65,12 +67,13 @@ a large one.
 
 def _head(bundled: Sequence[Row]) -> Sections:
     pictures = max((row.pictures for row in bundled), default=0)
+    fitted = int(load(MODEL / NAME).settings["prompts"])
     said = _HEAD.format(
         steps=MODELS["bundled"].steps,
         warmup=WARMUP,
         pictures=pictures,
-        fitted=FITTED_PICTURES,
-        shared=len({*prompts(pictures)} & {*random_prompts(FITTED_PICTURES, FITTED_SEED)}),
+        fitted=fitted,
+        shared=len({*prompts(pictures)} & {*random_prompts(fitted, FITTED_SEED)}),
         prompt_seed=PROMPT_SEED,
         noise_seed=NOISE_SEED,
     )
