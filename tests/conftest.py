@@ -1,6 +1,7 @@
 """Nothing here downloads, nothing prints progress bars, and nothing takes more than one core."""
 
 import os
+import zlib
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # workers of pytest-xdist share the cores; a process of its own takes this from its environment
@@ -14,6 +15,28 @@ collect_ignore = ["scripts"]  # run by tests in processes of their own
 torch.set_num_threads(1)
 diffusers.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--part", metavar="K/N", type=_part, help="the K-th (from 0) of N parts of the tests, by their names"
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise ValueError(text)
+    return int(part), int(parts)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.part is None:
+        return
+    part, parts = config.option.part
+    own = {item for item in items if zlib.crc32(item.nodeid.encode()) % parts == part}
+    config.hook.pytest_deselected(items=[item for item in items if item not in own])
+    items[:] = [item for item in items if item in own]
 
 
 @pytest.fixture(autouse=True)
