@@ -42,7 +42,8 @@ from hicache.pipeline import (
     find_scheduler,
     granularity_of,
 )
-from hicache.plan import DenoiserPlan, Plan, plan
+from hicache.plan import plan
+from hicache.planned import DenoiserPlan, Plan
 from hicache.runtime.budget import Policy
 from hicache.runtime.context import MAX_CONTEXTS
 from hicache.runtime.controlnet import ControlNet

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
+from torch import nn
 
 from hicache.adapters import registry
 from hicache.adapters.base import ModuleAdapter
@@ -26,9 +26,9 @@ from hicache.pipeline import (
     granularity_of,
     is_unet,
 )
+from hicache.planned import DenoiserPlan, Plan
 from hicache.planned_memory import (
     GatesPlan,
-    GraphsPlan,
     latent_shape,
     plan_gates,
     plan_graphs,
@@ -39,110 +39,6 @@ from hicache.schedule import full_steps
 
 #: Ranks whose bytes are planned: gates hardly ever need more.
 RANKS: Final = 8
-
-
-@dataclass(frozen=True)
-class DenoiserPlan:
-    """What caching one transformer takes."""
-
-    granularity: str  # "module", "low-rank" or "stack", as apply() would choose, or "output"
-    contexts: int  # calls a step, each with a history of its own
-    # what is recorded of a call's hidden state: batch, tokens, channels; of a U-Net, of what it returns
-    hidden: tuple[int, int, int]
-    num_features: int  # of a history by module; a history of the stack has one
-    module_bytes: int  # of all contexts; 0 for a U-Net, as stack_bytes
-    stack_bytes: int
-    # at rank 1, 2, …, with what features are added up in; none where gates cannot be taken in low rank
-    low_rank_bytes: tuple[int, ...] = ()
-    # with gates of low rank, the highest that fits. A run's gates say which one they need; where it does not
-    # fit, "auto" takes the stack.
-    rank: int = 0
-    output_bytes: int = 0  # 0 where it is not known what the model returns
-    low_rank_wanted: tuple[int, ...] = ()  # what must fit the budget at every rank: with the gates of a run
-    gates_bytes: int = 0  # of all contexts: gates of steps to come, of low rank of the whole run
-    # where the family's adapter says what the model is called with; else None
-    kept_bytes: int | None = None  # coefficients, embeddings and copies of prompts
-    sums_bytes: int | None = None  # by module: what a full step adds features up in, while it runs
-    graphs: GraphsPlan | None = None  # CUDA graphs on a GPU; an estimate
-    not_estimated: str | None = None  # why these three are None
-
-    @property
-    def history_bytes(self) -> int:
-        """Bytes of history a run holds, or with gates of low rank holds at most."""
-        if self.granularity == "low-rank":
-            return self.low_rank_bytes[self.rank - 1]
-        by_name = {"module": self.module_bytes, "stack": self.stack_bytes, "output": self.output_bytes}
-        return by_name[self.granularity]
-
-    @property
-    def graphs_nbytes(self) -> int:
-        """Bytes that CUDA graphs take, estimated; 0 where nothing is captured, or it is not known."""
-        return 0 if self.graphs is None else self.graphs.nbytes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that caching takes at most, but for what is not known: :attr:`graphs_nbytes` is estimated."""
-        full = self.graphs is not None and self.graphs.captured.startswith(("full", "blocks"))
-        sums = 0 if full else self.sums_bytes or 0  # in the graphs' pool, then
-        held = self.history_bytes + self.gates_bytes + (self.kept_bytes or 0)
-        return held + sums + self.graphs_nbytes
-
-    @property
-    def terms(self) -> int:
-        """The name :attr:`num_features` had."""
-        return self.num_features
-
-    @property
-    def launches(self) -> int:
-        """Cache kernels a skipped step launches: one a context."""
-        return self.contexts
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What caching a pipeline takes: the plans of its transformers by name."""
-
-    denoisers: Mapping[str, DenoiserPlan]
-    steps: int = 0  # of a run
-    full_steps: int = 0  # of those; at most, where a schedule decides as it goes
-
-    @property
-    def history_bytes(self) -> int:
-        """Bytes of history a run holds at most: of all transformers together."""
-        return sum(plan.history_bytes for plan in self.denoisers.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that caching takes at most, estimated: see :attr:`DenoiserPlan.nbytes`."""
-        return sum(plan.nbytes for plan in self.denoisers.values())
-
-    def __str__(self) -> str:
-        lines = [f"{name}: {_described(plan)}" for name, plan in self.denoisers.items()]
-        return "\n".join([*lines, f"at most {self.full_steps} of {self.steps} steps are full"])
-
-
-def _described(plan: DenoiserPlan) -> str:
-    chosen = plan.granularity
-    if plan.rank:
-        chosen = f"{chosen} of at most rank {plan.rank}"
-    sizes = []
-    if plan.module_bytes:
-        sizes.append(f"module {plan.module_bytes:,} in {plan.num_features} features")
-    if plan.low_rank_bytes:
-        sizes.append(f"low-rank {plan.low_rank_bytes[0]:,} at rank 1")
-    if plan.stack_bytes:
-        sizes.append(f"stack {plan.stack_bytes:,}")
-    if plan.output_bytes:
-        sizes.append(f"output {plan.output_bytes:,}")
-    graphs = "of CUDA graphs what is not estimated,"
-    if plan.graphs is not None:
-        graphs = f"about {plan.graphs_nbytes:,} of CUDA graphs ({plan.graphs.captured})"
-    kernels = f"{plan.launches} cache kernel{'s' if plan.launches > 1 else ''}"
-    return (
-        f"{chosen}, {plan.history_bytes:,} bytes of history ({', '.join(sizes)}), {plan.contexts} x "
-        f"{list(plan.hidden)}, {kernels} a skipped step; "
-        f"with {plan.gates_bytes:,} of gates and {graphs} about {plan.nbytes:,} in all"
-    )
 
 
 def plan(
@@ -211,45 +107,87 @@ def plan(
         raise TypeError(
             f"hicache: expected dtype to be a floating dtype such as torch.bfloat16, or None, got {dtype!r}"
         )
-    plans = {}
-    size = num_frames, height, width
-    for name, module in find_denoisers(pipe, unets=granularity == "output").items():
-        if is_unet(name, module):
-            # latents in, latents out, in one call of both samples where it is guided
-            returned = returned_by_unet(pipe, module, size, batch * (1 if calls or not guided else 2))
-            nbytes = Engine(config).planned_nbytes([returned], dtype or next(module.parameters()).dtype)
-            contexts = calls or 1
-            plans[name] = DenoiserPlan("output", contexts, returned, 1, 0, 0, output_bytes=contexts * nbytes)
-            continue
-        adapter = registry.find(module)
-        if adapter is None:
-            raise ValueError(
-                f"hicache: plan() does not know how many tokens {type(module).__name__} works on; known are "
-                f"{', '.join(registry.known())}"
-            )
-        check_layers(adapter, config.by_feature)
-        contexts, samples = adapter.guidance if guided else (1, 1)
-        latents = latent_shape(pipe, adapter.compression, size)
-        drawn = adapter.tokens(latents)
-        tokens = drawn + (0 if adapter.edits else more_tokens)
-        engine = Engine(config)
-        engine.reset(num_steps=steps)
-        call = _Call(
-            adapter,
-            engine,
-            calls or contexts,
-            (batch * samples, tokens, adapter.channels),
-            (batch * samples, drawn + more_tokens, adapter.returned),
-            adapter.num_features({}) + bool(find_controlnets(pipe)),
-            dtype or next(module.parameters()).dtype,
-        )
-        chosen = _choose(call, granularity, memory_budget)
-        text = text_tokens or adapter.text_tokens
-        if more_tokens:
-            plans[name] = replace(chosen, not_estimated="of calls with given pictures")
-        else:
-            plans[name] = _with_graphs(chosen, call, latents, text, memory_budget, cuda_graphs)
+    run = _Run(config, (num_frames, height, width), batch, guided, calls, more_tokens, dtype, steps)
+    settings = _Settings(granularity, memory_budget, cuda_graphs)
+    plans = {
+        name: _of_unet(pipe, module, run)
+        if is_unet(name, module)
+        else _of_transformer(pipe, module, run, settings, text_tokens)
+        for name, module in find_denoisers(pipe, unets=granularity == "output").items()
+    }
     return Plan(plans, steps, len(full_steps(config, steps)))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is drawn; see :func:`plan`."""
+
+    config: HiCacheConfig
+    size: tuple[int, int, int]  # frames, height, width
+    batch: int
+    guided: bool
+    calls: int | None
+    more_tokens: int
+    dtype: torch.dtype | None
+    steps: int
+
+    def dtype_of(self, module: nn.Module) -> torch.dtype:
+        """Of the features of a denoiser."""
+        return self.dtype or next(module.parameters()).dtype
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How it is cached; see :func:`plan`."""
+
+    granularity: str
+    memory_budget: int
+    cuda_graphs: bool | str
+
+
+def _of_unet(pipe: Any, module: nn.Module, run: _Run) -> DenoiserPlan:
+    """Latents in, latents out, in one call of both samples where it is guided."""
+    samples = 1 if run.calls or not run.guided else 2
+    returned = returned_by_unet(pipe, module, run.size, run.batch * samples)
+    nbytes = Engine(run.config).planned_nbytes([returned], run.dtype_of(module))
+    contexts = run.calls or 1
+    return DenoiserPlan("output", contexts, returned, 1, 0, 0, output_bytes=contexts * nbytes)
+
+
+def _of_transformer(
+    pipe: Any, module: nn.Module, run: _Run, settings: _Settings, text_tokens: int | None
+) -> DenoiserPlan:
+    """The plan of a model whose modules are known.
+
+    Raises:
+        ValueError: nobody knows them.
+    """
+    adapter = registry.find(module)
+    if adapter is None:
+        raise ValueError(
+            f"hicache: plan() does not know how many tokens {type(module).__name__} works on; known are "
+            f"{', '.join(registry.known())}"
+        )
+    check_layers(adapter, run.config.by_feature)
+    contexts, samples = adapter.guidance if run.guided else (1, 1)
+    latents = latent_shape(pipe, adapter.compression, run.size)
+    drawn = adapter.tokens(latents)
+    tokens = drawn + (0 if adapter.edits else run.more_tokens)
+    engine = Engine(run.config)
+    engine.reset(num_steps=run.steps)
+    call = _Call(
+        adapter,
+        engine,
+        run.calls or contexts,
+        (run.batch * samples, tokens, adapter.channels),
+        (run.batch * samples, drawn + run.more_tokens, adapter.returned),
+        adapter.num_features({}) + bool(find_controlnets(pipe)),
+        run.dtype_of(module),
+    )
+    chosen = _choose(call, settings)
+    if run.more_tokens:
+        return replace(chosen, not_estimated="of calls with given pictures")
+    return _with_graphs(chosen, call, latents, text_tokens or adapter.text_tokens, settings)
 
 
 @dataclass(frozen=True)
@@ -280,12 +218,13 @@ class _Call:
         return plan_gates(self.adapter, self.engine, self.contexts, form, self.dtype, rank)
 
 
-def _choose(call: _Call, granularity: str, memory_budget: int) -> DenoiserPlan:
+def _choose(call: _Call, settings: _Settings) -> DenoiserPlan:
     """The granularity, and what is held from step to step.
 
     Raises:
         ValueError: gates of low rank were asked for and cannot be had.
     """
+    granularity, memory_budget = settings.granularity, settings.memory_budget
     by_module, by_stack = call.history_nbytes(call.num_features), call.history_nbytes(1)
     refusal = why_not(call.adapter, call.num_features)
     ranks = range(1, min(RANKS, call.num_features - 2) + 1) if refusal is None else range(0)
@@ -328,8 +267,7 @@ def _with_graphs(
     call: _Call,
     latents: tuple[int, int, int],
     text: int,
-    memory_budget: int,
-    choice: bool | str,
+    settings: _Settings,
 ) -> DenoiserPlan:
     """The plan with what a full and a skipped step take, where that can be told."""
     if chosen.granularity == "output":
@@ -345,6 +283,6 @@ def _with_graphs(
         return replace(chosen, not_estimated=f"{kind}.example() does not say what the model is called with")
     numbers = call.engine.numbers.planned_nbytes(call.dtype)
     kept = call.contexts * (steps.kept + numbers)
-    room = memory_budget - chosen.history_bytes - chosen.gates_bytes - kept
-    graphs = plan_graphs(steps, call.contexts, order > 0, room, choice, steps.sums)
+    room = settings.memory_budget - chosen.history_bytes - chosen.gates_bytes - kept
+    graphs = plan_graphs(steps, call.contexts, order > 0, room, settings.cuda_graphs, steps.sums)
     return replace(chosen, kept_bytes=kept, sums_bytes=steps.sums, graphs=graphs)

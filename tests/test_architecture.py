@@ -60,6 +60,7 @@ LAYERS = [
     {"hicache.companions"},
     {"hicache.dry_run"},
     {"hicache.planned_memory"},
+    {"hicache.planned"},
     {"hicache.plan"},
     {"hicache.fast"},
     {"hicache.wrapped"},

@@ -18,7 +18,7 @@ import hicache.fast
 from benchmarks.common.machine import available_bytes
 from benchmarks.pipelines.models import Model, build, denoise, random_inputs
 from hicache import HiCacheConfig
-from hicache.plan import Plan
+from hicache.planned import Plan
 from hicache.schedule import full_steps
 
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
