@@ -534,3 +534,53 @@ def test_rows_are_for_what_was_cached_as_they_were_fitted():
         hicache.fast.apply(pipe, fitted, granularity="module"),
     ):
         assert torch.equal(pipelines.draw(pipe, arguments, STEPS), prior)
+
+
+# The command.
+
+
+def asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
+    """What ``hicache calibrate`` passes on to :func:`hicache.calibrate`."""
+    from typer.testing import CliRunner
+
+    from hicache.cli.app import app
+    from hicache.fitting import command
+
+    found: dict[str, Any] = {}
+
+    def calibrate(pipe: Any, prompts: Any, **settings: Any) -> Calibration:
+        found.update(settings, prompts=prompts)
+        told = [f"{who} {what} dB" for who in ("prior", "fitted") for what in ("mean", "worst")]
+        return file_of(pipe, entry_of(scores=dict.fromkeys(told, 1.0)))
+
+    monkeypatch.setattr(command, "calibrate", calibrate)
+    result = CliRunner().invoke(app, ["calibrate", "--out", str(tmp_path / "rows.json"), *arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return {**found, "exit": result.exit_code, "said": result.output}
+
+
+def test_the_command_fits_to_prompts_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = asked_for(
+        tmp_path, monkeypatch, "--interval", "5,7", "--pictures", "6", "--granularity", "module"
+    )
+    assert [config.interval for config in asked["configs"]] == [5, 7]
+    assert (len(asked["prompts"]), len(asked["held_out"])) == (6, 16)
+    assert asked["granularity"] == "module"
+
+
+def test_the_command_takes_the_places_of_a_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pipe, _ = pipelines.build("flux")
+    places = [(0, 1, 2, 6), (0, 3, 6)]
+    entries = [entry_of(HiCacheConfig(schedule=Steps(*steps), warmup=1)) for steps in places]
+    file_of(pipe, *entries, granularity="stack").save(tmp_path / "places.json")
+    arguments = ("--schedule", str(tmp_path / "places.json"), "--steps", str(STEPS), "--order", "3")
+    configs = asked_for(tmp_path, monkeypatch, *arguments)["configs"]
+    assert [tuple(full_steps(config, STEPS)) for config in configs] == places
+    assert {(config.order, config.warmup, config.basis) for config in configs} == {(3, 1, "hermite")}
+
+
+def test_prompts_of_one_s_own_are_all_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "prompts.txt").write_text("a red ring on blue\n")
+    with pytest.raises(ValueError, match="--pictures: expected no other prompts than those of --prompts"):
+        asked_for(tmp_path, monkeypatch, "--prompts", str(tmp_path / "prompts.txt"), "--pictures", "6")

@@ -13,7 +13,7 @@ from hicache.calibration.rules import FittedSteps
 from hicache.config import HiCacheConfig
 from hicache.fitting.calibrate import Progress, calibrate
 from hicache.fitting.trajectory import Search
-from hicache.schedule import full_steps
+from hicache.schedule import Steps, full_steps
 
 #: Of the bundled model, where no prompts are given: to fit to, and to judge by.
 PICTURES: Final = 48
@@ -92,10 +92,10 @@ def _configs(options: SimpleNamespace) -> list[HiCacheConfig]:
     places = config.schedule
     if not isinstance(places, FittedSteps):
         return [config]
-    entries = [entry for entry in places.calibration.entries if entry.num_steps == options.steps]
     return [
-        replace(config, warmup=entry.warmup, schedule=replace(places, count=len(entry.full_steps)))
-        for entry in entries
+        replace(config, warmup=entry.warmup, schedule=Steps(*entry.full_steps))
+        for entry in places.calibration.entries
+        if entry.num_steps == options.steps
     ]
 
 
