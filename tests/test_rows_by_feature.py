@@ -15,6 +15,7 @@ import hicache.fast
 import hicache.reference
 from hicache import Fitted, HiCacheConfig
 from hicache.adapters import registry
+from hicache.adapters.flux import Flux
 from hicache.basis import Named
 from hicache.calibration.file import Calibration, Entry
 from hicache.calibration.matching import model_keys
@@ -222,6 +223,32 @@ def test_models_whose_modules_are_not_known_cannot_be_fitted_by_module():
     pipe.transformer.__class__ = type("Unknown", (nn.Module,), {})
     with pytest.raises(ValueError, match="the modules of Unknown are not known; use 'stack'"):
         OfModules(pipe.transformer)
+
+
+def doubled(gates: Any) -> Any:
+    return lambda self, block_kwargs, base: 2 * gates(self, block_kwargs, base)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("refusal", lambda *_: "of no reason", "FluxTransformer2DModel cannot be fitted: of no reason"),
+        ("token_timesteps", lambda *_: torch.ones(1, 4), "tokens have timesteps of their own"),
+        ("between", lambda *_: [torch.ones(1)], "a ControlNet adds to the hidden state"),
+        ("num_features", lambda self, kwargs: DEMO + bool(kwargs), "an adapter adds to the hidden state"),
+        ("gates", doubled(Flux.gates), r"does not add gate · feature of its modules alone"),
+    ],
+)
+def test_calls_with_other_features_cannot_be_fitted_by_module(
+    method: str, given: Any, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Flux, method, given)
+    pipe = hicache.demo.load()
+    pipe.set_progress_bar_config(disable=True)
+    before = sum(len(module._forward_hooks) for module in pipe.transformer.modules())
+    with pytest.raises(ValueError, match=message):
+        hicache.calibrate(pipe, ["a red ring on blue"], num_inference_steps=8, granularity="module")
+    assert sum(len(module._forward_hooks) for module in pipe.transformer.modules()) == before
 
 
 def test_a_granularity_that_cannot_be_fitted():

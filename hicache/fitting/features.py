@@ -16,7 +16,7 @@ from hicache.adapters.base import ModuleAdapter, ModuleOutput
 from hicache.adapters.layers import check_layers
 from hicache.pipeline import check_choice
 from hicache.runtime.module_recorder import as_blocks_do
-from hicache.runtime.sum_check import Unfit, check_sum
+from hicache.runtime.sum_check import NotFinite, Unfit, check_sum
 
 #: What rows can be fitted to: the residual of the whole stack; every module's output, with a row of its own.
 GRANULARITIES: Final = ("stack", "module")
@@ -141,17 +141,27 @@ class OfModules:
         found = torch.stack([held.get(feature, nothing) for feature in range(self.count or 0)])
         if self._check is not None:
             base, gates = self._check
-            try:
-                check_sum(base, hidden.detach(), list(found.detach()), gates, ())
-            except Unfit as error:
-                raise ValueError(f"hicache: granularity='module': {self._name} {error}") from error
-            self._check, self._checked = None, True
+            self._check, self._checked = None, self._add_up(base, hidden, found, gates)
         return found
 
     def after_blocks(self, features: Tensor, base: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
         gates = self._gates(block_kwargs, base)
         gated = torch.einsum("fbtc,fbc->btc", features.to(gates.dtype), gates)
         return base + gated.to(base.dtype)
+
+    def _add_up(self, base: Tensor, hidden: Tensor, found: Tensor, gates: Tensor) -> bool:
+        """Whether gated features are what the blocks made; not known where that is not finite.
+
+        Raises:
+            ValueError: they are not.
+        """
+        try:
+            check_sum(base, hidden.detach(), list(found.detach()), gates, ())
+        except NotFinite:
+            return False
+        except Unfit as error:
+            raise ValueError(f"hicache: granularity='module': {self._name} {error}") from error
+        return True
 
     @torch.no_grad()
     def _gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
