@@ -62,6 +62,7 @@ METHODS: Final = (
     method("hicache, default", lambda interval: {"config": HiCacheConfig(interval=interval)}, default=True),
     method("hicache, fitted", fitted, fitted=True),
     method("hicache, module", fixed("module")),
+    method("hicache, output", fixed("output")),
     *(
         method(f"hicache, stack, Hermite σ={sigma} O={order}", fixed("stack", sigma=sigma, order=order))
         for sigma in SIGMAS
