@@ -224,8 +224,9 @@ def test_what_is_fitted_to_the_model_is_used_and_draws_better(shapes_pipe):
         scores = entry.scores
         assert scores["pictures"] >= 48
         assert scores["fitted mean dB"] > scores["prior mean dB"] + 2.5
-        # one picture of 48 is drawn worse where a third of the steps are full (docs/calibrating.md)
-        assert scores["fitted worst dB"] > scores["prior worst dB"] or len(entry.full_steps) > 14
+        # one picture of 48 is drawn worse with 18 full steps, by 3.2 dB (docs/calibrating.md)
+        worse = 3.2 if len(entry.full_steps) == 18 else 0.0
+        assert scores["fitted worst dB"] > scores["prior worst dB"] - worse
     prompts = ["a small white cross at the top left on red", "a large blue ring on yellow"]
     paper, fitted = (compare(shapes_pipe, prompts, config, repeats=1) for config in (HiCacheConfig(), None))
     assert fitted.stats.full_steps == paper.stats.full_steps == 9
