@@ -107,12 +107,13 @@ def plan(
         raise TypeError(
             f"hicache: expected dtype to be a floating dtype such as torch.bfloat16, or None, got {dtype!r}"
         )
-    run = _Run(config, (num_frames, height, width), batch, guided, calls, more_tokens, dtype, steps)
+    size = num_frames, height, width
+    run = _Run(config, size, batch, guided, calls, more_tokens, text_tokens, dtype, steps)
     settings = _Settings(granularity, memory_budget, cuda_graphs)
     plans = {
         name: _of_unet(pipe, module, run)
         if is_unet(name, module)
-        else _of_transformer(pipe, module, run, settings, text_tokens)
+        else _of_transformer(pipe, module, run, settings)
         for name, module in find_denoisers(pipe, unets=granularity == "output").items()
     }
     return Plan(plans, steps, len(full_steps(config, steps)))
@@ -128,6 +129,7 @@ class _Run:
     guided: bool
     calls: int | None
     more_tokens: int
+    text_tokens: int | None
     dtype: torch.dtype | None
     steps: int
 
@@ -154,9 +156,7 @@ def _of_unet(pipe: Any, module: nn.Module, run: _Run) -> DenoiserPlan:
     return DenoiserPlan("output", contexts, returned, 1, 0, 0, output_bytes=contexts * nbytes)
 
 
-def _of_transformer(
-    pipe: Any, module: nn.Module, run: _Run, settings: _Settings, text_tokens: int | None
-) -> DenoiserPlan:
+def _of_transformer(pipe: Any, module: nn.Module, run: _Run, settings: _Settings) -> DenoiserPlan:
     """The plan of a model whose modules are known.
 
     Raises:
@@ -187,7 +187,7 @@ def _of_transformer(
     chosen = _choose(call, settings)
     if run.more_tokens:
         return replace(chosen, not_estimated="of calls with given pictures")
-    return _with_graphs(chosen, call, latents, text_tokens or adapter.text_tokens, settings)
+    return _with_graphs(chosen, call, latents, run.text_tokens or adapter.text_tokens, settings)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,6 @@ from hicache.fitting.trajectory import plain
 from hicache.pipeline import find_denoisers
 from tests.support import models, pipelines, runs
 
-# families whose features are of one layer each
-FAMILIES = ["flux", "sd3", "qwen", "dit", "hunyuan", "cogvideox", "chroma"]
 STEPS = 12
 CONFIG = HiCacheConfig(interval=4, order=2, warmup=3)
 PRIOR = Named("hermite", 0.5)
@@ -112,7 +110,7 @@ def test_rows_by_feature_are_of_modules(granularity: str | None):
 # Both paths.
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", pipelines.BY_LAYER)
 def test_the_fast_path_equals_the_reference(name: str):
     model, run = runs.recorded_in(name, torch.float64)
     scheduler = runs.CountingScheduler()
@@ -206,15 +204,9 @@ def test_a_replay_by_feature_is_the_fast_path():
     assert (drawn - replayed).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("wan", "share their gates"),
-        ("pixart", "share their gates"),
-    ],
-)
-def test_models_whose_layers_share_features_cannot_be_fitted_by_module(name: str, message: str):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("name", ["wan", "pixart"])
+def test_models_whose_layers_share_features_cannot_be_fitted_by_module(name: str):
+    with pytest.raises(ValueError, match="share their gates"):
         OfModules(models.build(name)[0])
 
 

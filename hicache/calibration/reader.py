@@ -78,11 +78,12 @@ class _Reader:
             line = line_of(self._text, ["prior"])
             raise CalibrationError(f"{self._name}: line {line}: {error}") from error
         read = tuple(self._entry(["entries", index], entry) for index, entry in enumerate(entries))
-        granularity = data.get("granularity")
-        if granularity != "module" and any(entry.features is not None for entry in read):
-            self._fail(["granularity"], "'module', as features have rows of their own", granularity)
+        guidance, granularity = data.get("guidance"), data.get("granularity")
         settings = self._take(data, [], "settings", dict)
-        return Calibration(models, data.get("guidance"), prior, read, settings, granularity, self._name)
+        found = Calibration(models, guidance, prior, read, settings, granularity, self._name)
+        if found.by_feature and granularity != "module":
+            self._fail(["granularity"], "'module', as features have rows of their own", granularity)
+        return found
 
     def _model(self, path: list[str | int], data: Any) -> ModelKey:
         weights = self._numbers([*path, "weights"], self._take(data, path, "weights", list))

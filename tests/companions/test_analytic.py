@@ -28,8 +28,6 @@ from hicache.launch.settings import Settings
 from tests.support import models, pipelines, runs
 from tests.support.operations import Operations
 
-# families whose features are of one layer each
-FAMILIES = ["flux", "sd3", "qwen", "dit", "hunyuan", "cogvideox", "chroma"]
 INTERVAL = {"interval": 4, "order": 2, "warmup": 3}
 SMALL = 0.2  # an α at which the σ of small models with random weights lie between nothing and their maximum
 STEPS = 12
@@ -215,7 +213,7 @@ def test_norms_that_are_not_finite_count_for_nothing():
 
 
 @pytest.mark.parametrize("key", ["layer", "feature"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", pipelines.BY_LAYER)
 def test_the_fast_path_equals_the_reference(name: str, key: str):
     model, run = runs.recorded_in(name, torch.float64)
     config = analytic(key=key)

@@ -636,6 +636,8 @@ FAMILIES = (
     "pixart",
     "sana",
 )
+# those of them whose features are of one layer each
+BY_LAYER = ("flux", "sd3", "qwen", "dit", "hunyuan", "cogvideox", "chroma")
 
 
 def build(name: str, **changes: Any) -> Built:
