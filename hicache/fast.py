@@ -120,11 +120,12 @@ class Handle(BaseHandle[Denoiser]):
 
 def _offered(pipe: Any, granularity: str) -> HiCacheConfig | None:
     """What was fitted to the models of a pipeline, by what is to be cached of them; None: nothing was."""
-    calibration = shipped(pipe)
-    if calibration is None or granularity not in ("auto", calibration.granularity or granularity):
+    calibration = shipped(pipe, granularity)
+    if calibration is None:
         return None
     fitted = {key.name for key in calibration.models.values()}
-    if not fitted <= {type(module).__name__ for module in find_denoisers(pipe).values()}:
+    modules = find_denoisers(pipe, unets=calibration.granularity == "output")
+    if not fitted <= {type(module).__name__ for module in modules.values()}:
         return None  # it holds for none of their runs
     return HiCacheConfig.of(calibration)
 
@@ -154,8 +155,9 @@ def apply(
         pipe: a ``DiffusionPipeline``, any object with ``transformer`` and ``scheduler``, or a transformer
             module.
         config: the cache's settings. None: in the runs it holds for, the calibration that comes with the
-            model (``hicache.json`` in the folder that the pipeline was loaded from; the bundled model has
-            one), else the defaults of :class:`HiCacheConfig`.
+            model (``hicache.json`` in the folder that the pipeline was loaded from, or
+            ``hicache.output.json`` where that is the granularity; the bundled model has both), else the
+            defaults of :class:`HiCacheConfig`.
         speedup: bound to reach, steps / full steps, >= 1: picks the interval from each run's own step count,
             in place of the config's. A pipeline that changes denoisers in a run warms up with each of them,
             and stays below.

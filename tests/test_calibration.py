@@ -310,7 +310,7 @@ def test_with_a_large_ridge_rows_are_the_prior_bit_for_bit(ridge: float, count: 
         assert torch.equal(row, layout.row(PRIOR, step))
 
 
-@pytest.mark.parametrize("granularity", ["stack", "module"])
+@pytest.mark.parametrize("granularity", ["stack", "module", "output"])
 def test_a_replay_by_the_prior_s_rows_is_the_fast_path(granularity: str):
     pipe = hicache.demo.load()
     pipe.set_progress_bar_config(disable=True)
@@ -374,7 +374,7 @@ def test_a_few_iterations_bring_fitted_pictures_nearer(tmp_path: Path):
         assert handle.stats.full_steps == len(entry.full_steps)
 
 
-@pytest.mark.parametrize("granularity", ["stack", "module"])
+@pytest.mark.parametrize("granularity", ["stack", "module", "output"])
 @pytest.mark.parametrize("method", ["trajectory", "closed-form"])
 def test_every_config_gets_rows_and_noise_levels(
     method: str, granularity: str, monkeypatch: pytest.MonkeyPatch
@@ -395,7 +395,7 @@ def test_every_config_gets_rows_and_noise_levels(
     assert len(found.entries) == 2
     assert found.granularity == granularity
     for entry in found.entries:
-        assert entry.features == (None if granularity == "stack" else 8)
+        assert entry.features == (8 if granularity == "module" else None)
         assert entry.rows.keys() == {"transformer[0]"}
         assert entry.sigmas is not None
         assert len(entry.sigmas) == 8

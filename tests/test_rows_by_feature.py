@@ -244,5 +244,7 @@ def test_calls_with_other_features_cannot_be_fitted_by_module(
 
 
 def test_a_granularity_that_cannot_be_fitted():
-    with pytest.raises(ValueError, match="unknown granularity 'output'; expected one of stack, module"):
-        hicache.calibrate(hicache.demo.load(), ["a red ring on blue"], granularity="output")
+    with pytest.raises(
+        ValueError, match="unknown granularity 'low-rank'; expected one of stack, module, output"
+    ):
+        hicache.calibrate(hicache.demo.load(), ["a red ring on blue"], granularity="low-rank")

@@ -13,7 +13,7 @@ import hicache.fast
 from benchmarks.peers.method import WARMUP, Method
 from hicache import HiCacheConfig, full_steps
 from hicache.calibration.reader import load
-from hicache.calibration.shipped import NAME
+from hicache.calibration.shipped import NAME, name_for
 from hicache.demo import MODEL
 from hicache.demo.pipeline import ShapesPipeline
 
@@ -47,20 +47,25 @@ def fixed(granularity: str, **settings: Any) -> Arguments:
     }
 
 
-def fitted(interval: int) -> dict[str, Any]:
-    """Return the arguments of the bundled model's file, with as many full steps as the interval makes.
+def fitted(file: str) -> Arguments:
+    """Return the arguments of a file of the bundled model's, with as many full steps as the interval makes.
 
-    They are what ``speedup=`` alone takes of it, of the stack, as it was fitted.
+    They are what ``speedup=`` alone takes of it; what is cached is what the file was fitted to.
     """
-    calibration = load(MODEL / NAME)
-    steps = calibration.entries[0].num_steps
-    count = len(full_steps(HiCacheConfig(interval=interval, warmup=WARMUP), steps))
-    return {"config": HiCacheConfig.of(calibration, count)}
+
+    def arguments(interval: int) -> dict[str, Any]:
+        calibration = load(MODEL / file)
+        steps = calibration.entries[0].num_steps
+        count = len(full_steps(HiCacheConfig(interval=interval, warmup=WARMUP), steps))
+        return {"config": HiCacheConfig.of(calibration, count)}
+
+    return arguments
 
 
 METHODS: Final = (
     method("hicache, default", lambda interval: {"config": HiCacheConfig(interval=interval)}, default=True),
-    method("hicache, fitted", fitted, fitted=True),
+    method("hicache, fitted", fitted(NAME), fitted=True),
+    method("hicache, fitted, output", fitted(name_for("output")), fitted=True),
     method("hicache, module", fixed("module")),
     method("hicache, output", fixed("output")),
     *(

@@ -41,9 +41,15 @@ def calibrate(
         str, typer.Option(help="Of the full steps: given by the interval, or as many that are searched.")
     ] = "given",
     granularity: Annotated[
-        str, typer.Option(help="stack: a row for all features; module: every module has rows of its own.")
+        str,
+        typer.Option(
+            help="What rows are for: the stack's residual; module: every module has its own; output: what the model returns."
+        ),
     ] = "stack",
     iterations: Annotated[int, typer.Option(help="Of the fit.")] = 150,
+    tail: Annotated[
+        float, typer.Option(help="0 to 1: how much more pictures that are far off weigh in the fit.")
+    ] = 0.0,
     batch: Annotated[int, typer.Option(help="Pictures drawn together.")] = 8,
     guidance: Annotated[
         float | None, typer.Option(help="guidance_scale of the pipeline; its own if left out.")

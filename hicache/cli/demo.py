@@ -86,7 +86,7 @@ def demo(
     config = HiCacheConfig(interval=interval, **own)
     pipe = _load(backend)
     if not own and speedup is None:
-        config = config.fitted_in(shipped(pipe), steps) or config
+        config = config.fitted_in(shipped(pipe, granularity), steps) or config
     _draw(
         pipe,
         prompts or list(PROMPTS),

@@ -86,8 +86,9 @@ def calibrate(
         places: of :data:`PLACES`: ``"searched"`` takes of a config's schedule how many steps are full, and
             searches their places; where those do not draw other pictures better, the schedule's are kept.
         granularity: of :data:`hicache.fitting.features.GRANULARITIES`: ``"stack"``, a row serves all that a
-            model computes; ``"module"``, every module's output has rows of its own. Places are searched by
-            the stack's residual either way.
+            model computes; ``"module"``, every module's output has rows of its own; ``"output"``, what the
+            model returns, as U-Nets need. Places are searched by what the model returns there, else by the
+            stack's residual.
         held_out: prompts that judge and are not fitted to; None: ``prompts``, with other noise.
         held_out_pictures: how many pictures judge.
         search: how gradients move rows; of no use to ``"closed-form"``.
@@ -171,7 +172,7 @@ class _Work:
         self._progress = progress
         self._target: trajectory.Target | None = None
         self._placing: Placing | None = None
-        self._keys = model_keys(find_denoisers(pipe))
+        self._keys = model_keys(find_denoisers(pipe, unets=granularity == "output"))
         self._sigmas: tuple[float, ...] | None = None
         self.refusals: list[str] = []
 
@@ -227,7 +228,7 @@ class _Work:
 
     def _better_places(self, config: HiCacheConfig, layout: Layout) -> HiCacheConfig:
         """The config, or one with other places if that draws better; both with rows of a short fit."""
-        with Replay(self._pipe) as replay:
+        with Replay(self._pipe, "output" if self._granularity == "output" else "stack") as replay:
             if self._placing is None:
                 self._placing = Placing(replay, self._pictures)
                 self._target = self._placing.target

@@ -68,7 +68,7 @@ def run(options: SimpleNamespace, load: Callable[[str | None], Any]) -> None:
             granularity=options.granularity,
             held_out=held_out,
             held_out_pictures=options.held_out_pictures,
-            search=Search(iterations=options.iterations),
+            search=Search(iterations=options.iterations, tail=options.tail),
             batch=options.batch,
             seed=options.seed,
             out=options.out,

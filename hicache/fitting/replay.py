@@ -14,12 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hicache.engine import Sum
-from hicache.fitting.features import Features, features_of
+from hicache.fitting.features import features_of
 from hicache.hooks.step_clock import SchedulerClock
-from hicache.hooks.transformer import HookedTransformer
 from hicache.pipeline import find_denoisers, find_scheduler
-from hicache.step_plan import FullStep, SkippedStep
 
 
 class Rule(Protocol):
@@ -44,40 +41,12 @@ class Trajectory:
     output: Any = None  # the pipeline's
 
 
-class _Taking:
-    """Looks on at a full step (:class:`hicache.step_plan.Lesson`), and takes its features.
-
-    Args:
-        features: of the denoiser.
-        model_kwargs: of the call, by name.
-        take: is given them.
-    """
-
-    unfit: str | None = None
-
-    def __init__(
-        self, features: Features, model_kwargs: Mapping[str, Any], take: Callable[[Tensor], None]
-    ) -> None:
-        self._features = features
-        self._model_kwargs = model_kwargs
-        self._take = take
-
-    def first_block(self, hidden: Tensor, block_kwargs: Mapping[str, Any]) -> FullStep:
-        self._features.begin(hidden, block_kwargs, self._model_kwargs)
-        return FullStep(())
-
-    def head(self, plan: FullStep, hidden: Tensor) -> FullStep | None:
-        self._take(self._features.taken(hidden))
-        return None
-
-
 class _Watched:
     """One denoiser of a pipeline that is being replayed."""
 
     def __init__(self, name: str, module: nn.Module, replay: Replay, granularity: str) -> None:
         self._name = name
         self._replay = replay
-        self._hooked = HookedTransformer(module)
         self.features = features_of(module, granularity)
         self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self._step = -1
@@ -85,20 +54,14 @@ class _Watched:
         self._grad: bool | None = None
 
     def install(self) -> list[Callable[[], None]]:
-        self._hooked.install(self._forecast)
-        module = self._hooked.module
-        return [
-            *self.features.install(),
-            module.register_forward_pre_hook(self._before, with_kwargs=True).remove,
-            module.register_forward_hook(self._after, always_call=True).remove,
-            self._hooked.remove,
-        ]
+        watch = self.features.hooked.watch
+        return [*self.features.install(self._forecast), *watch(self._before, self._after, self._end)]
 
     def start_run(self) -> None:
         self._step = -1
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        replay, call = self._replay, self._hooked.call
+        replay = self._replay
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         step = replay.tick(module, named)
         self._ordinal = self._ordinal + 1 if step == self._step else 0
@@ -106,32 +69,36 @@ class _Watched:
         self._context = f"{self._name}[{self._ordinal}]"
         replay.note(step, self._context, next(v for v in named.values() if isinstance(v, Tensor)))
         if not replay.rule.is_full(step):
-            call.plan = SkippedStep(_NO_SUM)
+            self.features.begin_skipped()
             return
-        self._hooked.refresh()
-        call.lesson = _Taking(
-            self.features, named, lambda features: replay.rule.record(self._context, step, features)
-        )
+        self.features.begin_full(named, self._record)
         if not replay.through_full_steps:
             self._grad = torch.is_grad_enabled()
             torch.set_grad_enabled(False)
 
-    def _forecast(self, plan: SkippedStep, base: Tensor, block_kwargs: Mapping[str, Any]) -> Tensor:
-        features = self._replay.rule.forecast(self._context, self._step)
-        return self.features.after_blocks(features, base, block_kwargs)
+    def _record(self, features: Tensor) -> None:
+        self._replay.rule.record(self._context, self._step, features)
+
+    def _forecast(self) -> Tensor:
+        return self._replay.rule.forecast(self._context, self._step)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.features.end(output)
+        self._end()
+
+    def _end(self) -> None:
+        """A call has ended, or never came to its end."""
         if self._grad is not None:
             torch.set_grad_enabled(self._grad)
             self._grad = None
-        self._hooked.end()
+        self.features.hooked.end()
 
 
 class Replay:
     """Runs a pipeline by a rule; leave the ``with`` block to get it back as it was.
 
     Args:
-        pipe: a diffusers pipeline whose transformers :mod:`hicache.fast` could cache.
+        pipe: a diffusers pipeline whose denoisers :mod:`hicache.fast` could cache.
         granularity: of :data:`hicache.fitting.features.GRANULARITIES`: what is forecast.
 
     Raises:
@@ -144,7 +111,7 @@ class Replay:
         if source is None:
             raise TypeError(f"hicache: expected a pipeline with a scheduler, got {type(pipe).__name__}")
         self._source = source
-        modules = find_denoisers(pipe)
+        modules = find_denoisers(pipe, unets=granularity == "output")
         self._watched = [_Watched(name, module, self, granularity) for name, module in modules.items()]
         self._modules = list(modules.values())
         counts = {watched.features.count for watched in self._watched}
@@ -214,6 +181,3 @@ class Replay:
     def sigmas(self) -> tuple[float, ...] | None:
         """Noise levels of the last run."""
         return self._clock.sigmas
-
-
-_NO_SUM: Any = Sum(torch.empty(0), torch.empty(0), None, 0, "reference")  # the rule forecasts

@@ -75,7 +75,7 @@ class ByRows:
         snapshots = self.snapshots(context, step)
         weights = differences_of_snapshots(self.layout.positions[step].gaps).T @ self.row(context, step)
         terms = [
-            weight.to(snapshot.device, snapshot.dtype).view(-1, 1, 1, 1) * snapshot
+            weight.to(snapshot.device, snapshot.dtype).view(-1, *[1] * (snapshot.ndim - 1)) * snapshot
             for weight, snapshot in zip(weights, snapshots, strict=True)
         ]
         return torch.stack(terms).sum(0)

@@ -33,6 +33,8 @@ class Search:
         iterations: steps of Adam.
         batch: pictures a step.
         rate: its first learning rate, in parts of what a change of a coefficient matters; falls to 0.
+        tail: in [0, 1]: how much more the pictures that are far off weigh: the power of their errors that is
+            averaged. 0 is their logarithm, as PSNR is averaged; 1 the mean squared error.
         through_full_steps: whether gradients go through full steps; a large model's do not fit in memory.
         seed: of the order of the pictures.
     """
@@ -40,8 +42,13 @@ class Search:
     iterations: int = 150
     batch: int = 6
     rate: float = 0.03
+    tail: float = 0.0
     through_full_steps: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tail <= 1:
+            raise ValueError(f"hicache: Search.tail: expected a number in [0, 1], got {self.tail!r}")
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ def fit(
         inputs, final = _run(replay, ByRows(layout, row), pictures, chosen, True, search.through_full_steps)
         if not final.requires_grad:
             raise RuntimeError("hicache: the pipeline's output has no gradient: it cannot be fitted through")
-        loss = _loss(inputs, final, target, chosen)
+        loss = _loss(inputs, final, target, chosen, search.tail)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -121,18 +128,22 @@ def fit(
         return {context: {step: row(context, step) for step in steps} for context in target.contexts}
 
 
-def _loss(inputs: Tensor, final: Tensor, target: Target, chosen: list[int]) -> Tensor:
+def _loss(inputs: Tensor, final: Tensor, target: Target, chosen: list[int], tail: float) -> Tensor:
     aims, ends = target.inputs[:, chosen], target.final[chosen]
-    loss = _log_error(final, ends, 0.0)
+    loss = _log_error(final, ends, 0.0, tail)
     waymarks = range(_EVERY + 1, len(inputs), _EVERY)
     if waymarks:
-        on_the_way = [_log_error(inputs[step], aims[step], _FLOOR) for step in waymarks]
+        on_the_way = [_log_error(inputs[step], aims[step], _FLOOR, tail) for step in waymarks]
         loss = loss + _SHARE * torch.stack(on_the_way).mean()
     return loss
 
 
-def _log_error(found: Tensor, wanted: Tensor, floor: float) -> Tensor:
-    return ((found - wanted).float().square().flatten(1).mean(1) + floor).log().mean()
+def _log_error(found: Tensor, wanted: Tensor, floor: float, tail: float) -> Tensor:
+    """The logarithm of the pictures' squared errors' power mean."""
+    logs = ((found - wanted).float().square().flatten(1).mean(1) + floor).log()
+    if tail == 0:
+        return logs.mean()
+    return (torch.logsumexp(tail * logs, 0) - math.log(len(logs))) / tail
 
 
 def _run(

@@ -1,0 +1,206 @@
+"""Rows fitted to what denoisers return: U-Nets too, nothing of a model at a skipped step, files of their own."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import nn
+
+import hicache
+import hicache.demo
+import hicache.fast
+from hicache import Fitted, HiCacheConfig
+from hicache.basis import Named
+from hicache.calibration.file import Calibration, Entry
+from hicache.calibration.matching import model_keys
+from hicache.demo.pipeline import ShapesPipeline
+from hicache.fitting.judge import Verdict
+from hicache.fitting.pictures import Pictures
+from hicache.fitting.replay import Replay
+from hicache.fitting.rows import ByRows, InFull, Layout
+from hicache.fitting.trajectory import Search, plain
+from hicache.pipeline import find_denoisers
+from tests.support import unets
+
+STEPS = 10
+CONFIG = HiCacheConfig(interval=4)
+PRIOR = Named("hermite", 0.5)
+
+
+def entry_of(change: float) -> Entry:
+    layout = Layout.of(CONFIG, STEPS)
+    rows = {step: layout.row(PRIOR, step) + change for step in layout.positions}
+    return Entry(STEPS, CONFIG.order, CONFIG.warmup, layout.full_steps, plain({"transformer[0]": rows}))
+
+
+def file_of(pipe: Any, change: float, granularity: str) -> Calibration:
+    return Calibration(model_keys(find_denoisers(pipe)), None, PRIOR, (entry_of(change),), {}, granularity)
+
+
+def unet(name: str) -> Any:
+    """A tiny pipeline with a U-Net that draws prompts, of which it knows the length."""
+    pipe, given = unets.build(name)
+    names = [f"{kind}prompt_embeds{more}" for more in ("", "_pooled") for kind in ("", "negative_")]
+    names = [one.replace("prompt_embeds_pooled", "pooled_prompt_embeds") for one in names]
+    embeds = [given[one] for one in names if one in given]
+
+    def encode(prompt: list[str], *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        return tuple(torch.cat([one * (1 + len(text) / 100) for text in prompts]) for one in embeds)
+
+    pipe.encode_prompt = encode
+    pipe.scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def called(module: nn.Module) -> list[int]:
+    """Counts calls of a module from now on."""
+    count = [0]
+
+    def note(*_: Any) -> None:
+        count[0] += 1
+
+    module.register_forward_pre_hook(note)
+    return count
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_a_replay_of_a_unet_is_the_fast_path_and_skips_it_whole(name: str):
+    pipe = unet(name)
+    call = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "height": 32, "width": 32}
+    pictures = Pictures(("a red ring", "a blue cross"), (1, 2), call, 2)
+    inside = called(pipe.unet.conv_in)
+    before = dict(pipe.unet.__dict__)
+    with Replay(pipe, "output") as replay:
+        layout = Layout.of(CONFIG, STEPS)
+        full = replay.run(InFull(), pictures.arguments([0, 1], "latent")).output[0]
+        inside[0] = 0
+        rule = ByRows(layout, lambda context, step: layout.row(PRIOR, step))
+        replayed = replay.run(rule, pictures.arguments([0, 1], "latent")).output[0]
+        assert inside == [len(layout.full_steps)]
+        assert replay.contexts == ["unet[0]"]
+    assert pipe.unet.__dict__.keys() == before.keys()
+    assert torch.equal(pipe(**pictures.arguments([0, 1], "latent"))[0], full)
+    with hicache.fast.apply(pipe, CONFIG, granularity="output"):
+        drawn = pipe(**pictures.arguments([0, 1], "latent"))[0]
+    assert (drawn - replayed).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("method", ["trajectory", "heads", "closed-form"])
+def test_a_unet_is_calibrated_and_its_file_is_used(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pipe = unet("sd15")
+    monkeypatch.setattr(Verdict, "better", True)  # whatever a network that was never trained says
+    found = hicache.calibrate(
+        pipe,
+        ["a red ring", "a blue cross"],
+        configs=[CONFIG],
+        num_inference_steps=STEPS,
+        call={"height": 32, "width": 32},
+        method=method,
+        granularity="output",
+        search=Search(iterations=2, batch=2, tail=0.5),
+        held_out_pictures=2,
+    )
+    assert found.granularity == "output"
+    [entry] = found.entries
+    assert entry.rows.keys() == {"unet[0]"}
+    layout = Layout.of(CONFIG, STEPS)
+    assert any(tuple(layout.row(PRIOR, step).tolist()) != row for step, row in entry.rows["unet[0]"].items())
+    inside = called(pipe.unet.conv_in)
+    found.save(tmp_path / "rows.json")
+    with hicache.fast.apply(pipe, HiCacheConfig.load(tmp_path / "rows.json")) as handle:
+        pipe("a red ring", num_inference_steps=STEPS, height=32, width=32, output_type="latent")
+        assert (handle.stats.granularity, handle.stats.config.fallbacks) == ("output", [])
+    assert inside == [len(layout.full_steps)]
+
+
+def test_places_are_searched_by_what_is_returned(monkeypatch: pytest.MonkeyPatch):
+    """A U-Net has no stack to search them by."""
+    pipe = unet("sd15")
+    monkeypatch.setattr(Verdict, "better", True)
+    monkeypatch.setattr(importlib.import_module("hicache.fitting.calibrate"), "CHOOSING", 2)
+    found = hicache.calibrate(
+        pipe,
+        ["a red ring", "a blue cross"],
+        configs=[CONFIG],
+        num_inference_steps=STEPS,
+        call={"height": 32, "width": 32},
+        places="searched",
+        granularity="output",
+        search=Search(iterations=1, batch=2),
+        held_out_pictures=2,
+    )
+    assert len(found.entries[0].full_steps) == len(Layout.of(CONFIG, STEPS).full_steps)
+
+
+def test_a_call_that_returns_nothing_to_forecast_is_refused_and_leaves_the_pipeline(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    pipe = hicache.demo.load()
+    pipe.set_progress_bar_config(disable=True)
+    forward = type(pipe.transformer).forward
+    before = dict(pipe.transformer.__dict__)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe.transformer), "forward", lambda *args, **kwargs: (None,))
+        with pytest.raises(ValueError, match="granularity='output': FluxTransformer2DModel returns no float"):
+            hicache.calibrate(pipe, ["a red ring on blue"], num_inference_steps=STEPS, granularity="output")
+    assert type(pipe.transformer).forward is forward
+    assert pipe.transformer.__dict__.keys() == before.keys()
+    assert torch.is_grad_enabled()
+    pipe("a red ring on blue", STEPS)
+
+
+def test_each_granularity_may_have_a_file_beside_the_model(tmp_path: Path):
+    hicache.demo.load().save_pretrained(tmp_path)
+    pipe = ShapesPipeline.from_pretrained(tmp_path, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+
+    def used(granularity: str) -> tuple[str, str | None]:
+        """What was cached, and by which file."""
+        with hicache.fast.apply(pipe, granularity=granularity) as handle:
+            pipe("a red ring on blue", STEPS, output_type="latent")
+            stats = handle.stats
+        basis = stats.config.basis
+        return stats.granularity, basis.calibration.source if isinstance(basis, Fitted) else None
+
+    file_of(pipe, 0.02, "output").save(tmp_path / "hicache.output.json")
+    assert used("output") == ("output", "hicache.output.json")
+    assert used("auto") == ("module", None), (
+        "without a file for all, what was asked for by no name is not used"
+    )
+    file_of(pipe, 0.01, "stack").save(tmp_path / "hicache.json")
+    assert used("output") == ("output", "hicache.output.json")
+    for granularity in ("auto", "stack"):
+        assert used(granularity) == ("stack", "hicache.json")
+    assert used("module") == ("module", None)
+    (tmp_path / "hicache.output.json").unlink()
+    assert used("output") == ("output", None)
+    # a file that is beside the model for all may be by output, too
+    file_of(pipe, 0.02, "output").save(tmp_path / "hicache.json")
+    assert used("auto") == ("output", "hicache.json")
+
+
+@pytest.mark.parametrize("tail", [-0.1, 1.5, float("nan")])
+def test_a_tail_that_cannot_be(tail: float):
+    with pytest.raises(ValueError, match=r"Search\.tail: expected a number in \[0, 1\], got"):
+        Search(tail=tail)
+
+
+def test_a_tail_is_a_power_mean_of_squared_errors():
+    from hicache.fitting.trajectory import _log_error
+
+    torch.manual_seed(0)
+    found, wanted = torch.randn(2, 5, 4, 3).unbind(0)
+    found = wanted + found * torch.tensor([1e-3, 1e-2, 0.1, 1.0, 10.0]).view(-1, 1, 1)
+    errors = (found - wanted).double().square().flatten(1).mean(1)
+    for tail, expected in ((0.0, errors.log().mean()), (0.25, 4 * errors.pow(0.25).mean().log())):
+        assert float(_log_error(found, wanted, 0.0, tail)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(_log_error(found, wanted, 0.0, 1.0)) == pytest.approx(float(errors.mean().log()), rel=1e-5)
