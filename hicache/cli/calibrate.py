@@ -43,7 +43,7 @@ def calibrate(
     granularity: Annotated[
         str,
         typer.Option(
-            help="What rows are for: the stack's residual; module: every module has its own; output: what the model returns."
+            help="What rows are for: stack, its residual; module, each has its own; output, what is returned."
         ),
     ] = "stack",
     iterations: Annotated[int, typer.Option(help="Of the fit.")] = 150,

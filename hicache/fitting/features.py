@@ -29,10 +29,13 @@ from hicache.step_plan import FullStep, OutputStep, SkippedStep
 class Features(Protocol):
     """The features of one denoiser, a call at a time."""
 
-    #: The denoiser, watched.
-    hooked: HookedModule
-    #: How many have rows of their own; None: one row serves all.
-    count: int | None
+    @property
+    def hooked(self) -> HookedModule:
+        """The denoiser, watched."""
+
+    @property
+    def count(self) -> int | None:
+        """How many have rows of their own; None: one row serves all."""
 
     def install(self, forecast: Callable[[], Tensor]) -> list[Callable[[], None]]:
         """Hook what is needed inside the denoiser; returns what undoes it.
