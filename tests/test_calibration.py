@@ -580,6 +580,14 @@ def test_the_command_takes_the_places_of_a_calibration(tmp_path: Path, monkeypat
     assert {(config.order, config.warmup, config.basis) for config in configs} == {(3, 1, "hermite")}
 
 
+def test_the_command_takes_places_in_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = asked_for(tmp_path, monkeypatch, "--schedule", "0,1,2,5,9", "--tail", "0.5")
+    assert [tuple(full_steps(config, 50)) for config in asked["configs"]] == [(0, 1, 2, 5, 9)]
+    assert asked["search"].tail == 0.5
+    with pytest.raises(ValueError, match="unknown schedule '0,1,two'"):
+        asked_for(tmp_path, monkeypatch, "--schedule", "0,1,two")
+
+
 def test_prompts_of_one_s_own_are_all_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "prompts.txt").write_text("a red ring on blue\n")
     with pytest.raises(ValueError, match="--pictures: expected no other prompts than those of --prompts"):

@@ -1,4 +1,4 @@
-"""Rows fitted to what denoisers return: U-Nets too, nothing of a model at a skipped step, files of their own."""
+"""Rows fitted to what denoisers return: U-Nets too, skipped as a whole, files of their own."""
 
 from __future__ import annotations
 

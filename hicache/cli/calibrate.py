@@ -34,7 +34,9 @@ def calibrate(
     basis: Annotated[str, typer.Option(help="Where rows begin.")] = str(_DEFAULTS.basis),
     schedule: Annotated[
         str | None,
-        typer.Option(help="Places of the full steps, in place of --interval; of a calibration, all it has."),
+        typer.Option(
+            help="Places of the full steps, not of --interval: 0,1,2,4,…, a name, or all of a calibration."
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help="trajectory, heads or closed-form.")] = "trajectory",
     places: Annotated[

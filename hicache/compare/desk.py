@@ -35,7 +35,9 @@ class Desk:
         self._pipe.set_progress_bar_config(disable=True)
         for module in find_denoisers(self._pipe, unets=asked.cached == "output").values():
             check_backend(asked.backend, module)
-        self._variants = variants(self._pipe, asked.mode, asked.interval, asked.steps, asked.base)
+        self._variants = variants(
+            self._pipe, asked.mode, asked.interval, asked.steps, asked.base, asked.cached
+        )
 
     @property
     def runs(self) -> int:

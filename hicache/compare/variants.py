@@ -56,7 +56,12 @@ def check_modes(modes: Sequence[str]) -> None:
 
 
 def variants(
-    pipe: Any, modes: Sequence[str] | None, intervals: Sequence[int], num_steps: int, base: HiCacheConfig
+    pipe: Any,
+    modes: Sequence[str] | None,
+    intervals: Sequence[int],
+    num_steps: int,
+    base: HiCacheConfig,
+    granularity: str = "auto",
 ) -> list[Variant]:
     """Every mode at every interval, the modes in order.
 
@@ -66,6 +71,7 @@ def variants(
         intervals: N of each.
         num_steps: of a run: rows are fitted to a number of steps.
         base: order, σ, warm-up and the other settings that all variants share.
+        granularity: what is to be cached: what was fitted to something else is not taken.
 
     Raises:
         ValueError: a mode that is not known, none at all, or nothing is fitted for what was asked.
@@ -78,7 +84,7 @@ def variants(
     found: list[Variant] = []
     for mode in asked:
         if mode == FITTED:
-            found += _fitted(shipped(pipe), configs, num_steps, strict=modes is not None)
+            found += _fitted(shipped(pipe, granularity), configs, num_steps, strict=modes is not None)
         else:
             basis = BASES.get(mode, mode)
             found += [Variant(mode, replace(config, basis=basis)) for config in configs]

@@ -88,7 +88,9 @@ def _configs(options: SimpleNamespace) -> list[HiCacheConfig]:
     config = HiCacheConfig(order=options.order, sigma=options.sigma, basis=options.basis)
     if options.schedule is None:
         return [replace(config, interval=interval) for interval in options.interval]
-    config = replace(config, interval=options.interval[0], schedule=options.schedule)
+    written = options.schedule.split(",")
+    given = Steps(*map(int, written)) if all(map(str.isdecimal, written)) else options.schedule
+    config = replace(config, interval=options.interval[0], schedule=given)
     places = config.schedule
     if not isinstance(places, FittedSteps):
         return [config]

@@ -24,7 +24,7 @@ from benchmarks.peers.rows import Row
 from benchmarks.peers.table import METHODS, OURS, chosen, installed
 from hicache import HiCacheConfig
 from hicache.calibration.reader import load
-from hicache.calibration.shipped import NAME
+from hicache.calibration.shipped import NAME, name_for
 from hicache.demo import MODEL
 from hicache.demo.pictures import parse
 from hicache.demo.prompts import PROMPTS
@@ -92,14 +92,16 @@ def test_methods_are_of_four_packages_and_have_one_default_of_ours():
 
 
 @pytest.mark.parametrize("interval", INTERVALS)
-def test_what_comes_with_the_model_has_as_many_full_steps_as_the_interval(interval):
+@pytest.mark.parametrize("file", [NAME, name_for("output")])
+def test_what_comes_with_the_model_has_as_many_full_steps_as_the_interval(file, interval):
     """And is what ``speedup=`` alone takes: no setting is without rows of its own."""
-    made, plain = of_hicache.fitted(int(interval))["config"], HiCacheConfig(interval=int(interval))
+    made = of_hicache.fitted(file)(int(interval))["config"]
+    plain = HiCacheConfig(interval=int(interval))
     run = Run(50, order=made.order, warmup=made.warmup)
     assert not made.for_run(run).fallbacks
     count = len(hicache.full_steps(plain, 50))
     assert len(hicache.full_steps(made.for_run(run), 50)) == count
-    shipped = with_speedup(HiCacheConfig.of(load(MODEL / NAME)), 50 / count, 50, run)
+    shipped = with_speedup(HiCacheConfig.of(load(MODEL / file)), 50 / count, 50, run)
     assert hicache.full_steps(shipped.for_run(run), 50) == hicache.full_steps(made.for_run(run), 50)
 
 
@@ -107,7 +109,10 @@ def test_what_was_fitted_to_a_model_is_measured_on_that_model_alone():
     fitted = METHODS["hicache, fitted"]
     assert models.MODELS["bundled"].settings(fitted) == INTERVALS
     assert models.MODELS["flux"].settings(fitted) == ()
-    assert [method.name for method in METHODS.values() if method.fitted] == [fitted.name]
+    assert [method.name for method in METHODS.values() if method.fitted] == [
+        fitted.name,
+        f"{fitted.name}, output",
+    ]
 
 
 @pytest.mark.parametrize("interval", [3, 7, 10])

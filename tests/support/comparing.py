@@ -34,7 +34,7 @@ def asked(folder: Path, **changes: Any) -> Request:
 
 def compared(pipe: Any, request: Request, **changes: Any) -> Comparison:
     """Drawn, timed and judged as the command does it."""
-    chosen = variants(pipe, request.mode, request.interval, request.steps, request.base)
+    chosen = variants(pipe, request.mode, request.interval, request.steps, request.base, request.cached)
     measuring, _ = metrics.load(request.metrics)
     settings = {"rounds": request.repeats, "granularity": request.cached, **changes}
     return compare(pipe, request.pictures, chosen, measuring, **settings)
