@@ -59,6 +59,19 @@ def unet(name: str) -> Any:
     return pipe
 
 
+def calibrated(pipe: Any, **settings: Any) -> Calibration:
+    return hicache.calibrate(
+        pipe,
+        ["a red ring", "a blue cross"],
+        configs=[CONFIG],
+        num_inference_steps=STEPS,
+        call={"height": 32, "width": 32},
+        granularity="output",
+        held_out_pictures=2,
+        **settings,
+    )
+
+
 def called(module: nn.Module) -> list[int]:
     """Counts calls of a module from now on."""
     count = [0]
@@ -98,17 +111,7 @@ def test_a_unet_is_calibrated_and_its_file_is_used(
 ):
     pipe = unet("sd15")
     monkeypatch.setattr(Verdict, "better", True)  # whatever a network that was never trained says
-    found = hicache.calibrate(
-        pipe,
-        ["a red ring", "a blue cross"],
-        configs=[CONFIG],
-        num_inference_steps=STEPS,
-        call={"height": 32, "width": 32},
-        method=method,
-        granularity="output",
-        search=Search(iterations=2, batch=2, tail=0.5),
-        held_out_pictures=2,
-    )
+    found = calibrated(pipe, method=method, search=Search(iterations=2, batch=2, tail=0.5))
     assert found.granularity == "output"
     [entry] = found.entries
     assert entry.rows.keys() == {"unet[0]"}
@@ -127,17 +130,7 @@ def test_places_are_searched_by_what_is_returned(monkeypatch: pytest.MonkeyPatch
     pipe = unet("sd15")
     monkeypatch.setattr(Verdict, "better", True)
     monkeypatch.setattr(importlib.import_module("hicache.fitting.calibrate"), "CHOOSING", 2)
-    found = hicache.calibrate(
-        pipe,
-        ["a red ring", "a blue cross"],
-        configs=[CONFIG],
-        num_inference_steps=STEPS,
-        call={"height": 32, "width": 32},
-        places="searched",
-        granularity="output",
-        search=Search(iterations=1, batch=2),
-        held_out_pictures=2,
-    )
+    found = calibrated(pipe, places="searched", search=Search(iterations=1, batch=2))
     assert len(found.entries[0].full_steps) == len(Layout.of(CONFIG, STEPS).full_steps)
 
 
