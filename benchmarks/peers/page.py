@@ -61,8 +61,9 @@ a large one.
 - **Times** are of loops of one picture, against uncached ones in the same process, in turn.
 - LPIPS is not measured: its weights are a download of their own.
 - **hicache, fitted** is what comes with the bundled model, rows and places of full steps ([calibrating.md](calibrating.md)):
-  as many full steps as the interval makes, of which the first alone has to be full. It was fitted to {fitted} pictures, none
-  of them judged here; {shared} of their prompts are, with other noise. Of the others MagCache is calibrated, where it says so."""  # noqa: E501
+  as many full steps as the interval makes, of which the first alone has to be full; by stack, or by **output**, of which
+  a skipped step runs nothing. Both were fitted to {fitted} pictures, none of them judged here; {shared} of their prompts are,
+  with other noise. Of the others MagCache is calibrated, where it says so."""  # noqa: E501
 
 
 def _head(bundled: Sequence[Row]) -> Sections:
@@ -83,7 +84,7 @@ def _head(bundled: Sequence[Row]) -> Sections:
     return [said, *drawn]
 
 
-_WINS = """Each setting of a peer against the best of all of ours that costs no more. Ours begin at N=3: peers with more full
+_WINS = """Each setting of a peer against the best of all of ours that costs no more. Ours begin at N=2: peers with more full
 steps than that are compared with it. Of the peers' {wanted} settings {there} have rows so far; the last section names the
 others, at which a peer may win unseen."""  # noqa: E501
 

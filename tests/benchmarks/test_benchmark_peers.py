@@ -84,15 +84,18 @@ def test_methods_are_of_four_packages_and_have_one_default_of_ours():
     assert [name for name, method in METHODS.items() if method.package == OURS and method.default] == [
         "hicache, default"
     ]
-    assert all(method.settings == INTERVALS for method in METHODS.values() if method.knob == "interval")
+    spaced = [method for method in METHODS.values() if method.knob == "interval"]
+    assert all(method.settings[-len(INTERVALS) :] == INTERVALS for method in spaced)
     assert chosen(["hicache-pp"]) == [m for m in METHODS.values() if m.package == "hicache-pp"]
     assert len(chosen([])) == len(METHODS)
     with pytest.raises(ValueError, match=r"unknown: cache_dit; known: .*cache-dit"):
         chosen(["cache_dit"])
 
 
-@pytest.mark.parametrize("interval", INTERVALS)
-@pytest.mark.parametrize("file", [NAME, name_for("output")])
+@pytest.mark.parametrize(
+    ("file", "interval"),
+    [*((NAME, n) for n in INTERVALS), *((name_for("output"), n) for n in (2.0, *INTERVALS))],
+)
 def test_what_comes_with_the_model_has_as_many_full_steps_as_the_interval(file, interval):
     """And is what ``speedup=`` alone takes: no setting is without rows of its own."""
     made = of_hicache.fitted(file)(int(interval))["config"]
