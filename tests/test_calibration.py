@@ -581,8 +581,9 @@ def test_the_command_takes_the_places_of_a_calibration(tmp_path: Path, monkeypat
 
 
 def test_the_command_takes_places_in_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    asked = asked_for(tmp_path, monkeypatch, "--schedule", "0,1,2,5,9", "--tail", "0.5")
-    assert [tuple(full_steps(config, 50)) for config in asked["configs"]] == [(0, 1, 2, 5, 9)]
+    asked = asked_for(tmp_path, monkeypatch, "--schedule", "0,2,5,9", "--tail", "0.5")
+    [config] = asked["configs"]
+    assert (full_steps(config, 50), config.warmup) == ([0, 2, 5, 9], 1)
     assert asked["search"].tail == 0.5
     with pytest.raises(ValueError, match="unknown schedule '0,1,two'"):
         asked_for(tmp_path, monkeypatch, "--schedule", "0,1,two")

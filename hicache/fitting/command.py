@@ -89,8 +89,9 @@ def _configs(options: SimpleNamespace) -> list[HiCacheConfig]:
     if options.schedule is None:
         return [replace(config, interval=interval) for interval in options.interval]
     written = options.schedule.split(",")
-    given = Steps(*map(int, written)) if all(map(str.isdecimal, written)) else options.schedule
-    config = replace(config, interval=options.interval[0], schedule=given)
+    if all(map(str.isdecimal, written)):  # all there are, those of a warm-up included
+        return [replace(config, warmup=1, schedule=Steps(*map(int, written)))]
+    config = replace(config, interval=options.interval[0], schedule=options.schedule)
     places = config.schedule
     if not isinstance(places, FittedSteps):
         return [config]
