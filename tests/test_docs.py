@@ -274,12 +274,13 @@ def test_the_map_of_the_code_names_every_package():
     assert ".py" not in table[1]
 
 
-def test_the_page_on_calibrating_has_the_scores_of_the_bundled_file():
+@pytest.mark.parametrize("name", ["hicache.json", "hicache.output.json"])
+def test_the_page_on_calibrating_has_the_scores_of_the_bundled_files(name: str):
     from hicache.calibration.reader import load
     from hicache.demo import MODEL
 
     page = (ROOT / "docs" / "calibrating.md").read_text(encoding="utf-8")
-    for entry in load(MODEL / "hicache.json").entries:
+    for entry in load(MODEL / name).entries:
         prior, fitted = (
             f"{entry.scores[f'{kind} mean dB']:.2f} / {entry.scores[f'{kind} worst dB']:.2f}"
             for kind in ("prior", "fitted")
