@@ -124,7 +124,7 @@ def _offered(pipe: Any, granularity: str) -> HiCacheConfig | None:
     if calibration is None:
         return None
     fitted = {key.name for key in calibration.models.values()}
-    modules = find_denoisers(pipe, unets=calibration.granularity == "output")
+    modules = find_denoisers(pipe, unets="output" in (granularity, calibration.granularity))
     if not fitted <= {type(module).__name__ for module in modules.values()}:
         return None  # it holds for none of their runs
     return HiCacheConfig.of(calibration)

@@ -181,6 +181,20 @@ def test_each_granularity_may_have_a_file_beside_the_model(tmp_path: Path):
     assert used("auto") == ("output", "hicache.json")
 
 
+@pytest.mark.parametrize("granularity", ["output", None])
+def test_a_file_beside_a_unet_is_used(granularity: str | None, monkeypatch: pytest.MonkeyPatch):
+    """Of one that says by what, nothing has to be asked for."""
+    pipe = unet("sd15")
+    keys = model_keys(find_denoisers(pipe, unets=True))
+    calibration = Calibration(keys, None, PRIOR, (entry_of(0.02),), {}, granularity)
+    monkeypatch.setattr(hicache.fast, "shipped", lambda *_: calibration)
+    asked = {} if granularity else {"granularity": "output"}
+    with hicache.fast.apply(pipe, **asked) as handle:
+        pipe("a red ring", num_inference_steps=STEPS, height=32, width=32, output_type="latent")
+        assert handle.stats.granularity == "output"
+        assert isinstance(handle.stats.config.basis, Fitted)
+
+
 @pytest.mark.parametrize("tail", [-0.1, 1.5, float("nan")])
 def test_a_tail_that_cannot_be(tail: float):
     with pytest.raises(ValueError, match=r"Search\.tail: expected a number in \[0, 1\], got"):
