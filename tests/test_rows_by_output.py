@@ -45,9 +45,8 @@ def file_of(pipe: Any, change: float, granularity: str) -> Calibration:
 def unet(name: str) -> Any:
     """A tiny pipeline with a U-Net that draws prompts, of which it knows the length."""
     pipe, given = unets.build(name)
-    names = [f"{kind}prompt_embeds{more}" for more in ("", "_pooled") for kind in ("", "negative_")]
-    names = [one.replace("prompt_embeds_pooled", "pooled_prompt_embeds") for one in names]
-    embeds = [given[one] for one in names if one in given]
+    kinds = ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled_prompt")
+    embeds = [given[f"{kind}_embeds"] for kind in kinds if f"{kind}_embeds" in given]
 
     def encode(prompt: list[str], *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
         prompts = [prompt] if isinstance(prompt, str) else prompt
@@ -72,15 +71,11 @@ def calibrated(pipe: Any, **settings: Any) -> Calibration:
     )
 
 
-def called(module: nn.Module) -> list[int]:
-    """Counts calls of a module from now on."""
-    count = [0]
-
-    def note(*_: Any) -> None:
-        count[0] += 1
-
-    module.register_forward_pre_hook(note)
-    return count
+def called(module: nn.Module) -> list[str]:
+    """Grows with every call of a module from now on."""
+    calls: list[str] = []
+    module.register_forward_pre_hook(lambda module, args: calls.append(type(module).__name__))
+    return calls
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
@@ -93,10 +88,10 @@ def test_a_replay_of_a_unet_is_the_fast_path_and_skips_it_whole(name: str):
     with Replay(pipe, "output") as replay:
         layout = Layout.of(CONFIG, STEPS)
         full = replay.run(InFull(), pictures.arguments([0, 1], "latent")).output[0]
-        inside[0] = 0
+        inside.clear()
         rule = ByRows(layout, lambda context, step: layout.row(PRIOR, step))
         replayed = replay.run(rule, pictures.arguments([0, 1], "latent")).output[0]
-        assert inside == [len(layout.full_steps)]
+        assert len(inside) == len(layout.full_steps)
         assert replay.contexts == ["unet[0]"]
     assert pipe.unet.__dict__.keys() == before.keys()
     assert torch.equal(pipe(**pictures.arguments([0, 1], "latent"))[0], full)
@@ -122,7 +117,7 @@ def test_a_unet_is_calibrated_and_its_file_is_used(
     with hicache.fast.apply(pipe, HiCacheConfig.load(tmp_path / "rows.json")) as handle:
         pipe("a red ring", num_inference_steps=STEPS, height=32, width=32, output_type="latent")
         assert (handle.stats.granularity, handle.stats.config.fallbacks) == ("output", [])
-    assert inside == [len(layout.full_steps)]
+    assert len(inside) == len(layout.full_steps)
 
 
 def test_places_are_searched_by_what_is_returned(monkeypatch: pytest.MonkeyPatch):
