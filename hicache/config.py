@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -235,17 +235,18 @@ class HiCacheConfig:
             schedule=FittedSteps(calibration, full_steps),
         )
 
-    def fitted_in(self, calibration: Calibration | None, num_steps: int) -> HiCacheConfig | None:
-        """A calibration's rows and places for as many full steps as these settings make; None: it has none.
+    def fitted_in(self, calibrations: Iterable[Calibration], num_steps: int) -> HiCacheConfig | None:
+        """Rows and places for as many full steps as these settings make; None: there are none.
 
         Args:
-            calibration: what was fitted, if anything was.
+            calibrations: what was fitted, the preferred first.
             num_steps: of a run.
         """
         count = len(full_steps(self, num_steps))
-        if calibration is None or count not in calibration.counts(num_steps):
-            return None
-        return replace(HiCacheConfig.of(calibration, count), interval=self.interval)
+        for calibration in calibrations:
+            if count in calibration.counts(num_steps):
+                return replace(HiCacheConfig.of(calibration, count), interval=self.interval)
+        return None
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -118,16 +118,38 @@ class Handle(BaseHandle[Denoiser]):
         )
 
 
-def _offered(pipe: Any, granularity: str) -> HiCacheConfig | None:
-    """What was fitted to the models of a pipeline, by what is to be cached of them; None: nothing was."""
-    calibration = shipped(pipe, granularity)
-    if calibration is None:
-        return None
-    fitted = {key.name for key in calibration.models.values()}
-    modules = find_denoisers(pipe, unets="output" in (granularity, calibration.granularity))
-    if not fitted <= {type(module).__name__ for module in modules.values()}:
-        return None  # it holds for none of their runs
-    return HiCacheConfig.of(calibration)
+def _offers(pipe: Any, granularity: str) -> list[HiCacheConfig]:
+    """What was fitted to the models of a pipeline, by what is to be cached of them, the preferred first."""
+    found = []
+    for calibration in shipped(pipe, granularity):
+        fitted = {key.name for key in calibration.models.values()}
+        modules = find_denoisers(pipe, unets="output" in (granularity, calibration.granularity))
+        if fitted <= {
+            type(module).__name__ for module in modules.values()
+        }:  # else it holds for none of their runs
+            found.append(HiCacheConfig.of(calibration))
+    return found
+
+
+def _finest(pipe: Any, config: HiCacheConfig, offers: Sequence[HiCacheConfig]) -> str:
+    """What ``granularity="auto"`` caches in the runs that no offer of something else holds for."""
+    fitted = [config.fitted_by, *(offer.fitted_by for offer in offers if offer.fitted_by != "output")]
+    found = next((granularity for granularity in fitted if granularity is not None), None)
+    if found is not None:
+        return found
+    if offers and not _has_blocks(pipe):
+        return "output"
+    return "auto"
+
+
+def _has_blocks(pipe: Any) -> bool:
+    """Whether the denoisers of a pipeline can be cached by what is inside."""
+    try:
+        for module in find_denoisers(pipe).values():
+            HookedTransformer(module)
+    except ValueError:
+        return False
+    return True
 
 
 def apply(
@@ -154,10 +176,9 @@ def apply(
     Args:
         pipe: a ``DiffusionPipeline``, any object with ``transformer`` and ``scheduler``, or a transformer
             module.
-        config: the cache's settings. None: in the runs it holds for, the calibration that comes with the
-            model (``hicache.json`` in the folder that the pipeline was loaded from, or
-            ``hicache.output.json`` where that is the granularity; the bundled model has both), else the
-            defaults of :class:`HiCacheConfig`.
+        config: the cache's settings. None: in the runs they hold for, the calibrations that come with the
+            model (``hicache.output.json`` and ``hicache.json`` in the folder that the pipeline was loaded
+            from, in this order; the bundled model has both), else the defaults of :class:`HiCacheConfig`.
         speedup: bound to reach, steps / full steps, >= 1: picks the interval from each run's own step count,
             in place of the config's. A pipeline that changes denoisers in a run warms up with each of them,
             and stays below.
@@ -166,10 +187,10 @@ def apply(
         granularity: what is cached: ``"module"``, every attention and MLP before its gate, as in the paper;
             ``"stack"``, the residual of all blocks together; ``"low-rank"``, a few weighed sums of modules
             that take the present's gates where the stack's forecast would miss them (docs/algorithm.md,
-            "Gates of low rank"); ``"auto"``, what a calibration was fitted by where there is one, else the
-            first of module, low-rank and stack that is known for the model and fits ``memory_budget``.
-            ``Handle.stats.choices`` says which. ``"output"``, what the denoiser returns: nothing of it runs
-            at a skipped step, and any denoiser can be cached, U-Nets too.
+            "Gates of low rank"); ``"auto"``, in every run what its calibration was fitted by where there is
+            one, else the first of module, low-rank and stack that is known for the model and fits
+            ``memory_budget``. ``Handle.stats.choices`` says which. ``"output"``, what the denoiser returns:
+            nothing of it runs at a skipped step, and any denoiser can be cached, U-Nets too.
         memory_budget: bytes that caching may take of a denoiser's memory. Histories come first: for
             ``"auto"`` to choose modules or low rank, theirs must fit (of low rank with the gates of the run).
             CUDA graphs get what histories, gates and the rest leave of it, and never make a history coarser;
@@ -199,10 +220,10 @@ def apply(
     """
     if clusters is not None:
         granularity = by_module(granularity, "clusters")
-    offered = _offered(pipe, granularity) if config is None else None
+    offers = _offers(pipe, granularity) if config is None else []
     config = check_config(config)
     if granularity == "auto":
-        granularity = (offered or config).fitted_by or granularity
+        granularity = _finest(pipe, config, offers)
     granularity = granularity_of(granularity, config.by_feature)
     check_choice("backend", backend, ("auto", *BACKENDS))
     check_budget(memory_budget)
@@ -237,12 +258,12 @@ def apply(
 
     # everything that can fail has been checked: from here on the pipeline is changed
     Handle.remove_from(modules.values())
-    facts = PipelineFacts(pipe, modules, granularity)
+    facts = PipelineFacts(pipe, modules)
     decided: dict[Any, tuple[int, ...]] = {}
     sessions = Sessions(
         source,
         callers=scheduler is None,
-        make=lambda clock: Session(clock, config, speedup, backend, facts, offered, decided),
+        make=lambda clock: Session(clock, config, speedup, backend, facts, granularity, offers, decided),
         on_run=PartsCheck(pipe, {**modules, **controlnets}).warn,
     )
     policy = Policy(granularity, memory_budget, float(gate_tolerance), max_contexts)

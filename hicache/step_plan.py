@@ -24,7 +24,7 @@ class FullStep:
 
     Args:
         slots: the inboxes that are written to, a feature each, ``[batch, tokens, channels]``; with gates of
-            low rank, what is added up before it goes there, too.
+            low rank, what is added up before it goes there, too. None: nothing inside is recorded.
         base: by stack, memory for the hidden state that enters the first block; may be the slot itself. The
             slot then receives the residual. By module None: the modules' outputs are recorded.
         view: of the hidden state that the features have; None: all of it.
@@ -188,8 +188,8 @@ class RunningCall:
 
     @property
     def recording(self) -> bool:
-        """Whether this is a full step of a cached transformer."""
-        return self.lesson is not None or isinstance(self.plan, FullStep)
+        """Whether this is a full step, and something inside the transformer is to be recorded."""
+        return self.lesson is not None or (isinstance(self.plan, FullStep) and bool(self.plan.slots))
 
     @property
     def skipping(self) -> bool:

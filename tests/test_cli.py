@@ -114,7 +114,9 @@ def test_what_is_fitted_to_the_model_is_the_default(arguments, fitted, speedup, 
 
     rows = dict.fromkeys((3, 4, 5, 7, 8, 9), (1.0, 0.0, 0.0))
     entry = Entry(10, 2, 3, (0, 1, 2, 6), {"transformer[0]": rows})
-    monkeypatch.setattr("hicache.cli.demo.shipped", lambda *_: Calibration({}, None, Hermite(0.5), (entry,)))
+    monkeypatch.setattr(
+        "hicache.cli.demo.shipped", lambda *_: [Calibration({}, None, Hermite(0.5), (entry,))]
+    )
     monkeypatch.setattr("hicache.demo.compare.compare", compare)
     with pytest.raises(Seen):
         main(["demo", "a red ring on blue", *arguments])

@@ -218,8 +218,7 @@ def test_what_is_fitted_to_the_model_is_used_and_draws_better(shapes_pipe, granu
     from hicache.calibration.shipped import shipped
     from hicache.demo.compare import compare
 
-    found = shipped(shapes_pipe, granularity)
-    assert found is not None
+    [found] = shipped(shapes_pipe, granularity)
     assert {len(entry.full_steps) for entry in found.entries} >= {18, 14, 12, 10, 9, 8, 7}
     for entry in found.entries:
         scores = entry.scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,19 +162,108 @@ def test_each_granularity_may_have_a_file_beside_the_model(tmp_path: Path):
 
     file_of(pipe, 0.02, "output").save(tmp_path / "hicache.output.json")
     assert used("output") == ("output", "hicache.output.json")
-    assert used("auto") == ("module", None), (
-        "without a file for all, what was asked for by no name is not used"
-    )
+    assert used("auto") == ("output", "hicache.output.json")
     file_of(pipe, 0.01, "stack").save(tmp_path / "hicache.json")
     assert used("output") == ("output", "hicache.output.json")
-    for granularity in ("auto", "stack"):
-        assert used(granularity) == ("stack", "hicache.json")
+    assert used("auto") == ("output", "hicache.output.json")
+    assert used("stack") == ("stack", "hicache.json")
     assert used("module") == ("module", None)
     (tmp_path / "hicache.output.json").unlink()
     assert used("output") == ("output", None)
+    assert used("auto") == ("stack", "hicache.json")
     # a file that is beside the model for all may be by output, too
     file_of(pipe, 0.02, "output").save(tmp_path / "hicache.json")
     assert used("auto") == ("output", "hicache.json")
+
+
+class Beside:
+    """A pipeline with a file by output for runs of :data:`STEPS` steps, and others beside it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pipe = hicache.demo.load()
+        self.pipe.set_progress_bar_config(disable=True)
+        self.by_output = file_of(self.pipe, 0.02, "output")
+        self.by_stack = file_of(self.pipe, 0.01, "stack")
+        self.found: list[Calibration] = [self.by_output]
+        monkeypatch.setattr(hicache.fast, "shipped", lambda *_: self.found)
+
+    def drawn(self, steps: int, seed: int = 0) -> torch.Tensor:
+        noise = torch.Generator().manual_seed(seed)
+        return self.pipe("a red ring on blue", steps, generator=noise, output_type="latent").images
+
+    def alone(
+        self, steps: int, config: HiCacheConfig | None, granularity: str, seed: int = 0
+    ) -> torch.Tensor:
+        with hicache.fast.apply(self.pipe, config, granularity=granularity):
+            return self.drawn(steps, seed)
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> Beside:
+    return Beside(monkeypatch)
+
+
+@pytest.mark.parametrize("also_by_stack", [False, True])
+def test_what_is_cached_may_change_from_run_to_run(beside: Beside, also_by_stack: bool):
+    """By output in the runs that the file by output holds for, and as without it in others."""
+    others = "stack" if also_by_stack else "auto"
+    wanted = [
+        (steps, seed, beside.alone(steps, *settings, seed))
+        for steps, seed, settings in (
+            (STEPS, 0, (HiCacheConfig.of(beside.by_output), "output")),
+            (STEPS + 2, 1, (HiCacheConfig(), others)),
+            (STEPS, 2, (HiCacheConfig.of(beside.by_output), "output")),
+            (STEPS + 2, 3, (HiCacheConfig(), others)),
+            (STEPS + 3, 4, (HiCacheConfig(), others)),
+        )
+    ]
+    if also_by_stack:
+        beside.found.append(beside.by_stack)
+    blocks = called(beside.pipe.transformer.transformer_blocks[0])
+    embedded = called(beside.pipe.transformer.x_embedder)
+    with hicache.fast.apply(beside.pipe) as handle:
+        for steps, seed, picture in wanted:
+            blocks.clear()
+            embedded.clear()
+            assert torch.equal(beside.drawn(steps, seed), picture)
+            stats = handle.stats
+            by_output = steps == STEPS
+            assert stats.granularity == ("output" if by_output else "stack" if also_by_stack else "module")
+            assert len(blocks) == stats.full_steps < steps
+            assert len(embedded) == (stats.full_steps if by_output else steps)
+            assert stats.full_steps + stats.skipped_steps == steps
+            if by_output:
+                assert stats.choices == {"transformer": "output: what comes with the model is fitted to it"}
+
+
+def test_a_run_that_is_broken_off_leaves_nothing_to_one_by_another_granularity(beside: Beside):
+    wanted = beside.alone(STEPS, HiCacheConfig.of(beside.by_output), "output")
+
+    def stop(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        if step == 5:
+            raise RuntimeError("stop")
+        return {}
+
+    with hicache.fast.apply(beside.pipe):
+        for steps in (STEPS + 2, STEPS):
+            with pytest.raises(RuntimeError, match="stop"):
+                beside.pipe("a red ring on blue", steps, callback_on_step_end=stop)
+        assert torch.equal(beside.drawn(STEPS), wanted)
+
+
+def test_a_speed_up_is_of_the_first_file_that_has_it(beside: Beside):
+    """And nothing is said of those that do not."""
+    [entry] = beside.by_stack.entries
+    layout = Layout.of(HiCacheConfig(interval=7, warmup=2), STEPS)
+    rows = {step: layout.row(PRIOR, step) for step in layout.positions}
+    fewer = replace(entry, warmup=2, full_steps=layout.full_steps, rows=plain({"transformer[0]": rows}))
+    beside.found.append(replace(beside.by_stack, entries=(fewer,)))
+    for calibration, granularity in ((beside.by_output, "output"), (beside.found[1], "stack")):
+        speedup = STEPS / len(calibration.entries[0].full_steps)
+        with hicache.fast.apply(beside.pipe, speedup=speedup) as handle:
+            beside.drawn(STEPS)
+            assert (handle.stats.granularity, handle.stats.bound) == (granularity, pytest.approx(speedup))
+            assert handle.stats.config.fallbacks == []
 
 
 @pytest.mark.parametrize("granularity", ["output", None])
@@ -182,7 +272,7 @@ def test_a_file_beside_a_unet_is_used(granularity: str | None, monkeypatch: pyte
     pipe = unet("sd15")
     keys = model_keys(find_denoisers(pipe, unets=True))
     calibration = Calibration(keys, None, PRIOR, (entry_of(0.02),), {}, granularity)
-    monkeypatch.setattr(hicache.fast, "shipped", lambda *_: calibration)
+    monkeypatch.setattr(hicache.fast, "shipped", lambda *_: [calibration])
     asked = {} if granularity else {"granularity": "output"}
     with hicache.fast.apply(pipe, **asked) as handle:
         pipe("a red ring", num_inference_steps=STEPS, height=32, width=32, output_type="latent")

@@ -19,11 +19,9 @@ class PipelineFacts:
     Args:
         pipe: the pipeline, which is not kept alive, or a transformer.
         modules: its denoisers, by name.
-        granularity: what is cached of them; ``"auto"`` may be anything.
     """
 
-    def __init__(self, pipe: Any, modules: Mapping[str, nn.Module], granularity: str = "auto") -> None:
-        self._granularity = None if granularity == "auto" else granularity
+    def __init__(self, pipe: Any, modules: Mapping[str, nn.Module]) -> None:
         try:
             self._pipe = weakref.ref(pipe)
         except TypeError:
@@ -34,9 +32,7 @@ class PipelineFacts:
     def __call__(self, run: Run) -> Run:
         if self._keys is None:
             self._keys = model_keys(self._modules)
-        return replace(
-            run, models=self._keys, guidance=guidance_of(self._pipe()), granularity=self._granularity
-        )
+        return replace(run, models=self._keys, guidance=guidance_of(self._pipe()))
 
 
 def model_keys(modules: Mapping[str, nn.Module]) -> dict[str, ModelKey]:

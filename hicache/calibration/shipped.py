@@ -1,6 +1,6 @@
 """A calibration that comes with a model: ``hicache.json`` in the folder that the pipeline was loaded from.
 
-Beside it there may be one for each granularity that is asked for by name, such as ``hicache.output.json``.
+Beside it there may be one for each granularity, such as ``hicache.output.json``.
 """
 
 from __future__ import annotations
@@ -19,22 +19,20 @@ def name_for(granularity: str) -> str:
     return f"hicache.{granularity}.json"
 
 
-def shipped(pipe: Any, granularity: str = "auto") -> Calibration | None:
-    """The calibration beside a pipeline's own files that serves a granularity; None where none does.
+def shipped(pipe: Any, granularity: str = "auto") -> list[Calibration]:
+    """The calibrations beside a pipeline's own files that serve a granularity, the preferred first.
 
     Args:
         pipe: the pipeline.
-        granularity: what is to be cached; ``"auto"``: what the file says.
+        granularity: what is to be cached; ``"auto"``: what the files say, and first of all what the denoiser
+            returns, as nothing of it runs at a skipped step then.
 
     Raises:
-        CalibrationError: it is damaged.
+        CalibrationError: one is damaged.
     """
     folder = getattr(pipe, "name_or_path", None)
     if not isinstance(folder, (str, Path)):
-        return None
-    names = [NAME] if granularity == "auto" else [name_for(granularity), NAME]
-    found = next((path for name in names if (path := Path(folder) / name).is_file()), None)
-    calibration = None if found is None else load(found)
-    if calibration is None or granularity in ("auto", calibration.granularity or granularity):
-        return calibration
-    return None
+        return []
+    names = [name_for("output" if granularity == "auto" else granularity), NAME]
+    found = [load(path) for name in names if (path := Path(folder) / name).is_file()]
+    return [one for one in found if granularity in ("auto", one.granularity or granularity)]

@@ -92,17 +92,17 @@ def variants(
 
 
 def _fitted(
-    calibration: Calibration | None, configs: Sequence[HiCacheConfig], num_steps: int, strict: bool
+    calibrations: Sequence[Calibration], configs: Sequence[HiCacheConfig], num_steps: int, strict: bool
 ) -> Iterator[Variant]:
     """What was fitted for as many full steps as each interval makes; strict: all of them must be there."""
     for config in configs:
-        fitted = config.fitted_in(calibration, num_steps)
+        fitted = config.fitted_in(calibrations, num_steps)
         if fitted is not None:
             yield Variant(FITTED, fitted)
         elif strict:
             count = len(full_steps(config, num_steps))
-            counts = [] if calibration is None else calibration.counts(num_steps)
-            there = f"it has {', '.join(map(str, sorted(counts)))}" if counts else "it has none"
+            counts = sorted({n for calibration in calibrations for n in calibration.counts(num_steps)})
+            there = f"it has {', '.join(map(str, counts))}" if counts else "it has none"
             raise ValueError(
                 f"mode {FITTED!r}: expected rows that come with the model for {count} full steps of "
                 f"{num_steps} (N={config.interval}); {there}"

@@ -53,13 +53,22 @@ class Captures:
         self._sums = 0  # bytes that a full step adds features up in
         self._stale = False  # whether there are graphs of earlier runs
         self.stats = GraphStats()
-        eager = why_not_full or ("asked for" if choice == "skipped" else None)
-        self.scope = Scope(self.stats, eager, full_only=transformer.skips_whole)
+        self._why_not_full = why_not_full or ("asked for" if choice == "skipped" else None)
+        self.scope = Scope(self.stats, self._why_not_full)
+        self._scopes = {False: self.scope}  # by whether skipped steps have nothing to capture
         self.memory = GraphMemory(self.stats, unlimited=choice == "full")
         self.blocks = BlockGraphs(self._call, backend, self.memory, limit=8 * limit)
 
-    def start_run(self, changed: bool) -> None:
-        """A run starts; ``changed`` says that parts of the model are not what they were."""
+    def start_run(self, changed: bool, whole: bool = False) -> None:
+        """A run starts.
+
+        Args:
+            changed: parts of the model are not what they were.
+            whole: nothing of the model runs at its skipped steps.
+        """
+        if whole not in self._scopes:
+            self._scopes[whole] = Scope(self.stats, self._why_not_full, full_only=whole)
+        self.scope = self._scopes[whole]
         self.scope.start_run()
         self._let_go.clear()
         self._stale = self.stats.nbytes > 0

@@ -19,6 +19,7 @@ from hicache.cuda_graphs.call_graph import CallArguments, cloned
 from hicache.cuda_graphs.capture import CaptureBackend
 from hicache.cuda_graphs.captures import LIMIT, Captures, first_line
 from hicache.cuda_graphs.model_state import ModelState
+from hicache.cuda_graphs.scope import Scope
 from hicache.hooks.hooked import HookedModule
 from hicache.mixin import mix_in
 from hicache.step_plan import FullStep, SkippedStep
@@ -69,12 +70,20 @@ class GraphRunner:
         self.due = False  # whether the current call is to be replayed: set where it begins and ends
         self.captures = Captures(transformer, backend, choice, limit, why_not_full)
         self.stats, self.memory = self.captures.stats, self.captures.memory
-        self._scope = self.captures.scope
 
-    def start_run(self, changed: bool) -> None:
-        """A run starts; ``changed`` says that parts of the model are not what they were."""
+    @property
+    def _scope(self) -> Scope:
+        return self.captures.scope
+
+    def start_run(self, changed: bool, whole: bool = False) -> None:
+        """A run starts.
+
+        Args:
+            changed: parts of the model are not what they were.
+            whole: nothing of the model runs at its skipped steps.
+        """
         self._model.start_run()
-        self.captures.start_run(changed)
+        self.captures.start_run(changed, whole)
         before = self.stats.eager
         self.stats.eager = self._scope.why_not_at_all or self._model.why_eager(self._backend)
         if self._choice != "auto" and self.stats.eager not in (None, before):

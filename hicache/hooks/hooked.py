@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -37,8 +38,6 @@ class HookedModule:
     lists: Sequence[nn.ModuleList] = ()
     #: Lists whose modules make what is added between blocks.
     side_lists: Any = ()
-    #: Whether nothing at all of it runs at a skipped step.
-    skips_whole = False
     #: Whether nothing of it has to be checked at a first skipped step.
     verified = True
 
@@ -46,20 +45,41 @@ class HookedModule:
         self.module = module
         self.name = type(module).__name__
         self.call = RunningCall()
+        self._inside: set[int] = set()  # threads that are in a call
+        self._before: Before | None = None
+        self._after: After | None = None
 
     def watch(self, before: Before, after: After, failed: Callable[[], None]) -> list[Callable[[], None]]:
-        """Watch its calls; returns what undoes it.
+        """Watch its calls, from outside of all its hooks; returns what undoes it.
+
+        Where the plan is to leave a call out, no hook of the denoiser runs either, so that offloaded or
+        sharded weights stay where they are, and what ``torch.compile`` made of it is not entered.
 
         Args:
             before: a call begins.
             after: it has ended, having returned something.
             failed: it has ended in any ``BaseException``: nothing of it may reach the next one.
         """
-        return [
-            compat.guard_calls(self.module, failed),
-            self.module.register_forward_pre_hook(before, with_kwargs=True).remove,
-            self.module.register_forward_hook(after).remove,
-        ]
+        self._before, self._after = before, after
+        return [compat.guard_calls(self.module, failed, self._make)]
+
+    @compat.passed_by
+    def _make(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the denoiser, by whomever; ``call`` makes it."""
+        thread = threading.get_ident()
+        if thread in self._inside:  # there are two ways into a module, and one goes by the other
+            return call(*args, **kwargs)
+        assert self._before is not None
+        assert self._after is not None
+        self._inside.add(thread)
+        try:
+            args, kwargs = self._before(self.module, args, kwargs) or (args, kwargs)
+            plan = self.call.left_out
+            output = call(*args, **kwargs) if plan is None else plan.output
+            self._after(self.module, args, output)
+            return output
+        finally:
+            self._inside.discard(thread)
 
     def install(self, forecast: Forecast) -> None:
         """Hook what is inside. :meth:`remove` undoes it exactly."""
@@ -74,10 +94,6 @@ class HookedModule:
     def end(self) -> None:
         """A call has ended, or never came to its end: let go of its tensors."""
         self.call.clear()
-
-    def wanted(self, model_kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What of its arguments, besides their shapes, tells that a call is of another form."""
-        return ()
 
     def fingerprint(self) -> list[Any]:
         """What of it is not weights: equal as long as nobody puts parts of it in others' places."""

@@ -35,6 +35,7 @@ class Policy:
     memory_budget: int  # bytes
     gate_tolerance: float = GATE_TOLERANCE  # what gates of low rank may be off by, relative
     max_contexts: int = MAX_CONTEXTS
+    why: str = "asked for"  # this granularity
 
     @property
     def by_module(self) -> bool:
@@ -76,7 +77,7 @@ class RecorderChoice:
         self.low_rank: LowRankRecorder | None = None
         if self.modules is not None and policy.granularity != "module":
             self.low_rank = LowRankRecorder(self.modules, policy.gate_tolerance)
-        self._why_coarse = f"no adapter knows the modules of {model}" if policy.by_module else "asked for"
+        self._why_coarse = f"no adapter knows the modules of {model}" if policy.by_module else policy.why
         self._why_not_modules: str | None = None  # in this run, by "auto"
         self.recorder: Recorder = self._finest()
 

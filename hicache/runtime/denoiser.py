@@ -149,7 +149,7 @@ class Denoiser(NotCopied):
             return None
         name = self._name.current or caller.name
         scale = scale_of(model_kwargs)
-        key = name, scale is None, *self.hooked.wanted(model_kwargs)
+        key = name, scale is None, *track.planner.wanted(model_kwargs)
         context = track.contexts.find(counter, key, model_kwargs, track.session)
         if context is None:
             self._warn(f"was called in more than {self._max_contexts} forms or with as many prompts {_MANY}")
@@ -225,11 +225,12 @@ class Denoiser(NotCopied):
             track.planner.end()
 
     def _start_run(self, track: Track) -> None:
+        track.session.start_run()
         seen = self.hooked.fingerprint()
         changed = seen != self._seen
         track.contexts.start_run()
         if self.graphs is not None:
-            self.graphs.start_run(changed)
+            self.graphs.start_run(changed, track.session.whole)
         if changed:
             check_one_cache(self.module, "hicache.fast")
             # blocks, processors or hooks have been put in place since: what was learned may not hold
@@ -240,8 +241,7 @@ class Denoiser(NotCopied):
         if track.learned_from != self._version:
             track.learned_from = self._version
             track.contexts.forget_forms()
-        track.choice.start_run()
-        track.session.start_run()
+        track.start_run()
 
     def _warn(self, what: str) -> None:
         if what not in self._warned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from hicache.runtime.planner import CallPlanner
 
 class OutputPlanner(CallPlanner):
     """The planner of a denoiser that is cached by output: nothing inside is learned or checked."""
+
+    def wanted(self, model_kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        # return_dict, and whatever else chooses what is returned
+        return tuple((name, value) for name, value in model_kwargs.items() if isinstance(value, bool))
 
     def begin_full(self, begun: BegunCall) -> None:
         self._hooked.call.plan = self._recorder.plan_full(begun)

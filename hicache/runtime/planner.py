@@ -38,6 +38,10 @@ class CallPlanner:
         self._pause = CompilePause()
         self._sizes = OpenSizes()
 
+    def wanted(self, model_kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What of a call's arguments, besides their shapes, tells that it is of another form."""
+        return ()
+
     def is_full(self, begun: BegunCall) -> bool:
         """Whether the blocks run in this call."""
         context, choice = begun.context, self._choice

@@ -64,7 +64,9 @@ class Session:
         speedup: bound to reach; None takes the config's.
         backend: of :mod:`hicache_kernels`.
         pipeline: says what else a fitted basis or schedule is to match; None for nothing.
-        offered: settings to take in place of ``config`` in the runs that they hold for.
+        granularity: what is cached, of :data:`hicache.pipeline.GRANULARITIES`.
+        offers: settings to take in place of ``config``: in each run the first that hold for it. Those fitted
+            to what denoisers return have that cached in their runs, whatever ``granularity`` says.
         decided: what schedules keep of runs, for those of all sessions.
     """
 
@@ -75,7 +77,8 @@ class Session:
         speedup: float | None,
         backend: str,
         pipeline: Callable[[Run], Run] | None = None,
-        offered: HiCacheConfig | None = None,
+        granularity: str = "auto",
+        offers: Sequence[HiCacheConfig] = (),
         decided: MutableMapping[Any, tuple[int, ...]] | None = None,
     ) -> None:
         self.clock = clock
@@ -87,7 +90,9 @@ class Session:
         self.places: set[int] = set()  # steps of the current run that were full, of any denoiser
         self.latents: InputWatch | None = None  # of the current run, where its schedule decides by them
         self._asked = config
-        self._offered = offered
+        self._offers = offers
+        self._granularity = granularity
+        self.granularity = granularity  # of the current run
         self._pipeline = pipeline
         self._decided = {} if decided is None else decided
         self._run = -1
@@ -104,38 +109,62 @@ class Session:
             return
         self._run = run
         self.watch.reset()
-        self.config = self._settled(self._asked)
-        for reason in self.config.fallbacks:
-            self._warn(reason)
-        if self._offered is not None:
-            offered = self._settled(self._offered)
-            self.config = self.config if offered.fallbacks else offered
+        self._settle()
         self.places = set()
         online = self.config.places_by.online
         self.latents = None if online is None else InputWatch(online)
 
-    def _settled(self, asked: HiCacheConfig) -> HiCacheConfig:
-        """Settings as they are in this run, with as many full steps as the speed-up asks for."""
-        known = Run(self.clock.num_steps, decided=self._decided)
-        if asked.reads_sigmas:
-            known = replace(known, sigmas=self.clock.sigmas)
-            if self._pipeline is not None:
-                known = self._pipeline(known)
-        self.sigmas = known.sigmas
-        if self.speedup is None:
-            return asked.for_run(known)
-        if known.num_steps is None:
+    @property
+    def whole(self) -> bool:
+        """Whether what denoisers return is cached in the current run."""
+        return self.granularity == "output"
+
+    def _settle(self) -> None:
+        """Take the first settings offered that hold for the run that starts, else those asked for."""
+        num_steps = self.clock.num_steps
+        if self.speedup is not None and num_steps is None:
             raise ValueError(
                 "hicache: speedup= needs a scheduler that has its `timesteps` after set_timesteps()"
             )
-        config = with_speedup(asked, self.speedup, known.num_steps, known).for_run(known)
-        reached = bound(config, known.num_steps)
-        if round(reached, 2) < round(self.speedup, 2):
-            self._warn(
-                f"speedup={self.speedup} is out of reach in {known.num_steps} steps with warmup="
-                f"{config.warmup}: this run's bound is {reached:.2f}"
-            )
-        return config
+        for offer in self._offers:
+            config, sigmas = self._for_run(offer, None)
+            if not config.fallbacks:
+                self.granularity = "output" if offer.fitted_by == "output" else self._granularity
+                break
+        else:
+            config, sigmas = self._for_run(self._asked, self._granularity)
+            self.granularity = self._granularity
+            for reason in config.fallbacks:
+                self._warn(reason)
+        self.config, self.sigmas = config, sigmas
+        if self.speedup is not None and num_steps is not None:
+            reached = bound(config, num_steps)
+            if round(reached, 2) < round(self.speedup, 2):
+                self._warn(
+                    f"speedup={self.speedup} is out of reach in {num_steps} steps with warmup="
+                    f"{config.warmup}: this run's bound is {reached:.2f}"
+                )
+
+    def _for_run(
+        self, asked: HiCacheConfig, granularity: str | None
+    ) -> tuple[HiCacheConfig, tuple[float, ...] | None]:
+        """Settings as they are in this run, and its noise levels.
+
+        With a speed-up they have as many full steps as that asks for.
+
+        Args:
+            asked: the settings.
+            granularity: what is cached with them; None: what they were fitted to.
+        """
+        run = Run(self.clock.num_steps, decided=self._decided)
+        if asked.reads_sigmas:
+            run = replace(run, sigmas=self.clock.sigmas)
+            if self._pipeline is not None:
+                run = self._pipeline(run)
+            run = replace(run, granularity=None if granularity == "auto" else granularity)
+        if self.speedup is not None and run.num_steps is not None:
+            asked = with_speedup(asked, self.speedup, run.num_steps, run)
+        return asked.for_run(run), run.sigmas
 
     def begin_full(self, step: int) -> None:
         """A step of the run is full."""

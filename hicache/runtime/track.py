@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Final
+from dataclasses import replace
 
 from hicache.adapters.base import ModuleAdapter
 from hicache.adapters.gates import held_nbytes, let_go
@@ -16,9 +17,6 @@ from hicache.runtime.module_recorder import ModuleRecorder
 from hicache.runtime.output_planner import OutputPlanner
 from hicache.runtime.planner import CallPlanner
 from hicache.runtime.session import Session, StepCounter
-
-# what looks at something else than blocks → what plans its calls
-_PLANNERS: Final[dict[str, type[CallPlanner]]] = {"output": OutputPlanner}
 
 
 class Track:
@@ -49,10 +47,37 @@ class Track:
         self.session = session
         self.counter = StepCounter(session)
         self.contexts = Contexts(name, policy.max_contexts)
-        self.choice = RecorderChoice(hooked.name, policy, modules, self.contexts, warn, adapter, graphs)
-        planner = _PLANNERS.get(policy.granularity, CallPlanner)
-        self.planner = planner(hooked, self.choice, session)
         self.learned_from = 0  # which of the model's versions
+        self._hooked, self._policy = hooked, policy
+        self._choose = functools.partial(
+            RecorderChoice,
+            hooked.name,
+            modules=modules,
+            contexts=self.contexts,
+            warn=warn,
+            adapter=adapter,
+            graphs=graphs,
+        )
+        self._by_granularity: dict[str, tuple[RecorderChoice, CallPlanner]] = {}
+        self._settle()
+
+    def start_run(self) -> None:
+        """A run of its session has started: what is cached in it is known."""
+        self._settle()
+        self.choice.start_run()
+
+    def _settle(self) -> None:
+        granularity = self.session.granularity
+        if granularity not in self._by_granularity:
+            policy = self._policy
+            if granularity != policy.granularity:
+                policy = replace(
+                    policy, granularity=granularity, why="what comes with the model is fitted to it"
+                )
+            choice = self._choose(policy)
+            planner = OutputPlanner if self.session.whole else CallPlanner
+            self._by_granularity[granularity] = choice, planner(self._hooked, choice, self.session)
+        self.choice, self.planner = self._by_granularity[granularity]
 
     def going_on(self) -> list[Context]:
         """The contexts of the run that goes on which had a call in the step before this one."""
