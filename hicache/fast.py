@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -17,7 +17,6 @@ from torch import nn
 from hicache.adapters import registry
 from hicache.adapters.layers import check_layers
 from hicache.calibration.matching import PipelineFacts
-from hicache.calibration.shipped import shipped
 from hicache.checks import check_whole
 from hicache.companion import companions
 from hicache.config import HiCacheConfig
@@ -27,6 +26,7 @@ from hicache.handle import BaseHandle
 from hicache.hooks.hooked import HookedModule
 from hicache.hooks.output import HookedOutput
 from hicache.hooks.transformer import HookedTransformer
+from hicache.offers import granularity_for, offers_for
 from hicache.pipeline import (
     MEMORY_BUDGET,
     PartsCheck,
@@ -40,7 +40,6 @@ from hicache.pipeline import (
     find_controlnets,
     find_denoisers,
     find_scheduler,
-    granularity_of,
 )
 from hicache.plan import plan
 from hicache.planned import DenoiserPlan, Plan
@@ -118,40 +117,6 @@ class Handle(BaseHandle[Denoiser]):
         )
 
 
-def _offers(pipe: Any, granularity: str) -> list[HiCacheConfig]:
-    """What was fitted to the models of a pipeline, by what is to be cached of them, the preferred first."""
-    found = []
-    for calibration in shipped(pipe, granularity):
-        fitted = {key.name for key in calibration.models.values()}
-        modules = find_denoisers(pipe, unets="output" in (granularity, calibration.granularity))
-        if fitted <= {
-            type(module).__name__ for module in modules.values()
-        }:  # else it holds for none of their runs
-            found.append(HiCacheConfig.of(calibration))
-    return found
-
-
-def _finest(pipe: Any, config: HiCacheConfig, offers: Sequence[HiCacheConfig]) -> str:
-    """What ``granularity="auto"`` caches in the runs that no offer of something else holds for."""
-    fitted = [config.fitted_by, *(offer.fitted_by for offer in offers if offer.fitted_by != "output")]
-    found = next((granularity for granularity in fitted if granularity is not None), None)
-    if found is not None:
-        return found
-    if offers and not _has_blocks(pipe):
-        return "output"
-    return "auto"
-
-
-def _has_blocks(pipe: Any) -> bool:
-    """Whether the denoisers of a pipeline can be cached by what is inside."""
-    try:
-        for module in find_denoisers(pipe).values():
-            HookedTransformer(module)
-    except ValueError:
-        return False
-    return True
-
-
 def apply(
     pipe: Any,
     config: HiCacheConfig | None = None,
@@ -220,11 +185,9 @@ def apply(
     """
     if clusters is not None:
         granularity = by_module(granularity, "clusters")
-    offers = _offers(pipe, granularity) if config is None else []
+    offers = offers_for(pipe, granularity) if config is None else []
     config = check_config(config)
-    if granularity == "auto":
-        granularity = _finest(pipe, config, offers)
-    granularity = granularity_of(granularity, config.by_feature)
+    granularity = granularity_for(pipe, granularity, config, bool(offers))
     check_choice("backend", backend, ("auto", *BACKENDS))
     check_budget(memory_budget)
     check_tolerance(gate_tolerance)

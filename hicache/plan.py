@@ -16,6 +16,7 @@ from hicache.config import HiCacheConfig
 from hicache.cuda_graphs.runner import CHOICES
 from hicache.dry_run import Recorded, dry_run
 from hicache.engine import Engine
+from hicache.offers import granularity_for, offers_for
 from hicache.pipeline import (
     MEMORY_BUDGET,
     check_budget,
@@ -23,7 +24,6 @@ from hicache.pipeline import (
     check_config,
     find_controlnets,
     find_denoisers,
-    granularity_of,
     is_unet,
 )
 from hicache.planned import DenoiserPlan, Plan
@@ -34,6 +34,7 @@ from hicache.planned_memory import (
     plan_graphs,
     returned_by_unet,
 )
+from hicache.run import Run
 from hicache.runtime.gate_rank import SumMemory, why_not
 from hicache.schedule import full_steps
 
@@ -66,7 +67,8 @@ def plan(
     Args:
         pipe: as for :func:`hicache.fast.apply`; of a model whose modules are known, or by output with a
             U-Net.
-        config: as for :func:`hicache.fast.apply`.
+        config: as for :func:`hicache.fast.apply`; None: what comes with the model for runs of ``steps``, else
+            the defaults.
         height: of the picture, in pixels.
         width: of the picture, in pixels.
         num_frames: of the video; 1 for pictures.
@@ -92,8 +94,9 @@ def plan(
     Raises:
         TypeError, ValueError: bad arguments, or a model whose modules are not known.
     """
+    offers = offers_for(pipe, granularity) if config is None else []
     config = check_config(config)
-    granularity = granularity_of(granularity, config.by_feature)
+    granularity = granularity_for(pipe, granularity, config, bool(offers))
     check_budget(memory_budget)
     counts = {"height": height, "width": width, "num_frames": num_frames, "batch": batch, "steps": steps}
     optional = {"calls": calls, "text_tokens": text_tokens}
@@ -107,6 +110,11 @@ def plan(
         raise TypeError(
             f"hicache: expected dtype to be a floating dtype such as torch.bfloat16, or None, got {dtype!r}"
         )
+    for offer in offers:
+        fitted = offer.for_run(Run(steps))
+        if not fitted.fallbacks:
+            config, granularity = fitted, offer.fitted_by or granularity
+            break
     size = num_frames, height, width
     run = _Run(config, size, batch, guided, calls, more_tokens, text_tokens, dtype, steps)
     settings = _Settings(granularity, memory_budget, cuda_graphs)

@@ -58,7 +58,7 @@ LAYERS = [
     {"hicache.cuda_graphs"},
     {"hicache.runtime"},
     {"hicache.companions"},
-    {"hicache.dry_run"},
+    {"hicache.dry_run", "hicache.offers"},
     {"hicache.planned_memory"},
     {"hicache.planned"},
     {"hicache.plan"},

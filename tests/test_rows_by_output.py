@@ -26,6 +26,7 @@ from hicache.fitting.replay import Replay
 from hicache.fitting.rows import ByRows, InFull, Layout
 from hicache.fitting.trajectory import Search, plain
 from hicache.pipeline import find_denoisers
+from hicache.run import Run
 from tests.support import unets
 
 STEPS = 10
@@ -33,10 +34,10 @@ CONFIG = HiCacheConfig(interval=4)
 PRIOR = Named("hermite", 0.5)
 
 
-def entry_of(change: float) -> Entry:
-    layout = Layout.of(CONFIG, STEPS)
+def entry_of(change: float, steps: int = STEPS) -> Entry:
+    layout = Layout.of(CONFIG, steps)
     rows = {step: layout.row(PRIOR, step) + change for step in layout.positions}
-    return Entry(STEPS, CONFIG.order, CONFIG.warmup, layout.full_steps, plain({"transformer[0]": rows}))
+    return Entry(steps, CONFIG.order, CONFIG.warmup, layout.full_steps, plain({"transformer[0]": rows}))
 
 
 def file_of(pipe: Any, change: float, granularity: str) -> Calibration:
@@ -185,7 +186,7 @@ class Beside:
         self.by_output = file_of(self.pipe, 0.02, "output")
         self.by_stack = file_of(self.pipe, 0.01, "stack")
         self.found: list[Calibration] = [self.by_output]
-        monkeypatch.setattr(hicache.fast, "shipped", lambda *_: self.found)
+        monkeypatch.setattr("hicache.offers.shipped", lambda *_: self.found)
 
     def drawn(self, steps: int, seed: int = 0) -> torch.Tensor:
         noise = torch.Generator().manual_seed(seed)
@@ -203,37 +204,36 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> Beside:
     return Beside(monkeypatch)
 
 
-@pytest.mark.parametrize("also_by_stack", [False, True])
-def test_what_is_cached_may_change_from_run_to_run(beside: Beside, also_by_stack: bool):
-    """By output in the runs that the file by output holds for, and as without it in others."""
-    others = "stack" if also_by_stack else "auto"
-    wanted = [
-        (steps, seed, beside.alone(steps, *settings, seed))
-        for steps, seed, settings in (
-            (STEPS, 0, (HiCacheConfig.of(beside.by_output), "output")),
-            (STEPS + 2, 1, (HiCacheConfig(), others)),
-            (STEPS, 2, (HiCacheConfig.of(beside.by_output), "output")),
-            (STEPS + 2, 3, (HiCacheConfig(), others)),
-            (STEPS + 3, 4, (HiCacheConfig(), others)),
-        )
-    ]
-    if also_by_stack:
-        beside.found.append(beside.by_stack)
+def test_what_is_cached_changes_from_run_to_run_with_the_file_that_holds(beside: Beside):
+    """By output and by stack in the runs that files so fitted hold for, and as without them in others."""
+    more = entry_of(0.01, STEPS + 2)
+    by_stack = replace(beside.by_stack, entries=(more,))
+    beside.found.append(by_stack)
+    kinds = {
+        STEPS: (HiCacheConfig.of(beside.by_output), "output"),
+        STEPS + 2: (HiCacheConfig.of(by_stack), "stack"),
+        STEPS + 3: (HiCacheConfig(), "module"),
+    }
+    runs = list(enumerate([*kinds, *kinds, *reversed(kinds)]))
+    wanted = [beside.alone(steps, *kinds[steps], seed) for seed, steps in runs]
     blocks = called(beside.pipe.transformer.transformer_blocks[0])
     embedded = called(beside.pipe.transformer.x_embedder)
     with hicache.fast.apply(beside.pipe) as handle:
-        for steps, seed, picture in wanted:
+        for (seed, steps), picture in zip(runs, wanted, strict=True):
             blocks.clear()
             embedded.clear()
             assert torch.equal(beside.drawn(steps, seed), picture)
-            stats = handle.stats
-            by_output = steps == STEPS
-            assert stats.granularity == ("output" if by_output else "stack" if also_by_stack else "module")
+            stats, granularity = handle.stats, kinds[steps][1]
+            assert stats.granularity == granularity
             assert len(blocks) == stats.full_steps < steps
-            assert len(embedded) == (stats.full_steps if by_output else steps)
+            assert len(embedded) == (stats.full_steps if granularity == "output" else steps)
             assert stats.full_steps + stats.skipped_steps == steps
-            if by_output:
+            if granularity == "output":
                 assert stats.choices == {"transformer": "output: what comes with the model is fitted to it"}
+        planned = {steps: hicache.fast.plan(beside.pipe, height=32, width=32, steps=steps) for steps in kinds}
+    for steps, (config, granularity) in kinds.items():
+        assert {one.granularity for one in planned[steps].denoisers.values()} == {granularity}
+        assert planned[steps].full_steps == len(hicache.full_steps(config.for_run(Run(steps)), steps))
 
 
 def test_a_run_that_is_broken_off_leaves_nothing_to_one_by_another_granularity(beside: Beside):
@@ -272,7 +272,7 @@ def test_a_file_beside_a_unet_is_used(granularity: str | None, monkeypatch: pyte
     pipe = unet("sd15")
     keys = model_keys(find_denoisers(pipe, unets=True))
     calibration = Calibration(keys, None, PRIOR, (entry_of(0.02),), {}, granularity)
-    monkeypatch.setattr(hicache.fast, "shipped", lambda *_: [calibration])
+    monkeypatch.setattr("hicache.offers.shipped", lambda *_: [calibration])
     asked = {} if granularity else {"granularity": "output"}
     with hicache.fast.apply(pipe, **asked) as handle:
         pipe("a red ring", num_inference_steps=STEPS, height=32, width=32, output_type="latent")

@@ -49,7 +49,7 @@ def demo(
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance.")] = 4.0,
     seed: Annotated[int, typer.Option(help="Of the starting noise.")] = 0,
     repeats: Annotated[int, typer.Option(help="Timed runs of each kind; medians count.")] = 5,
-    granularity: Annotated[str, typer.Option(help=f"What is cached: {', '.join(GRANULARITIES)}.")] = "stack",
+    granularity: Annotated[str, typer.Option(help=f"What is cached: {', '.join(GRANULARITIES)}.")] = "auto",
     backend: Annotated[str, typer.Option(help=f"Of hicache_kernels: auto, {', '.join(BACKENDS)}.")] = "auto",
 ) -> None:
     """Draw with the bundled model in full and with HiCache: one PNG with both, and a table.

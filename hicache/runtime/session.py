@@ -65,8 +65,8 @@ class Session:
         backend: of :mod:`hicache_kernels`.
         pipeline: says what else a fitted basis or schedule is to match; None for nothing.
         granularity: what is cached, of :data:`hicache.pipeline.GRANULARITIES`.
-        offers: settings to take in place of ``config``: in each run the first that hold for it. Those fitted
-            to what denoisers return have that cached in their runs, whatever ``granularity`` says.
+        offers: settings to take in place of ``config``: in each run the first that hold for it. What they
+            were fitted to is cached in those runs, whatever ``granularity`` says.
         decided: what schedules keep of runs, for those of all sessions.
     """
 
@@ -129,7 +129,7 @@ class Session:
         for offer in self._offers:
             config, sigmas = self._for_run(offer, None)
             if not config.fallbacks:
-                self.granularity = "output" if offer.fitted_by == "output" else self._granularity
+                self.granularity = offer.fitted_by or self._granularity
                 break
         else:
             config, sigmas = self._for_run(self._asked, self._granularity)

@@ -58,12 +58,16 @@ class Track:
             adapter=adapter,
             graphs=graphs,
         )
+        self._looked_for = session.granularity  # in the forms of calls
         self._by_granularity: dict[str, tuple[RecorderChoice, CallPlanner]] = {}
         self._settle()
 
     def start_run(self) -> None:
         """A run of its session has started: what is cached in it is known."""
         self._settle()
+        if not self.session.whole and self._looked_for != self.session.granularity:
+            self.contexts.forget_forms()  # another recorder looks for something else in them
+            self._looked_for = self.session.granularity
         self.choice.start_run()
 
     def _settle(self) -> None:
