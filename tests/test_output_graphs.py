@@ -13,6 +13,7 @@ import hicache.fast
 from hicache.cuda_graphs.capture import CudaBackend
 from tests.support import pipelines, unets
 from tests.support.cuda.runtime import Runtime
+from tests.support.fitted import entry_of, file_of
 from tests.support.graphs import CONFIG, STEPS, FakeBackend, connect
 
 NOTHING = "nothing of the model runs at skipped steps"
@@ -89,6 +90,35 @@ def test_recorded_operators_equal_eager(name: str, recorded: Runtime):
         [stats] = handle.stats.graphs.values()
     assert all(map(torch.equal, drawn, expected))
     assert (stats.captures, stats.eager) == (1 if name == "dit" else 2, None)
+
+
+def test_graphs_follow_from_run_to_run_what_is_cached(recorded: Runtime, monkeypatch: pytest.MonkeyPatch):
+    """By output in the runs that a file by output holds for, else by module: skipped steps are captured, too."""
+    pipe, arguments = build("flux")
+    by_output = file_of(pipe, entry_of(0.01, CONFIG, STEPS), "output")
+    monkeypatch.setattr("hicache.offers.shipped", lambda *_: [by_output])
+    others = STEPS - 1
+    given = [STEPS, STEPS, others, others, STEPS, others, STEPS]
+    with hicache.fast.apply(pipe, cuda_graphs=False) as handle:
+        expected = [draw(pipe, arguments, steps) for steps in given]
+        assert handle.stats.granularity == "output"
+    with hicache.fast.apply(pipe) as handle:
+        captures, partly, replays = [], [], 0
+        for steps, picture in zip(given, expected, strict=True):
+            assert torch.equal(draw(pipe, arguments, steps), picture)
+            [stats] = handle.stats.graphs.values()
+            assert stats.eager is None
+            assert stats.replays > replays
+            replays = stats.replays
+            captures.append(stats.captures)
+            partly.append(stats.partly)
+    only_full = f"only full steps are captured: {NOTHING}"
+    assert partly == [only_full if steps == STEPS else None for steps in given]
+    assert captures[0] == captures[1] == 1
+    assert captures[:2] == [1, 1]
+    # what the modules' graphs read is freed in a run by output, and what its graph reads is nobody's history
+    assert captures[2] > 1
+    assert captures[3] == captures[4] < captures[5] == captures[6]
 
 
 def test_skipped_steps_alone_are_nothing_to_capture(faked: None):

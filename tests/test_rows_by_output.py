@@ -16,8 +16,7 @@ import hicache
 import hicache.demo
 import hicache.fast
 from hicache import Fitted, HiCacheConfig
-from hicache.basis import Named
-from hicache.calibration.file import Calibration, Entry
+from hicache.calibration.file import Calibration
 from hicache.calibration.matching import model_keys
 from hicache.demo.pipeline import ShapesPipeline
 from hicache.fitting.judge import Verdict
@@ -28,20 +27,10 @@ from hicache.fitting.trajectory import Search, plain
 from hicache.pipeline import find_denoisers
 from hicache.run import Run
 from tests.support import unets
+from tests.support.fitted import PRIOR, entry_of, file_of
 
 STEPS = 10
 CONFIG = HiCacheConfig(interval=4)
-PRIOR = Named("hermite", 0.5)
-
-
-def entry_of(change: float, steps: int = STEPS) -> Entry:
-    layout = Layout.of(CONFIG, steps)
-    rows = {step: layout.row(PRIOR, step) + change for step in layout.positions}
-    return Entry(steps, CONFIG.order, CONFIG.warmup, layout.full_steps, plain({"transformer[0]": rows}))
-
-
-def file_of(pipe: Any, change: float, granularity: str) -> Calibration:
-    return Calibration(model_keys(find_denoisers(pipe)), None, PRIOR, (entry_of(change),), {}, granularity)
 
 
 def unet(name: str) -> Any:
@@ -161,10 +150,10 @@ def test_each_granularity_may_have_a_file_beside_the_model(tmp_path: Path):
         basis = stats.config.basis
         return stats.granularity, basis.calibration.source if isinstance(basis, Fitted) else None
 
-    file_of(pipe, 0.02, "output").save(tmp_path / "hicache.output.json")
+    file_of(pipe, entry_of(0.02, CONFIG, STEPS), "output").save(tmp_path / "hicache.output.json")
     assert used("output") == ("output", "hicache.output.json")
     assert used("auto") == ("output", "hicache.output.json")
-    file_of(pipe, 0.01, "stack").save(tmp_path / "hicache.json")
+    file_of(pipe, entry_of(0.01, CONFIG, STEPS), "stack").save(tmp_path / "hicache.json")
     assert used("output") == ("output", "hicache.output.json")
     assert used("auto") == ("output", "hicache.output.json")
     assert used("stack") == ("stack", "hicache.json")
@@ -173,7 +162,7 @@ def test_each_granularity_may_have_a_file_beside_the_model(tmp_path: Path):
     assert used("output") == ("output", None)
     assert used("auto") == ("stack", "hicache.json")
     # a file that is beside the model for all may be by output, too
-    file_of(pipe, 0.02, "output").save(tmp_path / "hicache.json")
+    file_of(pipe, entry_of(0.02, CONFIG, STEPS), "output").save(tmp_path / "hicache.json")
     assert used("auto") == ("output", "hicache.json")
 
 
@@ -183,8 +172,8 @@ class Beside:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pipe = hicache.demo.load()
         self.pipe.set_progress_bar_config(disable=True)
-        self.by_output = file_of(self.pipe, 0.02, "output")
-        self.by_stack = file_of(self.pipe, 0.01, "stack")
+        self.by_output = file_of(self.pipe, entry_of(0.02, CONFIG, STEPS), "output")
+        self.by_stack = file_of(self.pipe, entry_of(0.01, CONFIG, STEPS), "stack")
         self.found: list[Calibration] = [self.by_output]
         monkeypatch.setattr("hicache.offers.shipped", lambda *_: self.found)
 
@@ -206,7 +195,7 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> Beside:
 
 def test_what_is_cached_changes_from_run_to_run_with_the_file_that_holds(beside: Beside):
     """By output and by stack in the runs that files so fitted hold for, and as without them in others."""
-    more = entry_of(0.01, STEPS + 2)
+    more = entry_of(0.01, CONFIG, STEPS + 2)
     by_stack = replace(beside.by_stack, entries=(more,))
     beside.found.append(by_stack)
     kinds = {
@@ -271,7 +260,7 @@ def test_a_file_beside_a_unet_is_used(granularity: str | None, monkeypatch: pyte
     """Of one that says by what, nothing has to be asked for."""
     pipe = unet("sd15")
     keys = model_keys(find_denoisers(pipe, unets=True))
-    calibration = Calibration(keys, None, PRIOR, (entry_of(0.02),), {}, granularity)
+    calibration = Calibration(keys, None, PRIOR, (entry_of(0.02, CONFIG, STEPS),), {}, granularity)
     monkeypatch.setattr("hicache.offers.shipped", lambda *_: [calibration])
     asked = {} if granularity else {"granularity": "output"}
     with hicache.fast.apply(pipe, **asked) as handle:
