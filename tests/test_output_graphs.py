@@ -93,7 +93,7 @@ def test_recorded_operators_equal_eager(name: str, recorded: Runtime):
 
 
 def test_graphs_follow_from_run_to_run_what_is_cached(recorded: Runtime, monkeypatch: pytest.MonkeyPatch):
-    """By output in the runs that a file by output holds for, else by module: skipped steps are captured, too."""
+    """By output in the runs that a file by output holds for, else by module, with skipped steps, too."""
     pipe, arguments = build("flux")
     by_output = file_of(pipe, entry_of(0.01, CONFIG, STEPS), "output")
     monkeypatch.setattr("hicache.offers.shipped", lambda *_: [by_output])
