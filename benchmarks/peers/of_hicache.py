@@ -11,17 +11,18 @@ from typing import Any, Final
 
 import hicache.fast
 from benchmarks.peers.method import INTERVALS, WARMUP, Method
-from hicache import HiCacheConfig, full_steps
+from hicache import HiCacheConfig
 from hicache.calibration.reader import load
 from hicache.calibration.shipped import NAME, name_for
 from hicache.demo import MODEL
 from hicache.demo.pipeline import ShapesPipeline
 
-Arguments = Callable[[int], dict[str, Any]]
+Arguments = Callable[[float], dict[str, Any]]
 
 PACKAGE: Final = "hicache"
 SIGMAS: Final = (0.3, 0.4, 0.5, 0.6)
 ORDERS: Final = (1, 2, 3)
+OUTPUT_INTERVALS: Final = (1.3, 2.0, *INTERVALS, 12.0)  # of the file by output: 39 to 6 full steps
 
 
 def method(name: str, arguments: Arguments, **more: Any) -> Method:
@@ -34,7 +35,7 @@ def method(name: str, arguments: Arguments, **more: Any) -> Method:
     """
 
     def apply(pipe: ShapesPipeline, setting: float, steps: int) -> None:
-        hicache.fast.apply(pipe, **arguments(int(setting)))
+        hicache.fast.apply(pipe, **arguments(setting))
 
     return Method(name, PACKAGE, apply, **more)
 
@@ -42,7 +43,7 @@ def method(name: str, arguments: Arguments, **more: Any) -> Method:
 def fixed(granularity: str, **settings: Any) -> Arguments:
     """Return the arguments of a basis with settings of its own."""
     return lambda interval: {
-        "config": HiCacheConfig(interval=interval, warmup=WARMUP, **settings),
+        "config": HiCacheConfig(interval=int(interval), warmup=WARMUP, **settings),
         "granularity": granularity,
     }
 
@@ -50,27 +51,29 @@ def fixed(granularity: str, **settings: Any) -> Arguments:
 def fitted(file: str) -> Arguments:
     """Return the arguments of a file of the bundled model's, with as many full steps as the interval makes.
 
-    They are what ``speedup=`` alone takes of it; what is cached is what the file was fitted to.
+    They are what ``speedup=`` alone takes of it; what is cached is what the file was fitted to. An interval
+    need not be whole.
     """
 
-    def arguments(interval: int) -> dict[str, Any]:
+    def arguments(interval: float) -> dict[str, Any]:
         calibration = load(MODEL / file)
-        steps = calibration.entries[0].num_steps
-        count = len(full_steps(HiCacheConfig(interval=interval, warmup=WARMUP), steps))
+        count = WARMUP + int((calibration.entries[0].num_steps - WARMUP) / interval)
         return {"config": HiCacheConfig.of(calibration, count)}
 
     return arguments
 
 
 METHODS: Final = (
-    method("hicache, default", lambda interval: {"config": HiCacheConfig(interval=interval)}, default=True),
+    method(
+        "hicache, default", lambda interval: {"config": HiCacheConfig(interval=int(interval))}, default=True
+    ),
     method("hicache, fitted", fitted(NAME), fitted=True),
-    # that file alone has rows for as many full steps as peers have that are slow and near
+    # that file alone has rows for as many full steps as near peers have, and as few as fast ones
     method(
         "hicache, fitted, output",
         fitted(name_for("output")),
         fitted=True,
-        settings=(2.0, *INTERVALS),
+        settings=OUTPUT_INTERVALS,
     ),
     method("hicache, module", fixed("module")),
     method("hicache, output", fixed("output")),

@@ -84,9 +84,9 @@ def _head(bundled: Sequence[Row]) -> Sections:
     return [said, *drawn]
 
 
-_WINS = """Each setting of a peer against the best of all of ours that costs no more. Ours begin at N=2: peers with more full
-steps than that are compared with it. Of the peers' {wanted} settings {there} have rows so far; the last section names the
-others, at which a peer may win unseen."""  # noqa: E501
+_WINS = """Each setting of a peer against the best of all of ours that costs no more. Ours have {most:g} full steps at most:
+peers with more are compared with those. Of the peers' {wanted} settings {there} have rows so far; the last section names
+the others, at which a peer may win unseen."""  # noqa: E501
 
 
 def _where_peers_win(measured: Sequence[Row], bundled: Sequence[Row]) -> Sections:
@@ -98,12 +98,13 @@ def _where_peers_win(measured: Sequence[Row], bundled: Sequence[Row]) -> Section
         ("The worst picture, no slower", "psnr_worst", no_slower, _timed(measured)),
     )
     there = sum(row.package != OURS for row in bundled)
+    most = max((row.full_steps or 0 for row in measured if row.package == OURS), default=0)
     wanted = sum(
         len(MODELS["bundled"].settings(method)) for method in METHODS.values() if method.package != OURS
     )
     sections = [
         "## Where a peer wins",
-        _WINS.format(there=there, wanted=wanted),
+        _WINS.format(there=there, wanted=wanted, most=most),
     ]
     for title, field, affordable, found in questions:
         sections.append(f"### {title}")
