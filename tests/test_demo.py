@@ -224,8 +224,8 @@ def test_what_is_fitted_to_the_model_is_used_and_draws_better(shapes_pipe, granu
         scores = entry.scores
         assert scores["pictures"] >= 48
         assert scores["fitted mean dB"] > scores["prior mean dB"] + 2.5
-        # one picture of 48 is drawn worse with 18 full steps (docs/calibrating.md)
-        worse = {"stack": 3.2, "output": 4.2}[granularity] if len(entry.full_steps) == 18 else 0.0
+        # one picture of 48 is drawn worse with so many full steps (docs/calibrating.md)
+        worse = {("stack", 18): 3.2, ("output", 12): 3.8}.get((granularity, len(entry.full_steps)), 0.0)
         assert scores["fitted worst dB"] > scores["prior worst dB"] - worse
     prompts = ["a small white cross at the top left on red", "a large blue ring on yellow"]
     paper, fitted = (
