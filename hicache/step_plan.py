@@ -24,7 +24,7 @@ class FullStep:
 
     Args:
         slots: the inboxes that are written to, a feature each, ``[batch, tokens, channels]``; with gates of
-            low rank, what is added up before it goes there, too. None: nothing inside is recorded.
+            low rank, what is added up before it goes there, too. Empty: nothing inside is recorded.
         base: by stack, memory for the hidden state that enters the first block; may be the slot itself. The
             slot then receives the residual. By module None: the modules' outputs are recorded.
         view: of the hidden state that the features have; None: all of it.

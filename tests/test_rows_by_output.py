@@ -225,6 +225,29 @@ def test_what_is_cached_changes_from_run_to_run_with_the_file_that_holds(beside:
         assert planned[steps].full_steps == len(hicache.full_steps(config.for_run(Run(steps)), steps))
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_compiled_transformer_has_graphs_of_both_kinds_of_runs(beside: Beside, whole: bool):
+    """One of full steps by output, two by module; none is made anew when a run is of the other kind."""
+    runs = (STEPS, STEPS + 2, STEPS, STEPS + 2)
+    with hicache.fast.apply(beside.pipe):
+        wanted = [beside.drawn(steps) for steps in runs]
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    if whole:
+        beside.pipe.transformer = torch.compile(beside.pipe.transformer, backend="eager")
+    else:
+        beside.pipe.transformer.compile(backend="eager")
+    graphs = []
+    with hicache.fast.apply(beside.pipe):
+        for steps, picture in zip(runs, wanted, strict=True):
+            before = counters["stats"]["unique_graphs"]
+            assert torch.equal(beside.drawn(steps), picture)
+            graphs.append(counters["stats"]["unique_graphs"] - before)
+    assert graphs == [1, 2, 0, 0]
+    assert not counters["graph_break"]
+
+
 def test_a_run_that_is_broken_off_leaves_nothing_to_one_by_another_granularity(beside: Beside):
     wanted = beside.alone(STEPS, HiCacheConfig.of(beside.by_output), "output")
 

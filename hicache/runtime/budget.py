@@ -218,7 +218,7 @@ class RecorderChoice:
         if self.modules is not None and self.modules.correctors is not None:
             what += f"{self.modules.correctors.describe()}; "
         if self._policy.granularity != "auto":
-            return f"{what}asked for; {planned:,} bytes"
+            return f"{what}{self._policy.why}; {planned:,} bytes"
         return f"{what}{planned:,} bytes fit memory_budget={self._policy.memory_budget:,}"
 
     def gates(self) -> LowRankStats | None:
