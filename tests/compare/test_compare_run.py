@@ -217,13 +217,15 @@ def test_variants(shapes_pipe):
 
 
 def test_what_is_fitted_to_the_model_comes_first_where_it_is_there(shapes_pipe):
-    found = variants(shapes_pipe, None, [2, 7], 50, HiCacheConfig())
+    found = variants(shapes_pipe, None, [2, 7], 50, HiCacheConfig(), "stack")
     assert [one.name for one in found[:2]] == ["fitted N=7", "hicache N=2"]  # none has so many full steps
     assert isinstance(found[0].config.basis, Fitted)
-    assert variants(shapes_pipe, None, [7], 50, HiCacheConfig(), "stack")[0] == found[0]
+    by_output = variants(shapes_pipe, None, [2, 7], 50, HiCacheConfig())[:2]
+    assert [one.name for one in by_output] == ["fitted N=2", "fitted N=7"]
+    assert {one.config.fitted_by for one in by_output} == {"output"}
     assert variants(shapes_pipe, None, [7], 50, HiCacheConfig(), "module")[0].name == "hicache N=7"
     with pytest.raises(ValueError, match=r"rows .* for \d+ full steps of 50 \(N=2\); it has 7, 8, 9, 10, 12"):
-        variants(shapes_pipe, ["fitted"], [7, 2], 50, HiCacheConfig())
+        variants(shapes_pipe, ["fitted"], [7, 2], 50, HiCacheConfig(), "stack")
     with pytest.raises(ValueError, match="it has none"):
         variants(object(), ["fitted"], [7], 50, HiCacheConfig())
     with pytest.raises(ValueError, match="unknown mode 'best'; known modes: fitted, hicache, taylor"):
