@@ -201,8 +201,11 @@ def apply(
         check_one_cache(module, Handle.owner)
     source = find_scheduler(pipe, scheduler)
     check_speedup(speedup, counted=source is not None)
-    hook: type[HookedModule] = HookedOutput if whole else HookedTransformer
-    hooked = {name: hook(module) for name, module in modules.items()}
+    at_times = any(offer.fitted_by == "output" for offer in offers)  # runs that the offer holds for
+    hooked: dict[str, HookedModule] = {
+        name: HookedOutput(module) if whole else HookedTransformer(module, may_leave_out=at_times)
+        for name, module in modules.items()
+    }
     adapters = {name: registry.find(module) for name, module in modules.items()}
     for name, adapter in adapters.items():
         if adapter is None and granularity in ("module", "low-rank"):

@@ -19,7 +19,6 @@ from hicache.cuda_graphs.call_graph import CallArguments, cloned
 from hicache.cuda_graphs.capture import CaptureBackend
 from hicache.cuda_graphs.captures import LIMIT, Captures, first_line
 from hicache.cuda_graphs.model_state import ModelState
-from hicache.cuda_graphs.scope import Scope
 from hicache.hooks.hooked import HookedModule
 from hicache.mixin import mix_in
 from hicache.step_plan import FullStep, SkippedStep
@@ -70,10 +69,7 @@ class GraphRunner:
         self.due = False  # whether the current call is to be replayed: set where it begins and ends
         self.captures = Captures(transformer, backend, choice, limit, why_not_full)
         self.stats, self.memory = self.captures.stats, self.captures.memory
-
-    @property
-    def _scope(self) -> Scope:
-        return self.captures.scope
+        self._scope = self.captures.scope  # of the current run
 
     def start_run(self, changed: bool, whole: bool = False) -> None:
         """A run starts.
@@ -84,6 +80,7 @@ class GraphRunner:
         """
         self._model.start_run()
         self.captures.start_run(changed, whole)
+        self._scope = self.captures.scope
         before = self.stats.eager
         self.stats.eager = self._scope.why_not_at_all or self._model.why_eager(self._backend)
         if self._choice != "auto" and self.stats.eager not in (None, before):

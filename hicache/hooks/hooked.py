@@ -32,6 +32,7 @@ class HookedModule:
 
     Args:
         module: the denoiser. It is only looked at until :meth:`watch` and :meth:`install`.
+        may_leave_out: whether a plan may leave out a call of it as a whole.
     """
 
     #: Lists of its blocks, which may be captured one by one.
@@ -41,8 +42,9 @@ class HookedModule:
     #: Whether nothing of it has to be checked at a first skipped step.
     verified = True
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, may_leave_out: bool = False) -> None:
         self.module = module
+        self.may_leave_out = may_leave_out
         self.name = type(module).__name__
         self.call = RunningCall()
         self._inside: set[int] = set()  # threads that are in a call
@@ -50,18 +52,26 @@ class HookedModule:
         self._after: After | None = None
 
     def watch(self, before: Before, after: After, failed: Callable[[], None]) -> list[Callable[[], None]]:
-        """Watch its calls, from outside of all its hooks; returns what undoes it.
+        """Watch its calls; returns what undoes it.
 
-        Where the plan is to leave a call out, no hook of the denoiser runs either, so that offloaded or
-        sharded weights stay where they are, and what ``torch.compile`` made of it is not entered.
+        Calls that may be left out are watched from outside of all hooks of the denoiser: none of them runs
+        where the plan is to leave a call out, so that offloaded or sharded weights stay where they are, and
+        what ``torch.compile`` made of it is not entered. Others are watched by hooks, after those that were
+        there before: what they make of a call's arguments is seen.
 
         Args:
             before: a call begins.
             after: it has ended, having returned something.
             failed: it has ended in any ``BaseException``: nothing of it may reach the next one.
         """
-        self._before, self._after = before, after
-        return [compat.guard_calls(self.module, failed, self._make)]
+        if self.may_leave_out:
+            self._before, self._after = before, after
+            return [compat.guard_calls(self.module, failed, self._make)]
+        return [
+            compat.guard_calls(self.module, failed),
+            self.module.register_forward_pre_hook(before, with_kwargs=True).remove,
+            self.module.register_forward_hook(after).remove,
+        ]
 
     @compat.passed_by
     def _make(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

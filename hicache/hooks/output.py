@@ -19,7 +19,7 @@ class HookedOutput(HookedModule):
     """
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
+        super().__init__(module, may_leave_out=True)
         structure = structure_of(module)
         if structure.keeps:
             raise ValueError(f"hicache: {self.name} cannot be cached: {structure.refusal}")

@@ -29,13 +29,14 @@ class HookedTransformer(HookedModule):
 
     Args:
         module: the transformer. It is only looked at until :meth:`install`.
+        may_leave_out: whether runs by output are to be expected, too.
 
     Raises:
         ValueError: there is nothing to hook; the message names the class.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, may_leave_out: bool = False) -> None:
+        super().__init__(module, may_leave_out)
         self.lists = find_lists(module)
         self.heads = find_heads(module)
         self.first_block: nn.Module = next(iter(self.lists[0]))
