@@ -201,9 +201,9 @@ def apply(
         check_one_cache(module, Handle.owner)
     source = find_scheduler(pipe, scheduler)
     check_speedup(speedup, counted=source is not None)
-    at_times = any(offer.fitted_by == "output" for offer in offers)  # runs that the offer holds for
+    may_leave_out = any(offer.fitted_by == "output" for offer in offers)
     hooked: dict[str, HookedModule] = {
-        name: HookedOutput(module) if whole else HookedTransformer(module, may_leave_out=at_times)
+        name: HookedOutput(module) if whole else HookedTransformer(module, may_leave_out)
         for name, module in modules.items()
     }
     adapters = {name: registry.find(module) for name, module in modules.items()}

@@ -114,7 +114,6 @@ def test_graphs_follow_from_run_to_run_what_is_cached(recorded: Runtime, monkeyp
             partly.append(stats.partly)
     only_full = f"only full steps are captured: {NOTHING}"
     assert partly == [only_full if steps == STEPS else None for steps in given]
-    assert captures[0] == captures[1] == 1
     assert captures[:2] == [1, 1]
     # what the modules' graphs read is freed in a run by output, and what its graph reads is nobody's history
     assert captures[2] > 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from hicache.fitting.judge import Verdict
 from hicache.fitting.pictures import Pictures
 from hicache.fitting.replay import Replay
 from hicache.fitting.rows import ByRows, InFull, Layout
-from hicache.fitting.trajectory import Search, plain
+from hicache.fitting.trajectory import Search
 from hicache.pipeline import find_denoisers
 from hicache.run import Run
 from tests.support import unets
@@ -173,7 +172,6 @@ class Beside:
         self.pipe = hicache.demo.load()
         self.pipe.set_progress_bar_config(disable=True)
         self.by_output = file_of(self.pipe, entry_of(0.02, CONFIG, STEPS), "output")
-        self.by_stack = file_of(self.pipe, entry_of(0.01, CONFIG, STEPS), "stack")
         self.found: list[Calibration] = [self.by_output]
         monkeypatch.setattr("hicache.offers.shipped", lambda *_: self.found)
 
@@ -181,9 +179,7 @@ class Beside:
         noise = torch.Generator().manual_seed(seed)
         return self.pipe("a red ring on blue", steps, generator=noise, output_type="latent").images
 
-    def alone(
-        self, steps: int, config: HiCacheConfig | None, granularity: str, seed: int = 0
-    ) -> torch.Tensor:
+    def alone(self, steps: int, config: HiCacheConfig, granularity: str, seed: int = 0) -> torch.Tensor:
         with hicache.fast.apply(self.pipe, config, granularity=granularity):
             return self.drawn(steps, seed)
 
@@ -195,8 +191,7 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> Beside:
 
 def test_what_is_cached_changes_from_run_to_run_with_the_file_that_holds(beside: Beside):
     """By output and by stack in the runs that files so fitted hold for, and as without them in others."""
-    more = entry_of(0.01, CONFIG, STEPS + 2)
-    by_stack = replace(beside.by_stack, entries=(more,))
+    by_stack = file_of(beside.pipe, entry_of(0.01, CONFIG, STEPS + 2), "stack")
     beside.found.append(by_stack)
     kinds = {
         STEPS: (HiCacheConfig.of(beside.by_output), "output"),
@@ -265,11 +260,8 @@ def test_a_run_that_is_broken_off_leaves_nothing_to_one_by_another_granularity(b
 
 def test_a_speed_up_is_of_the_first_file_that_has_it(beside: Beside):
     """And nothing is said of those that do not."""
-    [entry] = beside.by_stack.entries
-    layout = Layout.of(HiCacheConfig(interval=7, warmup=2), STEPS)
-    rows = {step: layout.row(PRIOR, step) for step in layout.positions}
-    fewer = replace(entry, warmup=2, full_steps=layout.full_steps, rows=plain({"transformer[0]": rows}))
-    beside.found.append(replace(beside.by_stack, entries=(fewer,)))
+    fewer = entry_of(0.0, HiCacheConfig(interval=7, warmup=2), STEPS)
+    beside.found.append(file_of(beside.pipe, fewer, "stack"))
     for calibration, granularity in ((beside.by_output, "output"), (beside.found[1], "stack")):
         speedup = STEPS / len(calibration.entries[0].full_steps)
         with hicache.fast.apply(beside.pipe, speedup=speedup) as handle:
