@@ -128,6 +128,26 @@ def test_gated_sum(backend, kept, base, used, gated, pending):
 
 
 @backends
+@pairs
+@pytest.mark.parametrize("used", [1, 3, 5])
+def test_rows_of_coefficients_by_feature(backend, kept, base, used):
+    num_orders = min(used + 1, 5)
+    skip_unsupported(backend, num_orders, kept, base)
+    for batch, length, channels, features in SHAPES:
+        hidden = torch.randn(batch, length, channels).to(base)
+        gates = torch.randn(features, batch, channels).to(base)
+        orders = torch.randn(num_orders, features, hidden.numel()).to(kept)
+        weights, inv_gap = torch.randn(used, features), torch.tensor(0.2)
+        there = [x.to(DEVICE, copy=True) for x in (hidden, orders, gates, weights)]
+        expected = gated_sum(hidden, orders, gates, weights, backend="reference")
+        same(gated_sum(*there, backend=backend), expected)
+        same(forecast(there[1], there[3], backend=backend), forecast(orders, weights, backend="reference"))
+        row = update_forecast_(orders, inv_gap, weights, used - 1, backend="reference")
+        same(update_forecast_(there[1], inv_gap.to(DEVICE), there[3], used - 1, backend=backend), row)
+        same(there[1], orders)
+
+
+@backends
 @pytest.mark.parametrize("pending", [False, True], ids=["settled", "pending"])
 def test_more_rows_than_a_grid_has_blocks_on_its_other_axes(backend, pending):
     """65,535 there; a video has more tiles of rows."""
