@@ -189,7 +189,10 @@ class RunningCall:
     @property
     def recording(self) -> bool:
         """Whether this is a full step, and something inside the transformer is to be recorded."""
-        return self.lesson is not None or (isinstance(self.plan, FullStep) and bool(self.plan.slots))
+        if self.lesson is not None:
+            return True
+        # torch 2.11 compiles the length of a tuple, not what bool() makes of one
+        return isinstance(self.plan, FullStep) and len(self.plan.slots) > 0
 
     @property
     def skipping(self) -> bool:

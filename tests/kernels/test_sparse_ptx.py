@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -29,6 +30,7 @@ ARCHITECTURES = (80, 90, 100)
 # what multiplies matrices: mma of a warp, of four warps, and the fifth generation's
 TENSOR_CORES = {80: r"\bmma\.sync", 90: r"\bwgmma\.mma_async", 100: r"\btcgen05\.mma"}
 DTYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 POINTERS = {"columns": "*i32", "constants": "*fp32"}
 TENSORS = ("query", "key", "value", "base", "out")
 KERNELS = {
@@ -59,7 +61,8 @@ def compiled(name: str, dtype: str, arch: int, tokens: str = "i32", **changes: o
         if argument not in ("queries", "tokens", "heads", "scale"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(backend.OPTIONS))
+    options = backend.options(TORCH_DTYPES[dtype], arch // 10)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
 
 
 def resources(kernel, tmp_path: Path) -> dict[str, int]:
