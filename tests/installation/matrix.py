@@ -43,6 +43,7 @@ OLDER: Final[Mapping[str, Mapping[str, str]]] = {
 }
 TESTS: Final = (
     "tests/test_compat.py",
+    "tests/test_compile.py",
     "tests/test_bare_models.py",
     "tests/test_adding_a_model.py",
     "tests/kernels/test_ops.py",
