@@ -23,9 +23,9 @@ from hicache.fitting import CalibrationRefused, closed_form, places, sway
 from hicache.fitting.pictures import Pictures
 from hicache.fitting.placing import Placing, freed
 from hicache.fitting.products import Products
-from hicache.fitting.replay import Replay
+from hicache.fitting.replay import Replay, Trajectory
 from hicache.fitting.rows import Layout
-from hicache.fitting.trajectory import full_runs
+from hicache.fitting.trajectory import Target, full_runs
 
 STEPS = 12
 CONFIG = HiCacheConfig(interval=4)  # 5 full steps of 12
@@ -148,7 +148,42 @@ def test_weights_say_what_an_error_does_to_the_final_latents():
 def test_the_second_and_the_last_step_are_among_those_tried(num_steps: int):
     steps = sway.probed(num_steps)
     assert (steps[0], steps[-1]) == (1, num_steps - 1)
-    assert len(steps) == min(sway.PROBES, num_steps - 1)
+    assert len({*steps} - {*range(num_steps - sway.LAST, num_steps)}) <= sway.PROBES
+    assert {*range(max(1, num_steps - sway.LAST), num_steps)} <= {*steps}
+
+
+class Drift:
+    """A replay whose features are the same whatever the latents: an error moves them by its step's size.
+
+    Args:
+        run: features, ``[steps, numbers]``.
+        sizes: of the steps.
+    """
+
+    def __init__(self, run: torch.Tensor, sizes: torch.Tensor) -> None:
+        self._features = run
+        self._sizes = sizes
+
+    def run(self, rule: Any, call: Any) -> Trajectory:
+        latents = torch.zeros_like(self._features[:1])
+        for step, feature in enumerate(self._features[:, None]):
+            if rule.is_full(step):
+                rule.record("t[0]", step, feature)
+            else:
+                feature = rule.forecast("t[0]", step)
+            latents = latents - self._sizes[step] * feature
+        return Trajectory(output=(latents,))
+
+
+def test_a_last_step_that_is_shorter_says_nothing_of_those_before_it():
+    run, num_steps = features(50), 50
+    sizes = torch.full((num_steps,), 0.02, dtype=torch.float64)
+    sizes[-1] = 0.001
+    final = -(sizes[:, None] * run).sum(0, keepdim=True)
+    target = Target(torch.zeros(num_steps, 1), final, ("t[0]",), None)
+    pictures = Pictures(("a red ring",), (0,), {}, 1)
+    weights = sway.weights(Drift(run, sizes), pictures, target, {"t[0]": run @ run.T})
+    torch.testing.assert_close(weights / weights[1], sizes / sizes[1], rtol=0.2, atol=0.0)
 
 
 # A calibration with places of its own.

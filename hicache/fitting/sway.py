@@ -21,6 +21,9 @@ from hicache.fitting.rows import InFull
 from hicache.fitting.trajectory import Target, final_latents
 
 PROBES: Final = 12  # steps that are tried; between them, weights are interpolated
+# Steps at the end that are all tried: nothing undoes their errors any more, and the last may be far shorter
+# than the one before it, as a flow's that ends near zero noise is.
+LAST: Final = 4
 GAP: Final = 12  # parts of a run: so far back are the steps that a tried one is forecast from
 _LEAST: Final = 1e-30
 
@@ -57,7 +60,8 @@ class AllButOne(InFull):
 def probed(num_steps: int) -> list[int]:
     """The steps that are tried, from the second to the last."""
     count = min(PROBES, num_steps - 1)
-    return sorted({1 + round(index * (num_steps - 2) / max(1, count - 1)) for index in range(count)})
+    spread = {1 + round(index * (num_steps - 2) / max(1, count - 1)) for index in range(count)}
+    return sorted(spread | set(range(max(1, num_steps - LAST), num_steps)))
 
 
 def weights(replay: Replay, pictures: Pictures, target: Target, products: Mapping[str, Tensor]) -> Tensor:
