@@ -207,7 +207,13 @@ def test_pauses_of_several_transformers_overlap():
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["regional", "whole"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ZeroDivisionError])
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt,
+        *(pytest.param(error, marks=pytest.mark.slow) for error in (SystemExit, ZeroDivisionError)),
+    ],
+)
 def test_nothing_is_left_of_a_call_that_is_broken_off(error, compiled):
     """At once, not with the next call: torch.compile on, the lists the model's own, no arguments held."""
     pipe, draw = build("flux")

@@ -366,9 +366,15 @@ def waits_of(
                 yield set(handle.stats.places), found
 
 
-@pytest.mark.parametrize("granularity", ["stack", "module", "output"])
-@pytest.mark.parametrize("filter", ["identity", "sea"])
-@pytest.mark.parametrize("answers", [True, False], ids=["there", "behind"])
+@pytest.mark.parametrize(
+    ("granularity", "filter", "answers"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] * (index % 3 > 0))
+        for index, case in enumerate(
+            itertools.product(["stack", "module", "output"], ["identity", "sea"], [True, False])
+        )
+    ],
+)
 def test_no_skipped_step_waits(granularity: str, filter: str, answers: bool):
     _, *later = waits_of(granularity, answers, InputChange(6, filter=filter))
     for full, found in later:

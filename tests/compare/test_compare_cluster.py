@@ -68,8 +68,16 @@ def test_two_workers_and_a_cluster_of_two_nodes_find_what_one_process_does(tmp_p
     [
         (("--gpus", "5"), "this machine has no GPU that torch can use"),
         (("--workers", "0"), "--workers: expected an int >= 1, got 0"),
-        (("--ray", "127.0.0.1:1"), "Ray cannot reach a cluster at 127.0.0.1:1"),
-        (("--workers", "2", "--mode", "fitted", "--interval", "4"), "expected rows that come with the model"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (("--ray", "127.0.0.1:1"), "Ray cannot reach a cluster at 127.0.0.1:1"),
+                (
+                    ("--workers", "2", "--mode", "fitted", "--interval", "4"),
+                    "expected rows that come with the model",
+                ),
+            ]
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_written(options, message: str, tmp_path: Path):

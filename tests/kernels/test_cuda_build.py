@@ -118,6 +118,7 @@ def test_products_and_sums_are_rounded_apart(compiled):
                 assert cast in body, name
 
 
+@pytest.mark.slow
 def test_wide_accesses(compiled):
     """In the machine code of every architecture: what is wide on one may not be on another."""
     path, archs, types = compiled

@@ -40,7 +40,9 @@ def cpu_flags() -> set[str]:
     return set(found[1].split()) if found else set()
 
 
-@pytest.mark.parametrize("isa", NEEDS)
+@pytest.mark.parametrize(
+    "isa", [pytest.param(one, marks=[pytest.mark.slow] * (one == "avx2")) for one in NEEDS]
+)
 def test_every_instruction_set_gives_the_same_bits(isa):
     if missing := NEEDS[isa] - cpu_flags():
         pytest.skip(f"this processor has no {', '.join(sorted(missing))}: {isa} cannot run here")

@@ -72,6 +72,7 @@ def test_without_cuda_in_the_extension_the_reference_is_left(stub, tmp_path):
     assert "not native: " in found["words"]
 
 
+@pytest.mark.slow
 def test_with_a_compiler_triton_is_built_at_apply_and_found_later(stub, tmp_path):
     found = told(stub, tmp_path)
     assert (found["triton"], found["auto"], found["words"]) == (None, "triton", "triton")
@@ -82,6 +83,7 @@ def test_with_a_compiler_triton_is_built_at_apply_and_found_later(stub, tmp_path
     assert (later["triton"] is None) == ONE_LAUNCHER
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_named(stub, tmp_path):
     found = told(stub, tmp_path, CC=shutil.which("false"))
     assert found["triton"].startswith("Triton cannot build its launcher: ")
