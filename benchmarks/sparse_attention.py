@@ -30,9 +30,10 @@ class Shape:
     """Of one attention.
 
     Args:
-        heads: of 128 channels each.
+        heads: of ``width`` channels each.
         tokens: of a picture or video, and its text.
         text: tokens of the text, which is kept.
+        width: of a head.
     """
 
     heads: int
