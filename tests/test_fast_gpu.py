@@ -18,6 +18,7 @@ import hicache.fast
 from hicache import HiCacheConfig, InputChange
 from hicache_kernels import BACKENDS, backend_status
 from tests.support import gpu, pipelines
+from tests.support.gpu import near
 from tests.support.graphs import CONFIG, STEPS
 
 pytestmark = [
@@ -40,10 +41,6 @@ def cases(names: list[str]) -> Any:
 @pytest.fixture(autouse=True)
 def _deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-
-
-def near(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def cached(pipe: Any, arguments: dict[str, Any], config: HiCacheConfig = CONFIG, **more: Any) -> Tensor:

@@ -19,6 +19,7 @@ from hicache.fitting.trajectory import Search
 from hicache_kernels import backend_status, sparse_attention
 from tests.support import gpu, pipelines
 from tests.support.fitted import entry_of, file_of
+from tests.support.gpu import near
 from tests.support.graphs import CONFIG, other_prompt
 
 pytestmark = [
@@ -39,10 +40,6 @@ CLUSTERS = {
 @pytest.fixture(autouse=True)
 def _deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-
-
-def near(ours: Tensor, theirs: Tensor) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def drawn(pipe: Any, arguments: dict[str, Any], config: HiCacheConfig = CONFIG, **more: Any) -> list[Tensor]:
@@ -115,9 +112,9 @@ def shapes() -> Any:
     return pipe
 
 
-def pictures(pipe: Any, steps: int = 50, kind: str = "latent") -> Any:
+def pictures(pipe: Any, steps: int = 50) -> Tensor:
     noise = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
-    return pipe(PROMPTS, steps, generator=noise, output_type=kind).images
+    return pipe(PROMPTS, steps, generator=noise, output_type="latent").images
 
 
 @pytest.mark.parametrize("granularity", ["output", "stack", "module"])
@@ -155,7 +152,7 @@ def test_what_is_cached_changes_from_run_to_run(shapes: Any, monkeypatch: pytest
 @pytest.mark.parametrize("method", ["trajectory", "heads", "closed-form"])
 @pytest.mark.parametrize("granularity", ["output", "stack", "module"])
 def test_rows_are_fitted_there(shapes: Any, granularity: str, method: str):
-    """And draw better there, or are refused."""
+    """And draw better there."""
     found = hicache.calibrate(
         shapes,
         PROMPTS * 4,

@@ -26,3 +26,8 @@ def draw(pipe: Any, arguments: Arguments, steps: int = 12) -> Tensor:
     """As :func:`tests.support.pipelines.draw`, without gradients, which would keep graphs away."""
     with torch.no_grad():
         return pipelines.draw(pipe, arguments, steps)
+
+
+def near(ours: Tensor, theirs: Tensor) -> None:
+    """Assert that pictures are as near as kernels that round otherwise leave them."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
