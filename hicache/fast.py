@@ -49,7 +49,8 @@ from hicache.runtime.controlnet import ControlNet
 from hicache.runtime.corrector import Correctors, by_module, correctors_of
 from hicache.runtime.denoiser import Denoiser
 from hicache.runtime.gate_rank import GATE_TOLERANCE
-from hicache.runtime.session import Session, Sessions
+from hicache.runtime.session import Session
+from hicache.runtime.sessions import Sessions
 from hicache.stats import ContextStats, Stats
 from hicache_kernels import BACKENDS
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from hicache.adapters.base import ModuleAdapter
+from hicache.runtime.clock import StepClock
 from hicache.runtime.context import MAX_CONTEXTS, BegunCall, Context, Contexts
 from hicache.runtime.gate_rank import GATE_TOLERANCE
 from hicache.runtime.low_rank import LowRankRecorder
@@ -15,7 +16,6 @@ from hicache.runtime.memory_room import Graphs, MemoryRoom
 from hicache.runtime.module_recorder import ModuleRecorder
 from hicache.runtime.output_recorder import OutputRecorder
 from hicache.runtime.recorders import Recorder, StackRecorder
-from hicache.runtime.session import StepClock
 from hicache.runtime.token_layout import layout_check, token_layout
 from hicache.stats import LowRankStats
 

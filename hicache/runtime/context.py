@@ -15,8 +15,9 @@ from hicache.runtime.finite import FiniteCheck
 from hicache.runtime.gate_prefetch import GatePrefetch
 from hicache.runtime.gate_rank import RunGates
 from hicache.runtime.known_call import KnownCall
-from hicache.runtime.session import Session, StepCounter
+from hicache.runtime.session import Session
 from hicache.runtime.signature import signature
+from hicache.runtime.step_counter import StepCounter
 from hicache.runtime.token_layout import LayoutCheck
 from hicache.trees import tensors_of
 

@@ -25,7 +25,8 @@ from hicache.hooks.watched_calls import watch_calls
 from hicache.runtime.context import Context
 from hicache.runtime.denoiser import Denoiser
 from hicache.runtime.residuals import NO_RESIDUALS, Scale, mark
-from hicache.runtime.session import Session, Sessions
+from hicache.runtime.session import Session
+from hicache.runtime.sessions import Sessions
 from hicache.runtime.signature import requires_grad, signature
 from hicache.stats import ControlNetStats
 

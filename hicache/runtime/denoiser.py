@@ -25,7 +25,7 @@ from hicache.runtime.corrector import Correctors
 from hicache.runtime.module_recorder import ModuleRecorder
 from hicache.runtime.planner import forecast
 from hicache.runtime.residuals import given_to_blocks, scale_of
-from hicache.runtime.session import Sessions
+from hicache.runtime.sessions import Sessions
 from hicache.runtime.signature import requires_grad
 from hicache.runtime.stream_order import StreamOrder
 from hicache.runtime.track import Track, Tracks

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hicache.runtime.budget import RecorderChoice
 from hicache.runtime.call_form import CallForm
+from hicache.runtime.clock import StepClock
 from hicache.runtime.context import BegunCall
 from hicache.runtime.finite import not_finite
-from hicache.runtime.session import StepClock
 from hicache.runtime.sum_check import NotFinite, Unfit
 from hicache.runtime.token_layout import layout_check, token_layout
 from hicache.stats import Stopwatch

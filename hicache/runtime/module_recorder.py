@@ -14,13 +14,13 @@ from hicache.adapters.layers import layers_of
 from hicache.engine import Sum
 from hicache.hooks.module_outputs import ModuleOutputs, watched
 from hicache.runtime.call_form import CallForm
+from hicache.runtime.clock import StepClock
 from hicache.runtime.context import BegunCall
 from hicache.runtime.corrector import Correctors
 from hicache.runtime.gate_prefetch import come_out_alike, foretold, lora_scale, with_ones
 from hicache.runtime.late_gates import LateGates
 from hicache.runtime.recorders import Recorder
 from hicache.runtime.residuals import write_total
-from hicache.runtime.session import StepClock
 from hicache.runtime.sum_check import Unfit, check_sum
 from hicache.step_plan import FullStep, RunningCall, SkippedStep
 from hicache.token_view import TokenView

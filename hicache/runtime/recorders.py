@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hicache.engine import Sum
 from hicache.runtime.call_form import CallForm
+from hicache.runtime.clock import StepClock
 from hicache.runtime.context import BegunCall
-from hicache.runtime.session import StepClock
 from hicache.step_plan import FullStep, SkippedStep
 from hicache.token_view import TokenView
 

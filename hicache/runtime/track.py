@@ -16,7 +16,8 @@ from hicache.runtime.memory_room import Graphs
 from hicache.runtime.module_recorder import ModuleRecorder
 from hicache.runtime.output_planner import OutputPlanner
 from hicache.runtime.planner import CallPlanner
-from hicache.runtime.session import Session, StepCounter
+from hicache.runtime.session import Session
+from hicache.runtime.step_counter import StepCounter
 
 
 class Track:
