@@ -1,7 +1,6 @@
 """Nothing here downloads, nothing prints progress bars, and nothing takes more than one core."""
 
 import os
-import zlib
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # workers of pytest-xdist share the cores; a process of its own takes this from its environment
@@ -10,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import diffusers
 import pytest
 import torch
+
+from tests.support.selection import in_part, mark_all_but_few
 
 collect_ignore = ["scripts"]  # run by tests in processes of their own
 torch.set_num_threads(1)
@@ -30,11 +31,13 @@ def _part(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
+@pytest.hookimpl(tryfirst=True)  # before what is slow is left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_all_but_few(items)
     if config.option.part is None:
         return
     part, parts = config.option.part
-    own = {item for item in items if zlib.crc32(item.nodeid.encode()) % parts == part}
+    own = {item for item in items if in_part(item, part, parts)}
     config.hook.pytest_deselected(items=[item for item in items if item not in own])
     items[:] = [item for item in items if item in own]
 

@@ -22,7 +22,8 @@ Arguments = Callable[[float], dict[str, Any]]
 PACKAGE: Final = "hicache"
 SIGMAS: Final = (0.3, 0.4, 0.5, 0.6)
 ORDERS: Final = (1, 2, 3)
-OUTPUT_INTERVALS: Final = (1.3, 2.0, *INTERVALS, 12.0)  # of the file by output: 39 to 6 full steps
+# of the file by output: 39, 26, 24, 17 and 16 full steps, and at the end 6, beside those of whole intervals
+OUTPUT_INTERVALS: Final = tuple(sorted((1.3, 2.0, 2.2, 3.3, 3.5, *INTERVALS, 12.0)))
 
 
 def method(name: str, arguments: Arguments, **more: Any) -> Method:
