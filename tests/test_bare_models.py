@@ -41,6 +41,7 @@ def run(model: nn.Module, call: Callable[[Any], dict[str, Any]]) -> Tensor:
     return torch.stack([draw(model, call(t)) for t in TIMES])
 
 
+@pytest.mark.few(6)
 @every_model
 def test_nothing_skipped_is_nothing_changed(name: str):
     model, call = models.build(name)
@@ -60,6 +61,7 @@ def test_nothing_skipped_is_nothing_changed(name: str):
     assert torch.equal(run(model, call), uncached)
 
 
+@pytest.mark.few(6)
 @every_model
 def test_skipping_runs_no_block_and_leaves_no_trace(name: str):
     model, call = models.build(name)
@@ -87,6 +89,7 @@ def test_skipping_runs_no_block_and_leaves_no_trace(name: str):
     assert torch.equal(run(model, call), uncached)
 
 
+@pytest.mark.few(12)
 @every_model
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["float32", "float64"]

@@ -374,6 +374,7 @@ def test_a_few_iterations_bring_fitted_pictures_nearer(tmp_path: Path):
         assert handle.stats.full_steps == len(entry.full_steps)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("granularity", ["stack", "module", "output"])
 @pytest.mark.parametrize("method", ["trajectory", "closed-form"])
 def test_every_config_gets_rows_and_noise_levels(
@@ -401,6 +402,7 @@ def test_every_config_gets_rows_and_noise_levels(
         assert len(entry.sigmas) == 8
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["heads", "closed-form"])
 def test_heads_alone_and_closed_form_move_rows(method: str, monkeypatch: pytest.MonkeyPatch):
     pipe = hicache.demo.load()

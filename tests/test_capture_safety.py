@@ -59,20 +59,34 @@ of_the_page = pytest.mark.skipif(
 )
 
 
+class Surveys(dict[str, Survey]):
+    """Made as they are asked for."""
+
+    def __missing__(self, title: str) -> Survey:
+        self[title] = survey(builders()[title])
+        return self[title]
+
+
 @pytest.fixture(scope="module")
-def surveys() -> dict[str, Survey]:
-    return {title: survey(build) for title, build in builders().items()}
+def surveys() -> Surveys:
+    return Surveys()
+
+
+@pytest.fixture(scope="module")
+def all_surveys(surveys: Surveys) -> dict[str, Survey]:
+    return {title: surveys[title] for title in builders()}
 
 
 # The page.
 
 
+@pytest.mark.slow
 @of_the_page
-def test_the_page_is_what_the_models_do(surveys: dict[str, Survey]):
+def test_the_page_is_what_the_models_do(all_surveys: dict[str, Survey]):
     def body(text: str) -> list[str]:
         return [line for line in text.splitlines() if not line.startswith("Made with")]
 
-    expected = body(page(surveys))
+    expected = body(page(all_surveys))
     assert body(PAGE.read_text()) == expected, (
         "python -m benchmarks.capture_safety --write docs/capture-safety.md"
     )
@@ -82,8 +96,9 @@ def test_every_model_of_the_zoo_is_on_it():
     assert set(MODELS.values()) == {*models.BARE, *models.IN_PIPELINES}
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("title", MODELS)
-def test_the_cache_adds_nothing(surveys: dict[str, Survey], title: str):
+def test_the_cache_adds_nothing(surveys: Surveys, title: str):
     """Recording, gates and sums; whichever functions of the model offend, they do so without the cache."""
     found = surveys[title]
     own = {*found.own.first, *found.own.later}
@@ -94,15 +109,17 @@ def test_the_cache_adds_nothing(surveys: dict[str, Survey], title: str):
         assert not [op for op in skipped.later if op.place == INSIDE]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("title", CLEAN)
-def test_clean_families(surveys: dict[str, Survey], title: str):
+def test_clean_families(surveys: Surveys, title: str):
     found = surveys[title]
     assert found.own.verdict == "clean"
     assert {part.verdict for parts in found.cached.values() for part in parts} == {"clean"}
 
 
-def test_models_are_cached_by_module_where_they_can_be(surveys: dict[str, Survey]):
-    by_stack = {title for title, found in surveys.items() if found.finest == "stack"}
+@pytest.mark.slow
+def test_models_are_cached_by_module_where_they_can_be(all_surveys: dict[str, Survey]):
+    by_stack = {title for title, found in all_surveys.items() if found.finest == "stack"}
     assert by_stack == {
         "HunyuanVideo 1.5",
         "Wan VACE",
@@ -117,12 +134,13 @@ def test_models_are_cached_by_module_where_they_can_be(surveys: dict[str, Survey
     }
 
 
+@pytest.mark.slow
 @of_the_page
-def test_other_families(surveys: dict[str, Survey]):
+def test_other_families(all_surveys: dict[str, Survey]):
     for title in CLEAN_AFTER_A_CALL:
-        assert surveys[title].own.verdict == "clean after a first call"
+        assert all_surveys[title].own.verdict == "clean after a first call"
     for title in MODELS.keys() - {*CLEAN, *CLEAN_AFTER_A_CALL}:
-        places = {op.place for op in surveys[title].own.later}
+        places = {op.place for op in all_surveys[title].own.later}
         assert (INSIDE in places) == (title in BLOCKED_INSIDE), title
         if title not in BLOCKED_INSIDE:
             assert places == {BEFORE}, title

@@ -58,6 +58,7 @@ def _cases(quick: Collection[tuple[str, ...]], every: Iterable[tuple[str, ...]])
     return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("name", "order", "granularity"),
     _cases(
@@ -206,6 +207,7 @@ def test_pauses_of_several_transformers_overlap():
     assert stance() == "default"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("compiled", [False, True], ids=["regional", "whole"])
 @pytest.mark.parametrize(
     "error",

@@ -48,6 +48,7 @@ def guided_loop(
     return latents
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("told_by", ["tensors", "numbers", "names"])
 @pytest.mark.parametrize("guider", GUIDERS)
 def test_calls_that_come_and_go_have_their_own_history(guider: str, told_by: str):

@@ -73,6 +73,7 @@ def watched(pipe: Any) -> Iterator[list[int]]:
 # It runs at full steps only.
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", ALL)
 def test_it_runs_at_full_steps_only_and_draws_what_the_reference_draws(name: str):
     """Each kind of ControlNet: by module as the reference forecasts its residuals, by stack unseen."""
@@ -98,6 +99,7 @@ def test_it_runs_at_full_steps_only_and_draws_what_the_reference_draws(name: str
         assert 1e-6 < relative_rms(drawn, plain) < 0.15
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", [*FAMILIES, "flux_controlnets", "flux_controlnet_cfg"])
 def test_a_run_without_skipped_steps_has_equal_bits(name: str):
     pipe, arguments = pipelines.build_randomized(name)
@@ -134,6 +136,7 @@ def test_its_forecast_is_better_than_none(name: str, monkeypatch: pytest.MonkeyP
 # It guides a part of the run.
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "guided"),
     [
@@ -408,6 +411,7 @@ def test_cached_pipelines_may_share_it():
         assert snapshot(pipe.controlnet) == before
 
 
+@pytest.mark.few(1)
 @BOTH
 def test_threads(granularity: str):
     """A server's pipelines over one transformer and one ControlNet, each with a scheduler of its own."""
@@ -469,6 +473,7 @@ def test_another_one_put_in_its_place_runs_at_every_step():
 # Nothing is left behind.
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", [*FAMILIES, "flux_controlnets"])
 def test_it_is_left_as_it_was(name: str):
     pipe, arguments = pipelines.build(name)
@@ -489,6 +494,7 @@ def test_it_is_left_as_it_was(name: str):
     assert torch.equal(draw(pipe, arguments), plain)
 
 
+@pytest.mark.few(3)
 @BOTH
 @pytest.mark.parametrize("step", [1, 3], ids=["in its call", "in a call that waited"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

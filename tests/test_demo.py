@@ -225,7 +225,8 @@ def test_what_is_fitted_to_the_model_is_used_and_draws_better(shapes_pipe, granu
         assert scores["pictures"] >= 48
         assert scores["fitted mean dB"] > scores["prior mean dB"] + 2.5
         # one picture of 48 is drawn worse with so many full steps (docs/calibrating.md)
-        worse = {("stack", 18): 3.2, ("output", 12): 3.8}.get((granularity, len(entry.full_steps)), 0.0)
+        allowed = {("stack", 18): 3.2, ("output", 12): 3.8, ("output", 17): 0.6}
+        worse = allowed.get((granularity, len(entry.full_steps)), 0.0)
         assert scores["fitted worst dB"] > scores["prior worst dB"] - worse
     prompts = ["a small white cross at the top left on red", "a large blue ring on yellow"]
     paper, fitted = (
@@ -235,3 +236,5 @@ def test_what_is_fitted_to_the_model_is_used_and_draws_better(shapes_pipe, granu
     assert fitted.stats.full_steps == paper.stats.full_steps == 9
     assert fitted.stats.config.fallbacks == []
     assert min(fitted.psnr) > min(paper.psnr) + 2.5
+    if granularity == "output":  # what `hicache generate` takes
+        assert min(fitted.psnr) >= 36

@@ -51,6 +51,7 @@ def test_the_history_is_of_drawn_tokens_only(name: str, granularity: str):
     assert stats.history_bytes == expected * len(stats.contexts)
 
 
+@pytest.mark.few(4)
 @both
 @pytest.mark.parametrize("name", ["flux_kontext", "flux2_edit", "qwen_edit", "qwen_edit_2509"])
 def test_given_pictures_are_planned_to_take_no_history(name: str, granularity: str):
@@ -80,6 +81,7 @@ def outputs(pipe: Any, arguments: dict[str, Any], steps: int = 7) -> list[Tensor
         hook.remove()
 
 
+@pytest.mark.few(6)
 @both
 @every_pipeline
 def test_what_is_returned_has_the_same_shape_at_every_step(name: str, granularity: str):

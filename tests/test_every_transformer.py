@@ -130,6 +130,7 @@ def hooked(model: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.few(16)
 @_given([*more_models.MODELS, *CONFIGURATIONS])
 def test_cached_by_stack(name: str):
     """Exact when full, no block when skipped, and a step that is repeated is that step."""

@@ -53,6 +53,7 @@ class BlockCounter:
         self.calls[-1] += 1
 
 
+@pytest.mark.few(7)
 @every_pipeline
 def test_interval_one_is_no_cache_and_remove_restores_all(name):
     pipe, arguments = pipelines.build(name)

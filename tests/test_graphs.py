@@ -55,6 +55,7 @@ def eager(pipe: Any, arguments: dict[str, Any], steps: int = STEPS, **more: Any)
         return draw(pipe, arguments, steps)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("granularity", ["module", "stack"])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_replays_equal_eager(name, granularity):
@@ -435,6 +436,7 @@ def test_a_failed_capture_leaves_the_run_right_and_is_told():
     assert FakeBackend.made[-1].captures == 2  # the call, a block; neither is tried again
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("granularity", ["module", "stack"])
 @pytest.mark.parametrize("name", ["flux", "flux_cfg", "sd3", "wan", "qwen"])
 def test_blocks_alone_where_what_is_before_them_cannot_be_captured(name, granularity):

@@ -59,6 +59,7 @@ def runs(arguments: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
     ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("granularity", ["module", "stack"])
 @pytest.mark.parametrize(
     ("name", "number"),

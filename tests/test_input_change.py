@@ -366,6 +366,7 @@ def waits_of(
                 yield set(handle.stats.places), found
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("granularity", "filter", "answers"),
     [

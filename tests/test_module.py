@@ -61,6 +61,7 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 # Equal to the reference.
 
 
+@pytest.mark.few(14)
 @every_pipeline
 def test_whole_runs_equal_the_reference(name: str):
     """Latents feed back through the scheduler, in fp32: all that the transformer says is compared."""
@@ -91,6 +92,7 @@ def _cases() -> list[Any]:
     return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases]
 
 
+@pytest.mark.few(24)
 @pytest.mark.parametrize(("name", "label"), _cases())
 def test_float64_calls_equal_the_reference(name: str, label: str):
     model, run = recorded_in(name, torch.float64)
@@ -114,6 +116,7 @@ def test_wan_in_float64_throughout(name: str, monkeypatch: pytest.MonkeyPatch):
         assert relative_rms(by_fast(model, run, config), by_reference(model, run, config)) <= 1e-10, label
 
 
+@pytest.mark.few(5)
 @every_family
 def test_bfloat16_is_as_close_to_float64_as_the_reference(name: str):
     model, run = recorded_in(name, torch.bfloat16)
@@ -444,6 +447,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], Change]] = {
 }
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_of_a_family_equal_the_reference(name: str):
     start, changed, more = VARIANTS[name]
@@ -534,6 +538,7 @@ def alone() -> Iterator[Callable[..., Tensor]]:
     return run
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("warmup", [1, 2, 3])
 @pytest.mark.parametrize("name", ["flux", "flux_cfg", "sd3_skip_layer"])
 @pytest.mark.parametrize("share", [1.0, 0.999, 0.4, 0.0])
@@ -789,6 +794,7 @@ def test_blocks_put_in_place_between_runs_are_found_out(patch: Callable[[Any], C
 # Weights elsewhere, and calls that broadcast.
 
 
+@pytest.mark.few(5)
 @every_family
 def test_offloaded_weights(name: str):
     """Weights that are only there while their own module runs."""

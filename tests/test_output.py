@@ -51,6 +51,7 @@ def draw(pipe: Any, arguments: dict[str, Any], steps: int = 12, **more: Any) -> 
 # Pipelines.
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("name", [*unets.PIPELINES, *unets.CONTROLNETS, *TRANSFORMERS])
 def test_exact_at_interval_one_and_left_as_it_was(name: str):
     pipe, arguments = build(name)
@@ -64,6 +65,7 @@ def test_exact_at_interval_one_and_left_as_it_was(name: str):
     assert [snapshot(denoiser) for denoiser in denoisers(pipe)] == before
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("name", [*unets.PIPELINES, *unets.CONTROLNETS, *TRANSFORMERS])
 def test_nothing_of_it_runs_at_skipped_steps(name: str):
     """No module of it is called; and a run after the first draws what that drew."""
@@ -118,6 +120,7 @@ def test_operations_of_a_skipped_step(name: str):
         assert not [name for name in operations if "_local_scalar_dense" in name or "convolution" in name]
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 @pytest.mark.parametrize("basis", ["hermite", "taylor"])
 @pytest.mark.parametrize("kind", ["unet", "flux", "dit"])
@@ -585,6 +588,7 @@ def test_others(name: str):
 # Who else has a say in a call.
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["sd15", "flux"])
 @pytest.mark.parametrize("order", ["before", "after", "in place", "in place, after"])
 def test_compiled_as_a_whole(name: str, order: str):

@@ -60,6 +60,7 @@ def runs(arguments: dict[str, Any]) -> list[tuple[dict[str, Any], int]]:
     return [(arguments, STEPS), (arguments, STEPS), ({**arguments, **many}, STEPS - 3), (arguments, STEPS)]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_replays_equal_eager(name: str, faked: None):
     """Into memory that the next replay spoils: what is recorded and returned is a copy."""
@@ -79,6 +80,7 @@ def test_replays_equal_eager(name: str, faked: None):
     assert stats.replays > 12 * contexts
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_recorded_operators_equal_eager(name: str, recorded: Runtime):
     pipe, arguments = build(name)

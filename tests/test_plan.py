@@ -23,6 +23,7 @@ def size_of(name: str, pipe: Any, arguments: dict[str, Any]) -> dict[str, int]:
     return {key: arguments[key] for key in ("height", "width", "num_frames") if key in arguments}
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize("granularity", ["module", "stack", "auto"])
 @pytest.mark.parametrize("order", [0, 2])
 @pytest.mark.parametrize("name", PIPELINES)
@@ -39,6 +40,7 @@ def test_plan_is_what_a_run_holds(name, order, granularity):
     assert one.launches == len(stats.contexts)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("granularity", ["module", "low-rank", "stack"])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_plan_counts_what_is_kept_beside_a_history(name, granularity):

@@ -64,6 +64,7 @@ def test_embedders_of_text_run_at_full_steps_alone(
         assert torch.equal(pipelines.draw(pipe, arguments), picture)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("granularity", ["module", "stack"])
 @pytest.mark.parametrize("name", NAMES)
 def test_their_numbers_reach_nothing(name: str, granularity: str, monkeypatch: pytest.MonkeyPatch):

@@ -248,6 +248,7 @@ def _models_and_blocks() -> Iterator[tuple[nn.Module, str]]:
             yield model, type(getattr(block, "block", block)).__name__
 
 
+@pytest.mark.few(9)
 @every_model
 def test_equals_the_formulas_written_out(name: str):
     model, calls = build(name)
@@ -263,6 +264,7 @@ def test_equals_the_formulas_written_out(name: str):
     assert relative_max(expected, uncached) > 100 * tolerance
 
 
+@pytest.mark.few(9)
 @every_model
 def test_nothing_skipped_is_nothing_changed_and_remove_restores_all(name: str):
     model, calls = build(name)
@@ -279,6 +281,7 @@ def test_nothing_skipped_is_nothing_changed_and_remove_restores_all(name: str):
     assert torch.equal(run(model, calls), uncached)
 
 
+@pytest.mark.few(9)
 @every_model
 def test_a_step_repeated_is_exact(name: str):
     """The same call again, all features reused: not one number may differ."""
@@ -301,6 +304,7 @@ def _computing(counter: FlopCounterMode, blocks: dict[str, nn.Module]) -> set[st
     return {path for path in inside if not re.search(r"\.(norm\w*|\w+_mod|adaLN_modulation)\.", path)}
 
 
+@pytest.mark.few(9)
 @every_model
 def test_skipped_steps_call_blocks_but_compute_only_gates(name: str):
     """Calls of blocks are counted at every step, operations where counting them may tell a difference."""
@@ -345,6 +349,7 @@ def test_calls_of_one_step_do_not_mix(name: str):
     assert relative_max(ours, expected) < 1e-5 < 1e-4 < relative_max(ours, plain)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", pipelines.CORE)
 def test_every_pipeline(name: str):
     pipe, arguments = pipelines.build(name)

@@ -110,6 +110,7 @@ def test_rows_by_feature_are_of_modules(granularity: str | None):
 # Both paths.
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", pipelines.BY_LAYER)
 def test_the_fast_path_equals_the_reference(name: str):
     model, run = runs.recorded_in(name, torch.float64)

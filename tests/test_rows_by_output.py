@@ -220,6 +220,7 @@ def test_what_is_cached_changes_from_run_to_run_with_the_file_that_holds(beside:
         assert planned[steps].full_steps == len(hicache.full_steps(config.for_run(Run(steps)), steps))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_compiled_transformer_has_graphs_of_both_kinds_of_runs(beside: Beside, whole: bool):
     """One of full steps by output, two by module; none is made anew when a run is of the other kind."""

@@ -126,6 +126,7 @@ def serve(name: str, threads: int, each: int) -> None:
             assert torch.equal(picture, wanted), number
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("error:hicache")
 @pytest.mark.parametrize(("threads", "each"), [(1, 9), (3, 5)], ids=["one thread", "three threads"])
 @pytest.mark.parametrize("name", ["flux_cfg", "sd3", "wan22"])

@@ -11,6 +11,7 @@ from tests.support import pipelines
 from tests.support.skipped_steps import SYNCS, operations, skipped
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("granularity", ["module", "low-rank", "stack"])
 def test_flux_at_its_true_depth(granularity):
     """At most 120 operations whatever the depth, one of them the cache's kernel, and no host sync."""

@@ -93,6 +93,7 @@ def test_bad_pictures_are_named(pipe, image, message):
         pipe(torch.zeros(1, 3, 8, 8), output_type="latent")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("granularity", ["module", "stack", "output"])
 def test_cached_tiles(pipe, granularity):
     small = shrink(shapes(2, 64))

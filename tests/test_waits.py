@@ -48,6 +48,7 @@ each_way = pytest.mark.parametrize("granularity", waits.GRANULARITIES)
 each_model = pytest.mark.parametrize("name", NAMES)
 
 
+@pytest.mark.few(10)
 @each_model
 @each_way
 @pytest.mark.parametrize("run", range(waits.RUNS))
@@ -56,6 +57,7 @@ def test_no_later_step_waits(name: str, granularity: str, run: int):
         assert not any(own(name, granularity, run, kind))
 
 
+@pytest.mark.few(8)
 @each_model
 @each_way
 def test_the_first_run_waits_for_what_it_learns(name: str, granularity: str):
@@ -68,6 +70,7 @@ def test_the_first_run_waits_for_what_it_learns(name: str, granularity: str):
     assert skipped.keys() == VERIFYING
 
 
+@pytest.mark.few(8)
 @each_model
 @each_way
 def test_a_later_run_waits_before_its_first_block(name: str, granularity: str):
@@ -81,6 +84,7 @@ def test_a_later_run_waits_before_its_first_block(name: str, granularity: str):
     assert not skipped
 
 
+@pytest.mark.few(6)
 @each_model
 @each_way
 def test_the_pipeline_and_the_model_wait_no_more_than_uncached(name: str, granularity: str):
@@ -92,6 +96,7 @@ def test_the_pipeline_and_the_model_wait_no_more_than_uncached(name: str, granul
             assert found <= Counter(wait[:3] for wait in other)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["flux_cfg", "hunyuan"])
 @each_way
 def test_a_device_that_is_behind_is_not_waited_for(name: str, granularity: str):

@@ -85,8 +85,8 @@ def _head(bundled: Sequence[Row]) -> Sections:
 
 
 _WINS = """Each setting of a peer against the best of all of ours that costs no more. Ours have {most:g} full steps at most:
-peers with more are compared with those. Of the peers' {wanted} settings {there} have rows so far; the last section names
-the others, at which a peer may win unseen."""  # noqa: E501
+peers with more are compared with those. Of the peers' {wanted} settings {there} have rows so far, and {timed} are timed: by
+seconds the others are not compared. Where rows are missing, the last section names them: a peer may win there unseen."""  # noqa: E501
 
 
 def _where_peers_win(measured: Sequence[Row], bundled: Sequence[Row]) -> Sections:
@@ -98,13 +98,14 @@ def _where_peers_win(measured: Sequence[Row], bundled: Sequence[Row]) -> Section
         ("The worst picture, no slower", "psnr_worst", no_slower, _timed(measured)),
     )
     there = sum(row.package != OURS for row in bundled)
+    timed = sum(row.package != OURS for row in _timed(measured))
     most = max((row.full_steps or 0 for row in measured if row.package == OURS), default=0)
     wanted = sum(
         len(MODELS["bundled"].settings(method)) for method in METHODS.values() if method.package != OURS
     )
     sections = [
         "## Where a peer wins",
-        _WINS.format(there=there, wanted=wanted, most=most),
+        _WINS.format(there=there, wanted=wanted, timed=timed, most=most),
     ]
     for title, field, affordable, found in questions:
         sections.append(f"### {title}")

@@ -61,6 +61,7 @@ def bench(key="flux", deadline=float("inf")):
     return Bench(MODELS["cpu"][key], CONFIG, STEPS, "cpu", deadline)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("key", MODELS["cuda"])
 def test_models_of_a_gpu_are_of_true_size(key):
     """They are built in bf16, without memory, and two blocks of each go through a step."""
@@ -79,6 +80,7 @@ def test_models_of_a_gpu_are_of_true_size(key):
     assert plan.hidden[0] == inputs.samples
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("key", MODELS["cpu"])
 def test_rows_of_every_model(key):
     notes = Notes()
@@ -98,6 +100,7 @@ def test_rows_of_every_model(key):
         assert row.peak_bytes is None
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("granularity", ["stack", "module"])
 def test_history_is_the_planned_one(granularity):
     one = bench("wan")

@@ -212,6 +212,7 @@ def test_norms_that_are_not_finite_count_for_nothing():
     assert measured({}, differences([2.0]), nan).told == {"b.0": pytest.approx(sigma_of(2.0), rel=1e-15)}
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("key", ["layer", "feature"])
 @pytest.mark.parametrize("name", pipelines.BY_LAYER)
 def test_the_fast_path_equals_the_reference(name: str, key: str):
@@ -237,6 +238,7 @@ def test_the_fast_path_equals_the_reference(name: str, key: str):
         assert f"{layer} {one:.3g}" in str(stats)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("more", [{}, {"quantile": 0.9, "smooth": 0.5}], ids=["mean", "quantile"])
 @pytest.mark.parametrize("answers", [True, False], ids=["at hand", "behind"])
 def test_no_step_waits_for_a_device(answers: bool, more: dict[str, Any]):

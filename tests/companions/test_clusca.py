@@ -135,6 +135,7 @@ def test_3_an_mlp_that_gives_the_forecast_changes_nothing(variant: str) -> None:
 # 4: every token computed.
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", [*FAMILIES, "flux_controlnet", "flux_ip_adapter"])
 @pytest.mark.parametrize("variant", ["exact", "residual"])
 def test_4_a_cluster_a_token_runs_every_mlp_in_full(

@@ -109,6 +109,7 @@ def test_3_mlps_that_give_the_forecast_change_nothing(variant: str, monkeypatch:
 
 
 # of editing pipelines the tokens of the picture drawn are clustered; with a cluster a token that is no matter
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", [*FAMILIES, "flux_kontext", "qwen_edit", "qwen_edit_2509"])
 @pytest.mark.parametrize("variant", ["exact", "residual"])
 def test_4_a_cluster_a_token_runs_every_mlp_in_full(
@@ -118,6 +119,7 @@ def test_4_a_cluster_a_token_runs_every_mlp_in_full(
     assert off(by_fast(name, settings(variant, clusters=MANY)), wanted) < 1e-10
 
 
+@pytest.mark.few(16)
 @each_family
 @each_variant
 @pytest.mark.parametrize("labels", LABELS)
@@ -156,6 +158,7 @@ def test_5_at_every_order_and_last_step_full(variant: str, order: int) -> None:
     assert off(by_fast("flux", chosen, config), by_reference("flux", chosen, config)) < 1e-10
 
 
+@pytest.mark.few(4)
 @each_variant
 @pytest.mark.parametrize("name", FAMILIES)
 def test_5_pictures_one_after_the_other_are_the_reference_too(name: str, variant: str) -> None:
@@ -175,6 +178,7 @@ def test_5_pictures_one_after_the_other_are_the_reference_too(name: str, variant
     assert not got[0].equal(got[1])
 
 
+@pytest.mark.few(3)
 @each_variant
 @pytest.mark.parametrize("name", ["flux", "sd3", "qwen"])
 def test_5_other_sizes_are_clustered_anew(name: str, variant: str) -> None:
@@ -266,6 +270,7 @@ def test_9_lora_is_part_of_what_is_computed() -> None:
 # 10: what a skipped step costs.
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["flux", "sd3", "qwen"])  # whose pipelines tell of their steps
 @each_variant
 def test_10_no_later_step_waits_for_the_device(name: str, variant: str) -> None:
@@ -322,6 +327,7 @@ def some() -> Iterator[Any]:
         yield pytest.param(*case, id=", ".join(case), marks=[pytest.mark.slow] * slow)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("name", "variant", "labels"), [*some()])
 def test_replays_equal_eager(name: str, variant: str, labels: str, runtime: Runtime) -> None:
     pipe, arguments = pipelines.build(name)
@@ -341,6 +347,7 @@ def test_replays_equal_eager(name: str, variant: str, labels: str, runtime: Runt
         assert off(ours, theirs) < 1e-5
 
 
+@pytest.mark.few(1)
 @each_variant
 def test_blocks_may_be_compiled_one_by_one(variant: str) -> None:
     pipe, arguments = pipelines.build("flux")

@@ -82,6 +82,7 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.few(40)
 @dtypes
 @pytest.mark.parametrize("backward", [0, 1], ids=["forward", "backward"])
 @pytest.mark.parametrize(("num_orders", "filled"), [(k, f) for k in range(1, 6) for f in range(k)])
@@ -114,6 +115,7 @@ HIDDEN = [
 ]  # fmt: skip
 
 
+@pytest.mark.few(60)
 @pairs
 @pytest.mark.parametrize("pending", [False, True], ids=["settled", "pending"])
 @pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])

@@ -52,6 +52,7 @@ def test_every_instruction_set_gives_the_same_bits(isa):
     assert done.stdout.split() == [isa, baseline.stdout.split()[1]]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("isa", NEEDS)
 def test_past_the_cache_every_tactic_gives_the_reference_s_bits(isa):
     if missing := NEEDS[isa] - cpu_flags():

@@ -105,6 +105,7 @@ def test_cascade_and_forecast(backend, dtype, case):
     assert_no_worse(backend, forecast(orders, weights, backend=backend), peer_row, exact_row, added)
 
 
+@pytest.mark.few(8)
 @backends
 @dtypes
 @pytest.mark.parametrize("pending", [False, True], ids=["settled", "pending"])
@@ -169,6 +170,7 @@ def test_gated_sum(backend, dtype, pending, case, shape, num_features, gated, pa
 SLOTS = [0, 1, 16, 31, 1000, 4096]
 
 
+@pytest.mark.few(8)
 @backends
 @dtypes
 @pytest.mark.parametrize("filled", [0, 1, 2])
@@ -194,6 +196,7 @@ def test_every_feature_may_have_a_row_of_coefficients(backend, dtype, filled):
         )
 
 
+@pytest.mark.few(10)
 @backends
 @dtypes
 @pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
@@ -337,6 +340,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.itemsize])
 
 
+@pytest.mark.few(8)
 @dtypes
 @pytest.mark.parametrize("channels", [1, 3, 5, 9, 17, 33])
 def test_ragged_channels_keep_the_sign_of_zero(dtype, channels):

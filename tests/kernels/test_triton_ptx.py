@@ -165,6 +165,7 @@ def test_row_addresses_are_64_bit(name, integers):
     assert set(products) == {"i64"}
 
 
+@pytest.mark.few(75)
 @architectures
 @pytest.mark.parametrize(("name", "dtype", "constants"), CASES, ids=case_id)
 def test_wide_accesses_and_no_spills(name, dtype, constants, arch, tmp_path):
@@ -190,6 +191,7 @@ DISASSEMBLED = [
 ]
 
 
+@pytest.mark.few(30)
 @architectures
 @pytest.mark.parametrize(("name", "dtype", "constants"), DISASSEMBLED, ids=case_id)
 def test_every_load_of_a_tile_is_issued_before_the_first_is_used(name, dtype, constants, arch):
@@ -220,6 +222,7 @@ THREADS = 2048  # of one multiprocessor, on all three
 REGISTERS = 65536
 
 
+@pytest.mark.few(46)
 @architectures
 @pytest.mark.parametrize(("name", "dtype", "constants"), STEADY, ids=case_id)
 def test_enough_bytes_in_flight(name, dtype, constants, arch, tmp_path):

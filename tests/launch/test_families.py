@@ -103,6 +103,7 @@ def _by_hand(name: str, folder: Path, picture: Path, seed: int) -> Any:
     return np.asarray(output[0][0])
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", model_folders.FAMILIES)
 def test_original_is_the_pipeline_called_by_hand(name: str, folders: Any, picture: Path):
     settings, backend = resolve(_settings(name, folders(name), "original", picture))
@@ -137,6 +138,7 @@ def _frames(data: bytes) -> list[bytes]:
         return list(reader)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", model_folders.FAMILIES)
 def test_every_mode_draws_a_file(name: str, folders: Any, picture: Path, tmp_path: Path, capsys: Any):
     """By the command line; what is cached draws otherwise than what is not, and skips what it says."""
