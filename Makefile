@@ -24,9 +24,9 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# which branches of the packages make test takes; tests/README.md says what of the rest
+# which branches of the packages make test takes with all cases of its tests; tests/README.md says what of the rest
 coverage: $(VENV)/coverage.stamp
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest -n 2 --dist worksteal --all-cases --cov --cov-report=term-missing:skip-covered
 
 # on a quiet machine, and in less than ten minutes
 bench: $(VENV)/bench.stamp

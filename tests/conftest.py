@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--part", metavar="K/N", type=_part, help="the K-th (from 0) of N parts of the tests, by their names"
     )
+    parser.addoption("--all-cases", action="store_true", help="those too that the marker few leaves out")
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -33,7 +34,8 @@ def _part(text: str) -> tuple[int, int]:
 
 @pytest.hookimpl(tryfirst=True)  # before what is slow is left out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    mark_all_but_few(items)
+    if not config.option.all_cases:
+        mark_all_but_few(items)
     if config.option.part is None:
         return
     part, parts = config.option.part
