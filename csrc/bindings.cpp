@@ -8,6 +8,7 @@
 #include <string>
 
 #include "hicache/launch.h"
+#include "hicache/states.h"
 
 namespace py = pybind11;
 using namespace hicache;
@@ -103,6 +104,32 @@ void gated_sum(uintptr_t orders, int64_t order_stride, int num_orders, int type,
   LAUNCH(args, where...);
 }
 
+// Addresses of arrays and of functions: see states.h.
+bool tensors_unchanged(uintptr_t tensors, int64_t count, uintptr_t addresses, int64_t counted, uintptr_t writes,
+                       uintptr_t address, uintptr_t write) {
+  return unchanged(reinterpret_cast<const tensor*>(tensors), count, reinterpret_cast<const uint64_t*>(addresses),
+                   counted, reinterpret_cast<const uint64_t*>(writes), reinterpret_cast<address_of>(address),
+                   reinterpret_cast<writes_to>(write));
+}
+
+// Whether dictionaries have as many values as they had, and these ones, in order. Borrows all of them.
+bool same_values(const py::list& dicts, const py::list& sizes, const py::list& values) {
+  const Py_ssize_t count = PyList_GET_SIZE(values.ptr());
+  Py_ssize_t seen = 0;
+  const Py_ssize_t length = PyList_GET_SIZE(dicts.ptr());
+  for (Py_ssize_t index = 0; index < length; ++index) {
+    if (index + 2 * kAhead < length) prefetch(PyList_GET_ITEM(dicts.ptr(), index + 2 * kAhead));
+    if (index + kAhead < length) fetch(PyList_GET_ITEM(dicts.ptr(), index + kAhead), sizeof(PyDictObject), 2);
+    PyObject* dict = PyList_GET_ITEM(dicts.ptr(), index);
+    if (!PyDict_Check(dict) || PyDict_Size(dict) != PyLong_AsSsize_t(PyList_GET_ITEM(sizes.ptr(), index))) return false;
+    PyObject* value = nullptr;
+    for (Py_ssize_t place = 0; PyDict_Next(dict, &place, nullptr, &value); ++seen) {
+      if (seen == count || value != PyList_GET_ITEM(values.ptr(), seen)) return false;
+    }
+  }
+  return seen == count;
+}
+
 py::list measured() {
   py::list found;
   for (const measured_tactics& one : cpu_tactics()) {
@@ -133,6 +160,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("forecast", &forecast<cpu_forecast, int>);
   m.def("update_forecast_", &update_forecast<cpu_update_forecast, int>);
   m.def("gated_sum", &gated_sum<cpu_gated_sum, int>);
+  m.def("tensors_unchanged", &tensors_unchanged, "Whether tensors are where they were, and as often written to.");
+  m.def("same_values", &same_values, "Whether dictionaries have the values that they had: dicts, sizes, all values.");
   m.def("cuda_archs", &archs, "Compute capabilities compiled for, such as 90; none when built without CUDA.");
 #if defined(HICACHE_CUDA)
   m.def("cuda_update_", &update<cuda_update, int, uintptr_t>);

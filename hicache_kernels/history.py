@@ -57,12 +57,14 @@ class History:
             raise ValueError(f"History: expected a floating-point dtype, got {dtype}")
         self.shapes = tuple(torch.Size(shape) for shape in shapes)
         self.order = order
-        self._alike = len(set(self.shapes)) == 1  # asked at every skipped step
         *self._offsets, end = _offsets(self.shapes, dtype)
         # A history outlives the mode of the run that made it: an inference tensor could not be updated
         # outside.
         with torch.inference_mode(False):
             self.orders = torch.empty(order + 1, end, dtype=dtype, device=device)  # [K, numel]
+            # asked for at every skipped step
+            alike = len(set(self.shapes)) == 1
+            self._by_feature = self.orders.view(order + 1, len(self.shapes), -1) if alike else None
         # padding is read by kernels that work on whole rows; stale bytes there must not raise or slow
         # arithmetic
         for offset, shape, stop in zip(self._offsets, self.shapes, [*self._offsets[1:], end], strict=True):
@@ -88,12 +90,12 @@ class History:
         Raises:
             ValueError: the features differ in shape.
         """
-        if not self._alike:
+        if self._by_feature is None:
             raise ValueError(
                 "History.orders_by_feature: expected features of one shape, got "
                 f"{[tuple(s) for s in self.shapes]}"
             )
-        return self.orders.view(self.order + 1, len(self.shapes), -1)
+        return self._by_feature
 
     def terms(self) -> torch.Tensor:
         """The name :meth:`orders_by_feature` had."""
