@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ class StepBytes:
     blocks: GraphBytes  # where only they can be captured
     skipped: GraphBytes
     sums: int  # by module: what a full step adds features up in while it runs
+    embedded: int  # what the model's embedder of timesteps gives, where that is computed ahead
     kept: int  # for the run: embeddings that only blocks read, and copies of the prompt that tell calls apart
     unsafe: tuple[UnsafeOp, ...]  # operations of a full step that cannot be captured
 
@@ -110,7 +111,8 @@ def dry_run(
     outputs = ModuleOutputs(hooked.call, adapter.outputs())
     call, hidden = hooked.call, torch.empty(recorded.hidden, dtype=dtype, device=_META)
     with torch.no_grad(), _FusedAttention(), ExitStack() as hooks:
-        hooked.install(lambda plan, base, block_kwargs: forecast(plan, None, base, block_kwargs))
+        made = adapter.embedder
+        hooked.install(lambda plan, base, block_kwargs: forecast(plan, None, base, block_kwargs), made)
         hooks.callback(hooked.remove)
         hooked.refresh()
         plan = _full_step(recorded, hidden, outputs)
@@ -118,12 +120,15 @@ def dry_run(
         call.lesson = _Lesson(plan)
         model(**given, return_dict=False)  # what a model keeps of its first call is not of a graph
         call.lesson = None
+        ahead = call.embedded[0] if len(call.embedded) == 1 else None
+        embedded = ahead if isinstance(ahead, Tensor) else None
         _begin(call, plan)
         full = _Watched(model, hooked, given, standing_for)
         sums = sum(map(nbytes, call.result.partial_sums.values()))
         kept = sum(tensor.nbytes for tensor in [*tensors_of(call.recalled), *conditioning(given)])
         outputs.remove()
-        _begin(call, _skipped_step(recorded, hidden))
+        inside = recorded.granularity == "stack"  # a graph embeds its timestep itself
+        _begin(call, replace(_skipped_step(recorded, hidden), embedded=None if inside else embedded))
         skipped = _Watched(model, hooked, given, standing_for)
         read = sum(map(nbytes, call.plan.inputs)) if isinstance(call.plan, SkippedStep) else 0
     inputs = sum(map(nbytes, tensors_of(given)))
@@ -132,6 +137,7 @@ def dry_run(
         GraphBytes(full.block_peak, full.block_held, full.block_inputs),
         GraphBytes(skipped.peak, skipped.held, inputs + read),
         sums,
+        0 if embedded is None else embedded.nbytes,
         kept,
         tuple(full.unsafe),
     )

@@ -33,6 +33,7 @@ from hicache.planned_memory import (
     plan_gates,
     plan_graphs,
     returned_by_unet,
+    steps_ahead,
 )
 from hicache.run import Run
 from hicache.runtime.gate_rank import SumMemory, why_not
@@ -290,7 +291,8 @@ def _with_graphs(
         kind = type(call.adapter).__name__
         return replace(chosen, not_estimated=f"{kind}.example() does not say what the model is called with")
     numbers = call.engine.numbers.planned_nbytes(call.dtype)
-    kept = call.contexts * (steps.kept + numbers)
+    ahead = max(steps_ahead(call.engine, chosen.rank), default=0)
+    kept = call.contexts * (steps.kept + ahead * steps.embedded + numbers)
     room = settings.memory_budget - chosen.history_bytes - chosen.gates_bytes - kept
     graphs = plan_graphs(steps, call.contexts, order > 0, room, settings.cuda_graphs, steps.sums)
     return replace(chosen, kept_bytes=kept, sums_bytes=steps.sums, graphs=graphs)

@@ -55,10 +55,7 @@ def plan_gates(
     """
     features, batch, channels = form
     step, num_steps = features * batch * channels * dtype.itemsize, engine.num_steps or 0
-    coming = {num_steps - 1} if rank else _coming(engine, num_steps)
-    coming.discard(0)
-    if not adapter.foretell:
-        coming = set()
+    coming = steps_ahead(engine, rank) if adapter.foretell else set()
     held = max(coming, default=0) * step
     if rank:
         held += GateBasis.planned_nbytes(rank, num_steps, features, batch, channels, dtype)
@@ -67,16 +64,22 @@ def plan_gates(
     return GatesPlan(contexts * held, sum(numbers) * step)
 
 
-def _coming(engine: Engine, num_steps: int) -> set[int]:
-    """How many skipped steps follow a full one, in a run."""
-    last, found, steps = None, set(), 0
-    for step in range(num_steps):
+def steps_ahead(engine: Engine, rank: int) -> set[int]:
+    """For how many skipped steps at once gates and embeddings of a run are computed.
+
+    Args:
+        engine: has the settings and the steps.
+        rank: of gates of low rank; 0 by module or by stack.
+    """
+    num_steps = engine.num_steps or 0
+    last, found, steps = None, {num_steps - 1} if rank else set(), 0
+    for step in range(0 if rank else num_steps):
         if engine.is_full(step, last):
             found.add(steps)
             last, steps = step, 0
         else:
             steps += 1
-    return found | {steps}
+    return {count for count in (*found, steps) if count > 0}
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,7 @@ class SkippedStep:
         ones: features after those of the blocks, whose gates are one.
         view: of the hidden state that the features have; None: all of it, with a gate a sample.
         correction: what is done beside the sum; None: nothing.
+        embedded: what the model's embedder of timesteps would give; None: it runs.
     """
 
     sum: Sum
@@ -93,6 +94,7 @@ class SkippedStep:
     ones: int = 0
     view: TokenView | None = None
     correction: Correction | None = None
+    embedded: Tensor | None = None
 
     def of_any_size(self) -> SkippedStep:
         """The same plan for torch.compile, which makes one graph of it whatever the picture's size."""
@@ -102,12 +104,14 @@ class SkippedStep:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """The tensors whose numbers differ from step to step: of the sum, gates, corrections, between."""
+        """The tensors whose numbers differ from step to step, as :meth:`with_inputs` takes them."""
         found = [self.sum.coeffs]
         if self.sum.inv_gap is not None:
             found.append(self.sum.inv_gap)
         if self.gates is not None:
             found.append(self.gates)
+        if self.embedded is not None:
+            found.append(self.embedded)
         corrected = [] if self.correction is None else self.correction.inputs
         return [*found, *corrected, *self.between]
 
@@ -116,12 +120,14 @@ class SkippedStep:
         coeffs, *others = tensors
         inv_gap = None if self.sum.inv_gap is None else others.pop(0)
         gates = None if self.gates is None else others.pop(0)
+        embedded = None if self.embedded is None else others.pop(0)
         correction = self.correction
         if correction is not None:
             count = len(correction.inputs)
             correction, others = correction.with_inputs(others[:count]), others[count:]
         total = replace(self.sum, coeffs=coeffs, inv_gap=inv_gap)
-        return replace(self, sum=total, gates=gates, between=tuple(others), correction=correction)
+        more = replace(self, sum=total, gates=gates, embedded=embedded)
+        return replace(more, between=tuple(others), correction=correction)
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,8 @@ class RunningCall:
         self.opaque = False  # compiled, captured or replayed: nothing inside can be timed or compared
         # runs a block, given it and its arguments, where blocks are captured one by one
         self.run_block: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any] | None = None
+        # full, the first of its form: what the embedder of timesteps gave, in each call of it
+        self.embedded: list[Any] = []
         # what only blocks read, as the context's first full step had it, and how much this call has asked for
         self.recalled: list[Any] = []
         self.recall_index = 0

@@ -7,10 +7,7 @@ their own block runs.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, distributed, nn
 
@@ -31,34 +28,6 @@ def weight_parts(weight: Tensor) -> Iterator[Tensor]:
 def addresses(tensors: Iterable[Tensor]) -> list[int]:
     """Where tensors have their numbers: asked of hundreds at a step, so without a line of Python for each."""
     return list(map(Tensor.data_ptr, tensors))
-
-
-class Places:
-    """Which modules and weights are in the places that some modules have for them.
-
-    Looked at in every skipped step, so without a line of Python for each. Holds on to what is there, so that
-    nothing else takes its address.
-
-    Args:
-        modules: whose places. Those that have no child now are taken to get none: what puts one into a layer
-            (a parametrization) takes a weight out of its place.
-        weights: whether places of weights are looked at, too.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module], weights: bool) -> None:
-        found: list[Any] = [compat.children_by_name(module) for module in modules]
-        if weights:
-            found += [compat.weights_by_name(module) for module in modules]
-        self._places: list[dict[str, Any]] = [places for places in found if places]
-        self._sizes = list(map(len, self._places))
-        self._held = self._now()
-
-    def unchanged(self) -> bool:
-        """Whether the same modules and weights are there."""
-        return list(map(len, self._places)) == self._sizes and all(map(operator.is_, self._now(), self._held))
-
-    def _now(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._places)))
 
 
 def is_sharded(module: nn.Module) -> bool:

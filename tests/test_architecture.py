@@ -25,6 +25,7 @@ LAYERS = [
     {"hicache_kernels"},
     {
         "hicache._version",
+        "hicache.arguments",
         "hicache.checks",
         "hicache.json_lines",
         "hicache.mixin",
@@ -79,6 +80,7 @@ USED_BY_OTHERS = {
         f"sparse_attention.{name}"
         for name in ("choose_columns", "kept_columns", "row_constants", "sparse_attention")
     },
+    "hicache.runtime.gate_weights": {"unchanged.TensorStates", "unchanged.Values"},
 }
 USED_BY_ANY = {"BACKENDS", "backend_status"}
 # What may touch private parts of torch, diffusers and accelerate: one package, one module of the other.

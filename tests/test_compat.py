@@ -277,6 +277,38 @@ def test_writes_are_counted():
         assert compat.write_count(torch.zeros(2)) is None
 
 
+def test_hooks_by_key():
+    module = torch.nn.Linear(2, 2)
+    after, before = compat.hooks_by_key(module)
+    module.register_forward_hook(print)
+    module.register_forward_pre_hook(print)
+    assert (len(after), len(before)) == (1, 1), moved("Module._forward_hooks", "hooks_by_key")
+
+
+def test_kernels_of_attention():
+    cuda = torch.backends.cuda
+    switches = (
+        (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+        (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+        (cuda.math_sdp_enabled, cuda.enable_math_sdp),
+        (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+    )
+    for index, (enabled, enable) in enumerate(switches):
+        before = enabled()
+        for wanted in (not before, before):
+            enable(wanted)
+            assert compat.attention_kernels()[index] is wanted, moved("torch._C", "attention_kernels")
+
+
+def test_many_tensors_are_copied_at_once():
+    into = [torch.zeros(2, 3), torch.zeros(4, dtype=torch.int64)]
+    tensors = [torch.arange(6.0).view(2, 3), torch.arange(4)]
+    before = [tensor._version for tensor in into]
+    compat.copy_all(into, tensors)
+    assert all(map(torch.equal, into, tensors)), moved("torch._foreach_copy_", "copy_all")
+    assert all(tensor._version > count for tensor, count in zip(into, before, strict=True))
+
+
 def test_trees_and_dispatch():
     leaves, layout = compat.pytree.tree_flatten(((1, {"a": 2}), [3]))
     assert leaves == [1, 2, 3]

@@ -25,14 +25,14 @@ PREFETCHED = ["flux", "flux_cfg", "qwen", "qwen_edit", "sd3", "hunyuan", "dit"]
 def prefetched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether the gates of every skipped step were prefetched, step by step."""
     seen: list[bool] = []
-    gates = GatePrefetch.gates
+    ahead_of = GatePrefetch.ahead
 
     def watched(self: GatePrefetch, *args: Any) -> Any:
-        result = gates(self, *args)
-        seen.append(result is not None)
+        result = ahead_of(self, *args)
+        seen.append(result.gates is not None)
         return result
 
-    monkeypatch.setattr(GatePrefetch, "gates", watched)
+    monkeypatch.setattr(GatePrefetch, "ahead", watched)
     return seen
 
 
@@ -44,7 +44,7 @@ def cached(pipe: Any, arguments: dict[str, Any], **more: Any) -> torch.Tensor:
 def without(call: Callable[[], torch.Tensor]) -> torch.Tensor:
     """The same with every step computing its own gates."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GatePrefetch, "fetch", lambda *args: None)
+        patch.setattr(GatePrefetch, "fetch", lambda *args, **more: None)
         return call()
 
 

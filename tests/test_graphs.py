@@ -17,7 +17,7 @@ from torch import Tensor
 
 import hicache.fast
 import hicache_kernels
-from hicache import HiCacheConfig
+from hicache import HiCacheConfig, compat
 from hicache.cuda_graphs import model_state
 from hicache.cuda_graphs.block_graphs import BlockGraphs
 from hicache.cuda_graphs.call_graph import CallArguments
@@ -411,6 +411,109 @@ def test_outputs_that_cannot_be_cloned_are_not_captured():
     with hicache.fast.apply(model, CONFIG, cuda_graphs=False), torch.no_grad():
         for step, output in enumerate(outputs):
             assert close(output, model(hidden, torch.tensor(1 - 0.05 * step)).sample)
+
+
+# What a graph is given.
+
+
+class Added(torch.nn.Module):
+    """Adds a prompt and something else to its hidden state; writes to the prompt where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+        self.norm_out = torch.nn.Linear(8, 8)
+        self.writes = False
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, more: Tensor
+    ) -> tuple[Tensor]:
+        if self.writes:
+            encoder_hidden_states.mul_(0.5)
+        hidden_states = hidden_states * timestep + encoder_hidden_states + more
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return (self.norm_out(hidden_states),)
+
+
+@dataclasses.dataclass
+class Given:
+    """What is given in all steps of two runs, in the same memory."""
+
+    hidden: Tensor
+    prompt: Tensor
+    more: Tensor
+
+
+def added(before: Callable[[int, Given], Any], writes: bool, **more: Any) -> tuple[Tensor, list[int]]:
+    """The outputs of two runs, and how many tensors each replay copied.
+
+    Args:
+        before: called before each step.
+        writes: whether the model writes to the prompt.
+        more: arguments of ``apply``.
+    """
+    torch.manual_seed(0)
+    model, scheduler = Added().eval(), CountingScheduler()
+    given = Given(*(models.noise(1, 4, 8) for _ in range(3)))
+    model.writes = writes
+    copied: list[int] = []
+    own = compat.copy_all
+
+    def copy_all(into: Any, tensors: Any) -> None:
+        copied.append(len(into))
+        own(into, tensors)
+
+    outputs = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compat, "copy_all", copy_all)
+        with connect(hicache.fast.apply(model, CONFIG, scheduler=scheduler, **more)):
+            for _ in range(2):
+                scheduler.set_timesteps(STEPS)
+                for step in scheduler.timesteps:
+                    before(step, given)
+                    prompt = given.prompt.clone() if writes else given.prompt
+                    call = {"encoder_hidden_states": prompt, "more": given.more}
+                    outputs.append(model(given.hidden, torch.full((1,), 1 - 0.05 * step), **call)[0])
+                    scheduler.step()
+    return torch.stack(outputs), copied
+
+
+def _written_by_the_next_run(step: int, given: Given) -> None:
+    if step == 0:
+        for tensor in (given.hidden, given.prompt, given.more):
+            tensor.data.add_(1)
+
+
+def _set(step: int, given: Given) -> None:
+    given.prompt.data = given.prompt.data * 0.9
+
+
+BEFORE: dict[str, Callable[[int, Given], Any]] = {
+    "the same": lambda step, given: None,
+    "the prompt written to": lambda step, given: given.prompt.add_(1) if step in (9, 10, 11) else None,
+    "the prompt's numbers exchanged": _set,
+    "the hidden state written to, uncounted": lambda step, given: given.hidden.data.mul_(0.9),
+    "something else written to, uncounted": lambda step, given: given.more.data.mul_(0.9),
+    "all written to by the next run, uncounted": _written_by_the_next_run,
+}
+
+
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("before", BEFORE)
+def test_a_replay_has_the_numbers_of_its_call(before: str, writes: bool):
+    expected, _ = added(BEFORE[before], writes, cuda_graphs=False)
+    drawn, copied = added(BEFORE[before], writes)
+    assert writes or len(copied) > STEPS / 2
+    assert close(drawn, expected)
+
+
+def test_a_prompt_that_is_there_is_not_copied_again():
+    """Where each step has the same."""
+    _, copied = added(BEFORE["the same"], False)
+    assert min(copied) == 3  # at a full step: the hidden state, the timestep, and what may be another
+    # at a skipped one coefficients, too, and perhaps a gap; the prompt at most once a graph and run
+    assert sum(count > 5 for count in copied) <= 3
 
 
 @pytest.mark.filterwarnings("default::RuntimeWarning")

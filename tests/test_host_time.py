@@ -91,7 +91,7 @@ def skipped_step(
 
 @pytest.mark.parametrize(
     ("granularity", "graphs", "most"),
-    [("module", True, 145), ("stack", True, 113), ("module", False, 160), ("stack", False, 128)],
+    [("module", True, 143), ("stack", True, 123), ("module", False, 152), ("stack", False, 146)],
 )
 def test_calls_of_a_skipped_step(granularity: str, graphs: bool, most: int, monkeypatch: pytest.MonkeyPatch):
     calls, stats = skipped_step(monkeypatch, granularity, graphs)

@@ -25,6 +25,7 @@ from tests.support import models
 
 # What it is built on, beside torch: none of it counts steps, keeps contexts or sums a history.
 ALLOWED = {
+    "hicache.arguments",
     "hicache.basis",
     "hicache.calibration.file",
     "hicache.calibration.reader",

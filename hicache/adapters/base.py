@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+
+#: What gate inputs call the embedding of timesteps, ``[steps · batch, width]``: as diffusers' models do.
+EMBEDDED: Final = "temb"
 
 # (index of a feature, what gives the constant factor [channels] on the output, or None for one)
 Features = tuple[tuple[int, Callable[[], Tensor] | None], ...]
@@ -139,9 +142,22 @@ class ModuleAdapter:
         """
         raise NotImplementedError
 
+    def embedding_modules(self) -> Sequence[nn.Module]:
+        """Modules whose weights ``"temb"`` is made of; for adapters with an :attr:`embedder`."""
+        return ()
+
     def gate_modules(self) -> Sequence[nn.Module]:
         """Modules whose weights gates are made of; for adapters that :attr:`foretell`."""
         return ()
+
+    @property
+    def embedder(self) -> nn.Module | None:
+        """The child of the model whose one call in a step gives what :meth:`gate_inputs` calls ``"temb"``.
+
+        For blocks and head alone to read. At skipped steps it does not run, where its output turns out to be
+        that; but by stack in a CUDA graph. None: there is no such child.
+        """
+        return None
 
     @property
     def foretell(self) -> bool:

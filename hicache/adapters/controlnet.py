@@ -19,10 +19,13 @@ def spread(samples: Sequence[Tensor] | None, blocks: int) -> list[Tensor]:
 
 def flux_controlnet(module: Any, model_kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Residuals of Flux and Chroma: for the doubles, spread or repeated (XLabs), and for the singles."""
-    doubles, singles = len(module.transformer_blocks), len(module.single_transformer_blocks)
     samples = model_kwargs.get("controlnet_block_samples")
+    of_singles = model_kwargs.get("controlnet_single_block_samples")
+    if not samples and not of_singles:
+        return []
+    doubles, singles = len(module.transformer_blocks), len(module.single_transformer_blocks)
     if samples and model_kwargs.get("controlnet_blocks_repeat"):
         added = [samples[block % len(samples)] for block in range(doubles)]
     else:
         added = spread(samples, doubles)
-    return added + spread(model_kwargs.get("controlnet_single_block_samples"), singles)
+    return added + spread(of_singles, singles)

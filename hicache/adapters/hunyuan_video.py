@@ -20,6 +20,7 @@ class HunyuanVideo(ModulatedAdapter):
     text_tokens = 256
 
     gate_arguments = ("guidance", "pooled_projections")
+    embedder = None  # time_text_embed gives another embedding, too
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)

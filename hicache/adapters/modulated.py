@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hicache.adapters.base import ModuleAdapter
+from hicache.adapters.base import EMBEDDED, ModuleAdapter
 from hicache.adapters.gates import Gates
 
 
@@ -29,11 +29,19 @@ class ModulatedAdapter(ModuleAdapter):
         raise NotImplementedError
 
     def gates(self, block_kwargs: Mapping[str, Any], base: Tensor) -> Tensor:
-        return self._gates.of(nn.functional.silu(block_kwargs["temb"]), base.shape[-1])
+        return self._gates.of(nn.functional.silu(block_kwargs[EMBEDDED]), base.shape[-1])
+
+    @property
+    def embedder(self) -> nn.Module | None:
+        named = self.embedders if self.foretell and len(self.embedders) == 1 else ()
+        return next((getattr(self.module, name, None) for name in named), None)
+
+    def embedding_modules(self) -> Sequence[nn.Module]:
+        embedders = (getattr(self.module, name) for name in self.embedders)
+        return [module for module in embedders if module is not None]
 
     def gate_modules(self) -> Sequence[nn.Module]:
-        embedders = (getattr(self.module, name) for name in self.embedders)
-        return [*(module for module in embedders if module is not None), *self._gates.layers]
+        return [*self.embedding_modules(), *self._gates.layers]
 
     def gate_inputs(
         self,
@@ -43,4 +51,4 @@ class ModulatedAdapter(ModuleAdapter):
         steps: int,
         like: Tensor,
     ) -> Mapping[str, Any]:
-        return {**block_kwargs, "temb": self.embedding(model_kwargs, timesteps, steps, like)}
+        return {**block_kwargs, EMBEDDED: self.embedding(model_kwargs, timesteps, steps, like)}

@@ -47,11 +47,11 @@ def split_for_rank(
     return args, kwargs
 
 
-def attention_backend() -> str:
+def attention_backend() -> Any:
     """diffusers' choice for processors that have none of their own (``_AttentionBackendRegistry``)."""
     dispatch: Any = sys.modules.get("diffusers.models.attention_dispatch")
     registry = getattr(dispatch, "_AttentionBackendRegistry", None)
-    return str(getattr(registry, "_active_backend", None))
+    return getattr(registry, "_active_backend", None)
 
 
 def processor_attention_backend(processor: Any) -> str:

@@ -58,6 +58,11 @@ def hook_keys(module: nn.Module) -> tuple[list[Any], list[Any]]:
     return [key for key in module._forward_hooks if key != OUTPUT_HOOK], list(module._forward_pre_hooks)
 
 
+def hooks_by_key(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    """A module's forward hooks and pre-hooks as it has them (``_forward_hooks``, ``_forward_pre_hooks``)."""
+    return module._forward_hooks, module._forward_pre_hooks
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether a module does more than its class's forward."""
     return bool("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -51,6 +51,20 @@ def take_equal_sizes_for_one(taken: bool) -> bool:
     return before
 
 
+def attention_kernels() -> tuple[bool, ...]:
+    """Which kernels ``scaled_dot_product_attention`` may take: flash, memory-efficient, plain, cuDNN.
+
+    What ``torch.backends.cuda`` says of each, by the functions of ``torch._C`` that it asks.
+    """
+    c = torch._C
+    return (
+        c._get_flash_sdp_enabled(),
+        c._get_mem_efficient_sdp_enabled(),
+        c._get_math_sdp_enabled(),
+        c._get_cudnn_sdp_enabled(),
+    )
+
+
 def end_pool_allocation(device: torch.device | None, pool: Any) -> None:
     """Stop the allocator from serving a graph's memory pool after its capture failed.
 
@@ -65,11 +79,20 @@ def end_pool_allocation(device: torch.device | None, pool: Any) -> None:
         end(index, pool)
 
 
+def copy_all(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Copy tensors into others of their shapes and dtypes (``torch._foreach_copy_``).
+
+    One launch where all have one dtype and the strides of what they are copied to, else one each.
+    """
+    if into:
+        torch._foreach_copy_(list(into), list(tensors))
+
+
 def write_count(tensor: Tensor) -> int | None:
     """How often a tensor was written to (``Tensor._version``); None in inference mode."""
     return None if tensor.is_inference() else int(tensor._version)
 
 
-def write_counts(tensors: Iterable[Tensor]) -> list[int]:
-    """How often tensors were written to, none of them in inference mode (``Tensor._version``)."""
-    return [tensor._version for tensor in tensors]
+def write_counts(tensors: Iterable[Tensor]) -> list[int | None]:
+    """:func:`write_count` of many."""
+    return [None if tensor.is_inference() else tensor._version for tensor in tensors]

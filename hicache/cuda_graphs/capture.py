@@ -130,12 +130,8 @@ def modes() -> tuple[Any, ...]:
     """Switches of torch and diffusers that decide which kernels a call launches."""
     return (
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled(),
-        torch.get_autocast_dtype("cuda"),
-        torch.backends.cuda.flash_sdp_enabled(),
-        torch.backends.cuda.mem_efficient_sdp_enabled(),
-        torch.backends.cuda.math_sdp_enabled(),
-        torch.backends.cuda.cudnn_sdp_enabled(),
+        torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled() else None,
+        *compat.attention_kernels(),
         compat.attention_backend(),
     )
 

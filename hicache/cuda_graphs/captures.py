@@ -70,36 +70,46 @@ class Captures:
             self._scopes[whole] = Scope(self.stats, self._why_not_full, full_only=whole)
         self.scope = self._scopes[whole]
         self.scope.start_run()
+        for graph in self.graphs.values():
+            graph.start_run()
         self._let_go.clear()
         self._stale = self.stats.nbytes > 0
         if changed:
             self.drop()
 
-    def of(self, key: Any, forward: Callable[..., Any], form: CallArguments) -> CallGraph | None:
-        """The graph of the current call, captured if it was looked at before; None where it cannot be had.
+    def held(self, key: Any) -> CallGraph | None:
+        """The graph of the current call, to be replayed; None where there is none.
+
+        Args:
+            key: of the call's form.
+        """
+        graph = self.graphs.get(key)
+        if graph is not None:
+            self.stats.replays += 1
+            graph.used = self.stats.replays
+        return graph
+
+    def made(self, key: Any, forward: Callable[..., Any], form: CallArguments) -> CallGraph | None:
+        """Capture the current call; its graph, to be replayed, or None where it cannot be had.
 
         Args:
             key: of its form; :meth:`looked_at`.
             forward: the transformer's own.
             form: its arguments.
         """
-        graph = self.graphs.get(key)
-        if graph is None and key in self._let_go:
+        if key in self._let_go:
             # they come in turn, as tiles do: each would be captured again at every step
             self.give_up(f"a run has calls of more than {self.limit} forms")
             return None
+        graph = self._capture(key, forward, form)
         if graph is None:
-            graph = self._capture(key, forward, form)
-            if graph is None:
-                return None
-            self._add(key, graph)
-        self.stats.replays += 1
-        graph.used = self.stats.replays
-        return graph
+            return None
+        self._add(key, graph)
+        return self.held(key)
 
     def looked_at(self, key: Any) -> bool:
-        """Whether a call of this form has run by :meth:`look`."""
-        return key in self.graphs or key in self._warmed
+        """Whether a call of this form has run by :meth:`look`, and has no graph."""
+        return key in self._warmed
 
     def look(self, key: Any, run: Callable[[], Any]) -> Any:
         """The first call of a form, and whether it may be captured: best not to begin what will fail."""

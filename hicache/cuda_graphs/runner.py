@@ -109,6 +109,12 @@ class GraphRunner:
         )
         return self.due
 
+    @property
+    def replays_skipped(self) -> bool:
+        """Whether skipped steps of this run are replayed, once they have been captured."""
+        scope = self._scope
+        return self.stats.eager is None and scope.why_not_whole is None and scope.no_room is None
+
     def refuse(self, reason: str) -> None:
         """This run goes without.
 
@@ -152,9 +158,11 @@ class GraphRunner:
         key = form.key
         if key is None:
             return forward(*args, **kwargs)
-        if not self.captures.looked_at(key):
-            return self.captures.look(key, lambda: forward(*args, **kwargs))
-        graph = self.captures.of(key, forward, form)
+        graph = self.captures.held(key)
+        if graph is None:
+            if not self.captures.looked_at(key):
+                return self.captures.look(key, lambda: forward(*args, **kwargs))
+            graph = self.captures.made(key, forward, form)
         return forward(*args, **kwargs) if graph is None else graph.replay(self._call, form)
 
     def _run_blocks(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

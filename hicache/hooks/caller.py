@@ -51,21 +51,22 @@ class CallerFinder:
 
     def find(self) -> Caller:
         """Who is calling now."""
-        name = None
+        name, last = None, self._last
+        known = None if last is None else last.pipe()
         for arguments, variables in compat.running_calls():
             name = name or compat.guider_prediction(variables)
             for argument in arguments:
-                scheduler = self._known(argument) or self._look_at(argument)
+                scheduler = None
+                if last is not None and argument is known and known is not None:
+                    scheduler = self._unchanged(known, last)
+                scheduler = scheduler or self._look_at(argument)
                 if scheduler is not None:
                     return Caller(scheduler, name)
         return Caller()
 
-    def _known(self, argument: Any) -> Any:
-        """The scheduler of the pipeline found last, if this is that one and nothing of it has changed."""
-        last = self._last
-        if last is None or argument is None or argument is not last.pipe():
-            return None
-        attributes = argument.__dict__
+    def _unchanged(self, pipe: Any, last: _Found) -> Any:
+        """The scheduler of the pipeline found last, if nothing of that has changed."""
+        attributes = pipe.__dict__
         scheduler = attributes.get("scheduler")
         if scheduler is not last.scheduler():
             return None

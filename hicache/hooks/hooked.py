@@ -91,8 +91,13 @@ class HookedModule:
         finally:
             self._inside.discard(thread)
 
-    def install(self, forecast: Forecast) -> None:
-        """Hook what is inside. :meth:`remove` undoes it exactly."""
+    def install(self, forecast: Forecast, embedder: nn.Module | None = None) -> None:
+        """Hook what is inside. :meth:`remove` undoes it exactly.
+
+        Args:
+            forecast: makes the sum of a skipped step.
+            embedder: the child whose output skipped steps may have at hand.
+        """
 
     def remove(self) -> None:
         """Leave the inside as it was before :meth:`install`."""

@@ -1,9 +1,14 @@
-"""What only the blocks read is not computed at skipped steps: rotary embeddings, and text embedded for them.
+"""Embedders whose output is known at skipped steps, and which do not run there.
+
+What only the blocks read is not computed: rotary embeddings, and text embedded for them.
 
 Rotary embeddings are dozens of small operations a call; a text's embedder is a layer or two, or blocks of its
 own. On a skipped step what the context's first full step had of them stands in: code before and after the
 blocks (joining tokens of text and image, say) finds the shapes it expects, in the same memory at every step.
 Nothing of their numbers reaches what a model returns, so it does not matter that another prompt has others.
+
+The embedding of a timestep, which the head reads too, was computed at the full step before
+(hicache/runtime/gate_prefetch.py).
 """
 
 from __future__ import annotations
@@ -52,12 +57,14 @@ class _Recalling(nn.Module):
 
 
 def hook(module: nn.Module, recall: Recall) -> list[Callable[[], None]]:
-    """Route such children of a model through ``recall``; returns what undoes it."""
-    undo: list[Callable[[], None]] = []
-    for child in for_blocks_alone(module):
-        undo += [mix_in(child, _Recalling, _KEY, recall), partial(compat.fix_sizes, child)]
-        compat.leave_sizes_open(child)
-    return undo
+    """Route children that only the blocks read through ``recall``; returns what undoes it."""
+    return [undo for child in for_blocks_alone(module) for undo in route(child, recall)]
+
+
+def route(child: nn.Module, recall: Recall) -> list[Callable[[], None]]:
+    """Route a child of a model through ``recall``; returns what undoes it."""
+    compat.leave_sizes_open(child)
+    return [mix_in(child, _Recalling, _KEY, recall), partial(compat.fix_sizes, child)]
 
 
 def for_blocks_alone(module: nn.Module) -> Iterator[nn.Module]:

@@ -55,12 +55,14 @@ class HookedTransformer(HookedModule):
         self.side_lists = SideLists(module, self.call)
         self._undo: list[Callable[[], None]] = []
 
-    def install(self, forecast: Forecast) -> None:
+    def install(self, forecast: Forecast, embedder: nn.Module | None = None) -> None:
         """Hook the transformer. :meth:`remove` undoes it exactly."""
         self._forecast = forecast
         self._undo += [hook.install() for hook in self._list_hooks]
         self._undo += self.side_lists.install()
         self._undo += recall.hook(self.module, self._recall)
+        if embedder is not None:
+            self._undo += recall.route(embedder, self._embed)
         for head in self.heads:
             self._undo.append(head.register_forward_pre_hook(self._before_head, with_kwargs=True).remove)
 
@@ -161,6 +163,16 @@ class HookedTransformer(HookedModule):
         output = compute(*args, **kwargs)
         if call.lesson is not None:
             call.recalled[index:] = [compat.pytree.tree_map(_detached, output)]
+        return output
+
+    def _embed(self, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the embedder of timesteps gives: that of the plan, where it has one."""
+        call = self.call
+        if isinstance(call.plan, SkippedStep) and call.plan.embedded is not None:
+            return call.plan.embedded
+        output = compute(*args, **kwargs)
+        if call.lesson is not None:
+            call.embedded.append(output)
         return output
 
     def _changed(self) -> RuntimeError:

@@ -5,13 +5,13 @@ What it adds is linear in its residuals, so that forecasting each is forecasting
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hicache.arguments import argument_names
 from hicache.reference.context import Context, form, wants_gradients
 from hicache.reference.run_settings import RunSettings
 from hicache.reference.steps import Steps
@@ -39,7 +39,7 @@ class ControlNet:
         self._settings = settings
         self._steps = steps
         self._timer = timer
-        self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        self._names = argument_names(module)
         self._contexts: dict[Any, Context] = {}
         self._outputs: dict[Any, Any] = {}  # of the last full step of a context: how residuals are nested
         self._run = self._step = -1

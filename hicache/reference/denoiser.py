@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
+from hicache.arguments import argument_names
 from hicache.companion import Companions, FullCall
 from hicache.reference.blocks import Part, cached_parts
 from hicache.reference.context import Context, form, wants_gradients
@@ -116,7 +116,7 @@ class Denoiser:
         self._controlnets = controlnets
         self.companions = companions or Companions()
         self._clustered = clustered
-        self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        self._names = argument_names(module)
         self._run = -1
         self._step = -1
         self._ordinal = 0

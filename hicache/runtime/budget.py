@@ -18,9 +18,9 @@ from hicache.runtime.output_recorder import OutputRecorder
 from hicache.runtime.recorders import Recorder, StackRecorder
 from hicache.runtime.token_layout import layout_check, token_layout
 from hicache.stats import LowRankStats
+from hicache.weights import only_in_their_blocks
 
-# what takes no modules → the recorder that is
-_COARSE: Final[dict[str, type[Recorder]]] = {"stack": StackRecorder, "output": OutputRecorder}
+_COARSE: Final = ("stack", "output")  # what takes no modules
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,16 @@ class RecorderChoice:
         self._contexts = contexts
         self.warn = warn
         self._room = MemoryRoom(policy.memory_budget, graphs, warn)
-        self.coarse = _COARSE.get(policy.granularity, StackRecorder)()  # where modules cannot be had
+        whole = policy.granularity == "output"
+        # where modules cannot be had
+        self.coarse: Recorder = OutputRecorder() if whole else StackRecorder(adapter)
         self.modules = modules if policy.by_module else None
         self.low_rank: LowRankRecorder | None = None
         if self.modules is not None and policy.granularity != "module":
             self.low_rank = LowRankRecorder(self.modules, policy.gate_tolerance)
         self._why_coarse = f"no adapter knows the modules of {model}" if policy.by_module else policy.why
         self._why_not_modules: str | None = None  # in this run, by "auto"
+        self.absent = False  # in this run: weights of the blocks are at hand in their own block only
         self.recorder: Recorder = self._finest()
 
     def _finest(self) -> Recorder:
@@ -88,8 +91,10 @@ class RecorderChoice:
 
     def start_run(self) -> None:
         """A run starts: modules are tried anew."""
-        if self.modules is not None:
-            self.modules.start_run()
+        self.absent = self.adapter is not None and only_in_their_blocks(self.adapter.module)
+        for recorder in (self.modules, self.coarse):
+            if recorder is not None:
+                recorder.start_run(self.absent)
         self.recorder, self._why_not_modules = self._finest(), None
 
     @property
@@ -123,12 +128,12 @@ class RecorderChoice:
         """
         context, form = begun.context, begun.context.form
         assert form is not None
+        if self.adapter is not None and (self.by_module or (form.embeds_ahead and not begun.replayed)):
+            context.prefetch.meet(self.adapter, clock.rules, begun.step, begun.model_kwargs)
         if self.recorder is self.coarse or self.modules is None:
             return
         if self.modules.correctors is not None:
-            absent = self.modules.late is not None
-            self.modules.correctors.check(form, begun.model_kwargs, begun.compiled, absent)
-        context.prefetch.meet(self.modules.adapter, clock.rules, begun.step, begun.model_kwargs)
+            self.modules.correctors.check(form, begun.model_kwargs, begun.compiled, self.absent)
         refusal = None if form.refusal is None else f"{self._model}: {form.refusal}"
         if refusal is None and self.recorder is self.modules and self._policy.granularity == "auto":
             wanted = context.planned_nbytes - context.engine.nbytes

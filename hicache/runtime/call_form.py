@@ -26,6 +26,7 @@ class CallForm:
     refusal: str | None = None  # why they cannot be cached by module
     block_kwargs: dict[str, Any] = field(default_factory=dict)  # of the first block, no hidden states
     missing: tuple[int, ...] = ()  # features without an output
+    embeds_ahead: bool = False  # whether the embedding of a timestep comes out as computed ahead
     ones: int = 0  # features after the family's, with gates of one: what a ControlNet adds
 
     @classmethod

@@ -8,20 +8,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hicache import compat
-
-# how the names of arguments begin that say what is drawn
-_NAMES: Final = ("encoder_hidden_states", "pooled", "class_labels", "cap_feats")
-
-
-def is_condition(name: str) -> bool:
-    """Whether an argument of this name says what is drawn."""
-    return name.startswith(_NAMES)
+from hicache.arguments import is_condition
 
 
 class Conditions:

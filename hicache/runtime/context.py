@@ -135,9 +135,10 @@ class Context:
     @property
     def kept_nbytes(self) -> int:
         """Bytes of what else it keeps for a run: coefficients, embeddings, copies of the prompt."""
+        ahead = self.prefetch.embedded_nbytes
         kept = sum(tensor.nbytes for tensor in tensors_of(self.recalled)) + self.conditions.nbytes
         kept += 0 if self.corrector is None else self.corrector.nbytes
-        return kept + self.engine.numbers.nbytes
+        return kept + ahead + self.engine.numbers.nbytes
 
     @property
     def planned_nbytes(self) -> int:
@@ -158,6 +159,7 @@ class BegunCall:
     kwargs: dict[str, Any]
     model_kwargs: Mapping[str, Any]  # both by name
     compiled: bool  # as a whole
+    replayed: bool = False  # by a CUDA graph, where one can be had
     checked: bool = True  # whether nothing but the blocks may change the hidden state
 
     @property

@@ -9,7 +9,6 @@ step that was not finite), they turn into the real ones there and then.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from hicache import compat
+from hicache.arguments import argument_names
 from hicache.checks import is_number
 from hicache.handle import NotCopied
 from hicache.hooks.caller import CallerFinder
@@ -57,7 +57,7 @@ class ControlNet(NotCopied):
         self.module = module
         self._denoisers = denoisers
         self._sessions = sessions
-        self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        self._names = argument_names(module)
         self._runs: dict[Session, _Run] = {}
         self._undo: Callable[[], None] | None = None
         # what torch.compile makes of a module calls that in a way of its own

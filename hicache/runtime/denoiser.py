@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from hicache import compat
 from hicache.adapters.base import ModuleAdapter
+from hicache.arguments import argument_names
 from hicache.companion import Companions
 from hicache.cuda_graphs.runner import GraphRunner
 from hicache.handle import NotCopied
@@ -73,11 +73,12 @@ class Denoiser(NotCopied):
         self._max_contexts = policy.max_contexts
         self.companions = companions or Companions()
         self._modules: ModuleRecorder | None = None
+        self._embedder = None if adapter is None else adapter.embedder
         if adapter is not None and policy.by_module:
             self._modules = ModuleRecorder(adapter, hooked.call, correctors)
         track = functools.partial(Track, name, hooked, policy, self._modules, self._warn, adapter, graphs)
         self.tracks = Tracks(track, policy.memory_budget, adapter, self.companions)
-        self._names = tuple(inspect.signature(type(self.module).forward).parameters)[1:]
+        self._names = argument_names(self.module)
         self._name = CallName(self.module)
         self._caller = CallerFinder(self.module)
         self._turns = Turns(self.module)
@@ -97,7 +98,7 @@ class Denoiser(NotCopied):
         # outside of what torch.compile makes of the model: it takes up at the model's own forward
         before, after = torch.compiler.disable(self._before), torch.compiler.disable(self._after)
         self._undo = [*self.hooked.watch(before, after, self._break_off), self._name.install()]
-        self.hooked.install(self._forecast)
+        self.hooked.install(self._forecast, self._embedder)
         if self._modules is not None:
             self._undo += self._modules.adapter.hooks()
 
@@ -157,20 +158,21 @@ class Denoiser(NotCopied):
         context.follow(scale, counter.step, track.session)
         compiled = compat.inside_compiled_call(module)
         checked = not self.hooked.side_lists
-        self._begun = BegunCall(context, counter.step, args, kwargs, model_kwargs, compiled, checked)
+        replayed = self.graphs is not None and self.graphs.replays_skipped
+        begun = BegunCall(context, counter.step, args, kwargs, model_kwargs, compiled, replayed, checked)
+        self._begun = begun
         if track.session.latents is not None:
             track.session.latents.see(counter.step, latents)
-        full = track.planner.is_full(self._begun)
+        full = track.planner.is_full(begun)
         if full:
             track.session.begin_full(counter.step)
-        self._begun = begun = given_to_blocks(self._begun, self._names, full)
+        self._begun = begun = given_to_blocks(begun, self._names, full)
         args, kwargs = begun.args, begun.kwargs
         if full:
             track.planner.begin_full(begun)
             self.companions.begin(begun.as_full(track.session.config.warmup))
         else:
-            graphs = self.graphs is not None and self.graphs.stats.eager is None
-            track.planner.begin_skipped(begun, replayed=graphs)
+            track.planner.begin_skipped(begun)
         self.hooked.call.opaque = (self.graphs is not None and self.graphs.begin_call(compiled)) or compiled
         if compiled and not full:
             kwargs = {name: compat.of_any_size(value) for name, value in kwargs.items()}

@@ -1,21 +1,21 @@
-"""Gates of the skipped steps to come, computed together at the full step before them.
+"""Gates and embeddings of the skipped steps to come, computed together at the full step before them.
 
 They depend on the timestep, the guidance and the pooled text only (docs/algorithm.md, "Gates are known in
 advance"), and those of coming steps are known where they are the scheduler's (``runtime/timestep_check.py``).
-Whatever does not fit (a loop of one's own, another prompt half-way) has its gates computed at each step.
+Whatever does not fit (a loop of one's own, another prompt half-way) has them computed at each step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hicache import compat
-from hicache.adapters.base import ModuleAdapter
+from hicache.adapters.base import EMBEDDED, ModuleAdapter
 from hicache.hooks.timesteps import Rule
 from hicache.runtime.gate_weights import GateWeights
 from hicache.runtime.timestep_check import TimestepCheck
@@ -24,29 +24,49 @@ from hicache.runtime.timestep_check import TimestepCheck
 _LORA_ARGUMENTS: Final = ("joint_attention_kwargs", "attention_kwargs")
 
 
+class Ahead(NamedTuple):
+    """What of a skipped step was computed ahead of it."""
+
+    gates: Tensor | None = None  # [num_features, batch, channels]
+    embedded: Tensor | None = None  # what the model's embedder of timesteps would give
+
+
+_NOTHING: Final = Ahead()
+
+
 @dataclass(frozen=True)
 class _Fetched:
-    """Gates of some skipped steps."""
+    """What of some skipped steps was computed ahead of them."""
 
-    first: int  # step of the first
-    gates: Tensor  # [steps, num_features, batch, channels]
+    steps: range
+    gates: Tensor | None  # [steps, num_features, batch, channels]
+    embedded: Tensor | None  # [steps, batch, width]
     constants: _Constants  # the other arguments they were computed for
-    by_step: Sequence[Tensor] = ()  # a view a step; empty: they are not written yet
+    by_step: Sequence[Ahead] = ()  # views; empty: they are not written yet
     weights: GateWeights | None = None  # those they were computed with; None: likewise
 
 
 class GatePrefetch:
-    """The gates of the skipped steps to come, of one context."""
+    """The gates and embeddings of the skipped steps to come, of one context."""
 
     def __init__(self) -> None:
         self._check = TimestepCheck()
         self._fetched: _Fetched | None = None
+        self._weights: GateWeights | None = None  # of the run
+        self.last: int | None = None  # step of the run that nothing is needed after
 
     def restart(self) -> None:
         """A new run starts: its timesteps may be others."""
         self._check.hear()  # what the device had not come to when the last one ended
         self._check = TimestepCheck()
         self.forget()
+        self._weights = self.last = None
+
+    def end_run(self) -> None:
+        """The last step of a run is over: hold on to none of the model's weights."""
+        self._weights = None
+        if self._fetched is not None:
+            self._fetched = replace(self._fetched, by_step=(), weights=None)
 
     def forget(self) -> None:
         """What was computed no longer holds."""
@@ -56,6 +76,8 @@ class GatePrefetch:
         self, adapter: ModuleAdapter, rules: Sequence[Rule], step: int, model_kwargs: Mapping[str, Any]
     ) -> None:
         """A full step begins: ask whether its timestep is the scheduler's, before its blocks are launched.
+
+        Without it nothing is computed ahead.
 
         Args:
             adapter: the family's.
@@ -74,8 +96,11 @@ class GatePrefetch:
         block_kwargs: Mapping[str, Any],
         model_kwargs: Mapping[str, Any],
         like: Tensor,
+        gates: bool = True,
+        embedding: bool = False,
+        last: bool = False,
     ) -> None:
-        """Compute the gates of ``steps``, which follow the full step before the first of them.
+        """Compute what is needed at ``steps``, which follow the full step before the first of them.
 
         They count from :meth:`settle` on.
 
@@ -85,11 +110,17 @@ class GatePrefetch:
             block_kwargs: the first block's arguments at the full step.
             model_kwargs: the transformer's.
             like: anything ``[batch, ..., channels]`` of the hidden state's dtype and device.
+            gates: whether gates are needed.
+            embedding: whether what the model's embedder gives is.
+            last: whether no full step of the run comes after them.
         """
         self.forget()
+        self.last = steps.stop - 1 if last else None
+        if last and not steps:
+            self._weights = None
         self._check.hear()
         timesteps = self._check.timesteps
-        if not adapter.foretell or timesteps is None or not steps:
+        if not adapter.foretell or timesteps is None or not steps or not (gates or embedding):
             return
         coming = timesteps[steps.start : steps.stop]
         batch, channels = len(like), like.shape[-1]
@@ -98,15 +129,34 @@ class GatePrefetch:
         inputs = adapter.gate_inputs(
             block_kwargs, model_kwargs, coming.repeat_interleave(batch), len(steps), like
         )
-        gates = adapter.gates(inputs, like[:1].expand(len(steps) * batch, *like.shape[1:]))
-        gates = gates.view(-1, len(steps), batch, channels)
-        self._fetched = _Fetched(steps.start, gates.transpose(0, 1), _Constants(adapter, model_kwargs))
+        found = embedded = None
+        if gates:
+            found = adapter.gates(inputs, like[:1].expand(len(steps) * batch, *like.shape[1:]))
+            found = found.view(-1, len(steps), batch, channels).transpose(0, 1)
+        if embedding and not _hooked_embedder(adapter):
+            embedded = inputs[EMBEDDED].detach().unflatten(0, (len(steps), batch))
+        self._fetched = _Fetched(steps, found, embedded, _Constants(adapter, model_kwargs))
 
     def settle(self, adapter: ModuleAdapter) -> None:
         """What :meth:`fetch` computed has been written, and is :meth:`own`, by the weights of now."""
-        if self._fetched is not None and self._fetched.weights is None:
-            rows = self._fetched.gates.unbind()
-            self._fetched = replace(self._fetched, by_step=rows, weights=GateWeights(adapter))
+        fetched = self._fetched
+        if fetched is None or fetched.weights is not None:
+            return
+        nothing = [None] * len(fetched.steps)
+        gates = nothing if fetched.gates is None else fetched.gates.unbind()
+        embedded = nothing if fetched.embedded is None else fetched.embedded.unbind()
+        self._fetched = replace(
+            fetched, by_step=list(map(Ahead, gates, embedded)), weights=self._weights_of(adapter, fetched)
+        )
+
+    def _weights_of(self, adapter: ModuleAdapter, fetched: _Fetched) -> GateWeights:
+        """The state of what was fetched; that of the run's last fetch, where it is the same."""
+        roots = adapter.embedding_modules() if fetched.gates is None else adapter.gate_modules()
+        unhooked = None if fetched.embedded is None else adapter.embedder
+        known = self._weights
+        if known is None or not known.of(roots, unhooked) or not known.unchanged():
+            known = self._weights = GateWeights(adapter.module, roots, unhooked)
+        return known
 
     def own(self, ones: int = 0) -> None:
         """Copy what :meth:`fetch` computed, and is written: the adapter uses its memory again.
@@ -114,10 +164,11 @@ class GatePrefetch:
         Args:
             ones: further features, whose gates are one.
         """
-        if self._fetched is not None and self._fetched.weights is None:
-            gates = self._fetched.gates
+        fetched = self._fetched
+        if fetched is not None and fetched.gates is not None and fetched.weights is None:
+            gates = fetched.gates
             copy = with_ones(gates, ones) if ones else gates.clone(memory_format=torch.contiguous_format)
-            self._fetched = replace(self._fetched, gates=copy.contiguous())
+            self._fetched = replace(fetched, gates=copy.contiguous())
 
     @property
     def knows_timesteps(self) -> bool:
@@ -126,7 +177,7 @@ class GatePrefetch:
 
     @property
     def fetched(self) -> bool:
-        """Whether there are gates of coming steps."""
+        """Whether there is anything of coming steps."""
         return self._fetched is not None
 
     @property
@@ -134,13 +185,16 @@ class GatePrefetch:
         """The gates of all coming steps there are, ``[steps, num_features, batch, channels]``."""
         return None if self._fetched is None else self._fetched.gates
 
-    def gates(
-        self, adapter: ModuleAdapter, step: int, model_kwargs: Mapping[str, Any], read: bool = False
-    ) -> Tensor | None:
-        """The gates of a skipped step, ``[num_features, batch, channels]``; None: they were not fetched.
+    @property
+    def embedded_nbytes(self) -> int:
+        """Bytes of the embeddings of all coming steps."""
+        embedded = None if self._fetched is None else self._fetched.embedded
+        return 0 if embedded is None else embedded.nbytes
+
+    def ahead(self, step: int, model_kwargs: Mapping[str, Any], read: bool = False) -> Ahead:
+        """What of a skipped step was fetched, and holds.
 
         Args:
-            adapter: the family's.
             step: of the run.
             model_kwargs: the transformer's.
             read: whether numbers may be read from the device, where arguments are made anew: FLUX's
@@ -150,12 +204,12 @@ class GatePrefetch:
         fetched, index = self._fetched, self._index(step)
         timestep = model_kwargs.get("timestep")
         if fetched is None or fetched.weights is None or index is None:
-            return None
+            return _NOTHING
         if not fetched.constants.are(model_kwargs, read) or not fetched.weights.unchanged():
             self.forget()
-            return None
+            return _NOTHING
         if not isinstance(timestep, Tensor) or timestep.ndim > 1:
-            return None
+            return _NOTHING
         self._check.used(step, timestep)
         return fetched.by_step[index]
 
@@ -164,10 +218,9 @@ class GatePrefetch:
             self.forget()
 
     def _index(self, step: int) -> int | None:
-        """Where the gates of a step are among those there are."""
+        """Where a step is among those that were fetched."""
         fetched = self._fetched
-        index = -1 if fetched is None else step - fetched.first
-        return index if fetched is not None and 0 <= index < len(fetched.gates) else None
+        return fetched.steps.index(step) if fetched is not None and step in fetched.steps else None
 
 
 def with_ones(gates: Tensor, ones: int) -> Tensor:
@@ -198,12 +251,54 @@ def foretold(
         model_kwargs: the transformer's.
         like: ``[batch, ..., channels]`` of the hidden state's dtype and device.
     """
+    inputs = _inputs_of_now(adapter, block_kwargs, model_kwargs, like)
+    return None if inputs is None else adapter.gates(inputs, like)
+
+
+def embeds_ahead(
+    adapter: ModuleAdapter,
+    given: Sequence[Any],
+    block_kwargs: Mapping[str, Any],
+    model_kwargs: Mapping[str, Any],
+    like: Tensor,
+) -> bool:
+    """Whether this step's embedding comes out as those of coming steps are computed, bit by bit.
+
+    Not where the embedder has hooks: they would see what it gives twice. Reads the device.
+
+    Args:
+        adapter: the family's.
+        given: by the model's embedder, in each call of it in this step.
+        block_kwargs: the first block's arguments.
+        model_kwargs: the transformer's.
+        like: ``[batch, ..., channels]`` of the hidden state's dtype and device.
+    """
+    if len(given) != 1 or not isinstance(given[0], Tensor) or _hooked_embedder(adapter):
+        return False
+    [own] = given
+    try:
+        inputs = _inputs_of_now(adapter, block_kwargs, model_kwargs, like)
+    except Exception:  # of a subclass that embeds something else: by stack it need not be as its family is
+        return False
+    told = None if inputs is None else inputs.get(EMBEDDED)
+    if not isinstance(told, Tensor) or told.dtype != own.dtype or told.device != own.device:
+        return False
+    return torch.equal(told, own)
+
+
+def _hooked_embedder(adapter: ModuleAdapter) -> bool:
+    return adapter.embedder is None or compat.is_hooked(adapter.embedder)
+
+
+def _inputs_of_now(
+    adapter: ModuleAdapter, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any], like: Tensor
+) -> Mapping[str, Any] | None:
+    """What gates of this step are computed from, as for coming steps; None where that cannot be done."""
     batch = len(like)
     if not _foretellable(adapter, model_kwargs, batch):
         return None
     timesteps = model_kwargs["timestep"].reshape(-1).expand(batch)
-    inputs = adapter.gate_inputs(block_kwargs, model_kwargs, timesteps, 1, like)
-    return adapter.gates(inputs, like)
+    return adapter.gate_inputs(block_kwargs, model_kwargs, timesteps, 1, like)
 
 
 def lora_scale(model_kwargs: Mapping[str, Any]) -> float:

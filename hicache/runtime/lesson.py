@@ -13,10 +13,11 @@ from hicache.runtime.call_form import CallForm
 from hicache.runtime.clock import StepClock
 from hicache.runtime.context import BegunCall
 from hicache.runtime.finite import not_finite
+from hicache.runtime.gate_prefetch import embeds_ahead
 from hicache.runtime.sum_check import NotFinite, Unfit
 from hicache.runtime.token_layout import layout_check, token_layout
 from hicache.stats import Stopwatch
-from hicache.step_plan import FullStep
+from hicache.step_plan import FullStep, RunningCall
 
 
 class FirstCall:
@@ -25,12 +26,21 @@ class FirstCall:
     Args:
         begun: the call; its context learns its form.
         choice: of the recorder.
+        call: the running call.
         clock: counts the steps.
         watch: counts the time.
     """
 
-    def __init__(self, begun: BegunCall, choice: RecorderChoice, clock: StepClock, watch: Stopwatch) -> None:
+    def __init__(
+        self,
+        begun: BegunCall,
+        choice: RecorderChoice,
+        call: RunningCall,
+        clock: StepClock,
+        watch: Stopwatch,
+    ) -> None:
         self._begun = begun
+        self._call = call
         self._choice = choice
         self._clock = clock
         self._watch = watch
@@ -49,6 +59,9 @@ class FirstCall:
                 form.ones = int(bool(context.scale))
                 form.num_features = adapter.num_features(block_kwargs) + form.ones
                 form.refusal = form.layout.refusal or adapter.refusal(block_kwargs, model_kwargs)
+            if choice.adapter is not None and choice.adapter.embedder is not None:
+                known = form.block_kwargs, model_kwargs, form.like()
+                form.embeds_ahead = embeds_ahead(choice.adapter, self._call.embedded, *known)
             context.form = form
             context.check = layout_check(choice.adapter, form.layout, model_kwargs, hidden.shape)
             choice.decide(self._begun, self._clock, learning=True)

@@ -46,6 +46,7 @@ class LowRankRecorder(Recorder):
         self._sums: Tensor | None = None
         self._gates: Tensor | None = None  # of the features kept, at this step
         self._model_kwargs: Mapping[str, Any] = {}  # of a call learned from
+        self._embedded: Tensor | None = None  # of a skipped step that can be had
 
     def prepare(self, begun: BegunCall, clock: StepClock, learning: bool) -> str | None:
         """A full step begins: see to it that its context has a basis that holds.
@@ -102,7 +103,8 @@ class LowRankRecorder(Recorder):
         if not self._foretold:
             return "its gates are not those its family makes of the timestep"
         steps = range(begun.step + 1, clock.num_steps)
-        prefetch.fetch(adapter, steps, form.block_kwargs, begun.model_kwargs, like)
+        given = form.block_kwargs, begun.model_kwargs, like
+        prefetch.fetch(adapter, steps, *given, embedding=form.embeds_ahead, last=True)
         prefetch.own()
         if steps and prefetch.rows is None:
             return "gates of low rank need a scheduler whose timesteps the model is called with"
@@ -110,8 +112,7 @@ class LowRankRecorder(Recorder):
 
     def _row(self, begun: BegunCall) -> Tensor | None:
         """The gates of a step, where those told at the first step hold."""
-        prefetch = begun.context.prefetch
-        return prefetch.gates(self.modules.adapter, begun.step, begun.model_kwargs, read=True)
+        return begun.context.prefetch.ahead(begun.step, begun.model_kwargs, read=True).gates
 
     def planned_nbytes(self, contexts: Iterable[Context]) -> int:
         """Bytes these contexts want, with the gates of the run and what features are added up in."""
@@ -154,7 +155,10 @@ class LowRankRecorder(Recorder):
         return None
 
     def can_skip(self, begun: BegunCall) -> bool:
-        return begun.context.low_rank.basis is not None and self._row(begun) is not None
+        if begun.context.low_rank.basis is None:
+            return False
+        gates, self._embedded = begun.context.prefetch.ahead(begun.step, begun.model_kwargs, read=True)
+        return gates is not None
 
     def plan_skipped(self, begun: BegunCall, total: Sum) -> SkippedStep:
         basis, form = begun.context.low_rank.basis, begun.context.form
@@ -163,7 +167,7 @@ class LowRankRecorder(Recorder):
         begun.context.low_rank.missed = 0
         gates = basis.gates[begun.step - basis.first]
         between = () if form.ones else tuple(self.modules.adapter.between(begun.model_kwargs))
-        return SkippedStep(total, gates, True, between, view=form.view)
+        return SkippedStep(total, gates, True, between, view=form.view, embedded=self._embedded)
 
     def learn(self, hidden: Tensor, block_kwargs: Mapping[str, Any], model_kwargs: Mapping[str, Any]) -> None:
         self._model_kwargs = model_kwargs
@@ -189,3 +193,4 @@ class LowRankRecorder(Recorder):
 
     def end(self) -> None:
         self._slots, self._sums, self._gates, self._model_kwargs = (), None, None, {}
+        self._embedded = None

@@ -7,7 +7,6 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from hicache import compat
 from hicache.adapters.base import ModuleAdapter
 from hicache.adapters.gates import deferred
 from hicache.adapters.layers import layers_of
@@ -17,14 +16,13 @@ from hicache.runtime.call_form import CallForm
 from hicache.runtime.clock import StepClock
 from hicache.runtime.context import BegunCall
 from hicache.runtime.corrector import Correctors
-from hicache.runtime.gate_prefetch import come_out_alike, foretold, lora_scale, with_ones
+from hicache.runtime.gate_prefetch import Ahead, come_out_alike, foretold, with_ones
 from hicache.runtime.late_gates import LateGates
-from hicache.runtime.recorders import Recorder
+from hicache.runtime.recorders import Recorder, fetch, fetch_afterwards
 from hicache.runtime.residuals import write_total
 from hicache.runtime.sum_check import Unfit, check_sum
 from hicache.step_plan import FullStep, RunningCall, SkippedStep
 from hicache.token_view import TokenView
-from hicache.weights import only_in_their_blocks
 
 _CANNOT_PREFETCH: Final = (
     "its weights are there in their own blocks only, and gates of the steps to come cannot be prefetched: "
@@ -64,9 +62,7 @@ class ModuleRecorder(Recorder):
         self._gates: tuple[Tensor, Tensor | None] | None = None
         self.late: LateGates | None = None  # of a model whose weights are at hand in its blocks only
 
-    def start_run(self) -> None:
-        """A run starts: its weights may be offloaded or sharded now, or no longer."""
-        absent = only_in_their_blocks(self.adapter.module)
+    def start_run(self, absent: bool) -> None:
         if absent != (self.late is not None):
             self.late = LateGates() if absent else None
 
@@ -106,16 +102,18 @@ class ModuleRecorder(Recorder):
         form = begun.context.form
         assert form is not None
         between = () if form.ones else tuple(self.adapter.between(begun.model_kwargs))
-        gates, corrector = self._prefetched(begun), begun.context.corrector
+        ahead, corrector = self._prefetched(begun), begun.context.corrector
         correction = None if corrector is None else corrector.correct(begun.local_step, form)
-        return SkippedStep(total, gates, True, between, form.ones, form.view, correction)
+        return SkippedStep(
+            total, ahead.gates, True, between, form.ones, form.view, correction, ahead.embedded
+        )
 
-    def _prefetched(self, begun: BegunCall) -> Tensor | None:
+    def _prefetched(self, begun: BegunCall) -> Ahead:
         read = self.late is not None  # without them no step is skipped: worth a look at the device
-        return begun.context.prefetch.gates(self.adapter, begun.step, begun.model_kwargs, read)
+        return begun.context.prefetch.ahead(begun.step, begun.model_kwargs, read)
 
     def can_skip(self, begun: BegunCall) -> bool:
-        return self.late is None or not self.late.needed or self._prefetched(begun) is not None
+        return self.late is None or not self.late.needed or self._prefetched(begun).gates is not None
 
     def gates(self, block_kwargs: Mapping[str, Any], base: Tensor, ones: int = 0) -> Tensor:
         """The gates of this step, of samples or groups of tokens; the last ``ones`` are of one."""
@@ -205,15 +203,14 @@ class ModuleRecorder(Recorder):
     def foresee(self, begun: BegunCall, clock: StepClock) -> None:
         if self.late is not None:
             with deferred(self.adapter) as later:
-                self._fetch(begun, clock)
+                if self._can_prefetch:
+                    fetch(self.adapter, begun, clock, gates=True)
             self.late.add(later)
 
     def prefetch(self, begun: BegunCall, clock: StepClock) -> str | None:
         prefetch, late, form = begun.context.prefetch, self.late, begun.context.form
-        if late is None:
-            # after the forward, when diffusers has taken the call's scale from its LoRA layers again
-            with compat.lora_scaled(self.adapter.module, lora_scale(begun.kwargs)):
-                self._fetch(begun, clock)
+        if late is None and self._can_prefetch:
+            fetch_afterwards(self.adapter, begun, clock, gates=True)
         assert form is not None
         if late is not None and late.needed:
             done = late.complete or bool(form.missing)  # blocks that are left out write no gates
@@ -224,15 +221,6 @@ class ModuleRecorder(Recorder):
         prefetch.own(form.ones)
         prefetch.settle(self.adapter)
         return None
-
-    def _fetch(self, begun: BegunCall, clock: StepClock) -> None:
-        context, form = begun.context, begun.context.form
-        if not self._can_prefetch or form is None:
-            return
-        first, num_steps = begun.step + 1, clock.num_steps
-        steps = range(first, first if num_steps is None else context.next_full(begun.step, num_steps))
-        given = form.block_kwargs, begun.model_kwargs, form.like()
-        context.prefetch.fetch(self.adapter, steps, *given)
 
     def end(self) -> None:
         if self._outputs is not None:

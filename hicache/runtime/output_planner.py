@@ -22,7 +22,7 @@ class OutputPlanner(CallPlanner):
     def begin_full(self, begun: BegunCall) -> None:
         self._hooked.call.plan = self._recorder.plan_full(begun)
 
-    def begin_skipped(self, begun: BegunCall, replayed: bool) -> None:
+    def begin_skipped(self, begun: BegunCall) -> None:
         history = begun.context.engine.history
         assert history is not None
         with self._session.watch.measure(history.orders.device), torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -61,10 +62,10 @@ class CallPlanner:
         call.checked, call.recalled = begun.checked, context.recalled
         if context.full_steps == 0:
             choice.look_again(context, begun.model_kwargs)
-        if choice.modules is not None and choice.modules.late is not None:
+        if choice.absent:
             call.on_entry = lambda: choice.recorder.foresee(begun, self._session.clock)
         if context.form is None:
-            call.lesson = FirstCall(begun, choice, self._session.clock, self._session.watch)
+            call.lesson = FirstCall(begun, choice, call, self._session.clock, self._session.watch)
             self._pause.hold()
             if not begun.compiled:
                 return
@@ -80,23 +81,19 @@ class CallPlanner:
             choice.decide(begun, self._session.clock)
             call.plan = choice.recorder.plan_full(begun)
 
-    def begin_skipped(self, begun: BegunCall, replayed: bool) -> None:
-        """Plan a skipped step; the first of a model is checked.
-
-        Args:
-            begun: the call.
-            replayed: a CUDA graph serves many skipped steps, so that they must not differ but in numbers.
-        """
+    def begin_skipped(self, begun: BegunCall) -> None:
+        """Plan a skipped step; the first of a model is checked."""
         call, context = self._hooked.call, begun.context
         assert context.form is not None
         call.recalled = context.recalled
         watch = self._session.watch
         started = watch.start(context.form.device)
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             if context.corrector is not None and context.corrector.edits:
                 context.engine.flush()
+            # a graph serves many skipped steps, so that they must not differ but in numbers
             total = context.engine.prepare(
-                begun.local_step, fixed=replayed or begun.compiled, fused=not begun.compiled
+                begun.local_step, fixed=begun.replayed or begun.compiled, fused=not begun.compiled
             )
             call.plan = self._choice.recorder.plan_skipped(begun, total)
             if begun.compiled:
@@ -114,7 +111,7 @@ class CallPlanner:
             self._pause.let_go()
 
     def commit(self, begun: BegunCall, output: Any) -> None:
-        """A call has come to its end: take in what it recorded, and prefetch gates of the steps to come.
+        """A call has come to its end: take in what it recorded, and compute ahead for the steps to come.
 
         Args:
             begun: the call.
@@ -126,6 +123,8 @@ class CallPlanner:
             if context.corrector is not None:
                 context.corrector.settle()
             context.skipped_steps += 1
+            if begun.step == context.prefetch.last:
+                context.prefetch.end_run()
             return
         context.count_full()
         if call.plan is None and call.lesson is None:

@@ -24,9 +24,9 @@ class TimestepCheck:
 
     def __init__(self) -> None:
         self._rules: dict[int, Tensor] | None = None  # the run's timesteps by each that may hold
-        self._taken: Tensor | None = None  # those that gates were computed for
+        self._taken: Tensor | None = None  # those that something was computed for
         self._by_step: Sequence[Tensor] = ()  # the same, a view a step
-        self._off: list[Tensor] = []  # where timesteps are others than those that gates were used of
+        self._off: list[Tensor] = []  # where timesteps are others than what is used was computed for
         self._last: int | None = None  # the last step that used such
         # which rules a question is about, and its answer: whether each does not hold, and the above
         self._asked: deque[tuple[tuple[int, ...], Callable[[], Any]]] = deque()
@@ -43,7 +43,7 @@ class TimestepCheck:
             rules: that fit the run's first call.
             step: of the run.
             timestep: what the model is called with.
-            ahead: whether its gates were computed ahead.
+            ahead: whether something of it was computed ahead.
         """
         if not isinstance(timestep, Tensor) or timestep.ndim > 1:
             return
@@ -61,7 +61,7 @@ class TimestepCheck:
         self._off = []
 
     def used(self, step: int, timestep: Tensor) -> None:
-        """Gates computed ahead serve a step: the next full one asks whether they are of its timestep."""
+        """What was computed ahead serves a step: the next full one asks whether it is of its timestep."""
         if step == self._last:
             return
         self._last = step
@@ -72,7 +72,7 @@ class TimestepCheck:
         self._off.append(timestep != self._by_step[step])  # all that a skipped step launches for it
 
     def hear(self) -> bool:
-        """Take in what the device has answered; whether gates computed so far are of other timesteps."""
+        """Take in what the device has answered; whether what is computed so far is of other timesteps."""
         if not self._asked:
             return False
         before, wrong = self.timesteps, False
@@ -84,8 +84,9 @@ class TimestepCheck:
             wrong = wrong or answer[len(rules) :] == [True]
         if wrong:
             warnings.warn(
-                "hicache: the transformer was called with timesteps that are not the scheduler's: the gates "
-                "of the last skipped steps were computed for others; from here on none are computed ahead",
+                "hicache: the transformer was called with timesteps that are not the scheduler's: gates and "
+                "embeddings of the last skipped steps were computed for others; from here on none are "
+                "computed ahead",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -22,6 +22,7 @@ class Turns:
         self._module = module
         self._free = threading.Condition()  # reentrant
         self._thread: int | None = None  # whose turn it is
+        self._waiting = 0  # threads
 
     def take(self) -> bool:
         """Wait for a turn; whether the last one was not given back: an interrupt has ended its call."""
@@ -38,7 +39,8 @@ class Turns:
         """The next one's turn."""
         with self._free:
             self._thread = None
-            self._free.notify_all()  # one of those that wait may be in none(), and take no turn
+            if self._waiting:
+                self._free.notify_all()  # one of those that wait may be in none(), and take no turn
 
     @contextmanager
     def none(self) -> Iterator[None]:
@@ -49,7 +51,11 @@ class Turns:
 
     def _wait(self) -> None:
         while self._thread not in (None, threading.get_ident()) and self._is_in_its_call():
-            self._free.wait(timeout=1.0)
+            self._waiting += 1
+            try:
+                self._free.wait(timeout=1.0)
+            finally:
+                self._waiting -= 1
 
     def _is_in_its_call(self) -> bool:
         assert self._thread is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hicache.arguments import argument_names
 from hicache.companion import Companions, FullCall, companions
 from hicache.companions.sparse.settings import SparseAttention
 from hicache.hooks.step_clock import SchedulerClock, TimestepClock
@@ -42,7 +42,7 @@ class _Counted:
         self.companions = companions
         self._clock = clock
         self._warmup = warmup
-        self._names = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        self._names = argument_names(module)
         self._at = (-1, -1)  # run and step
         self._ordinal = 0
         self._contexts: dict[int, _Context] = {}  # by the order of calls in a step
