@@ -40,6 +40,7 @@ def options() -> Namespace:
     parser.add_argument("--again", action="store_true", help="measure rows that are there again")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--timing-only", action="store_true", help="time again, and leave the rest of the rows")
+    only.add_argument("--operators-only", action="store_true", help="count operators again, and nothing else")
     only.add_argument("--untimed", action="store_true", help="all but times, which want a quiet machine")
     parser.add_argument("--csv", type=Path, help="default: benchmarks/results/peers.csv, or peers-flux.csv")
     return parser.parse_args()
@@ -51,7 +52,7 @@ def wanted(method: Method, given: Namespace, table: dict[tuple[str, float], rows
         if given.intervals and method.knob == "interval" and setting not in given.intervals:
             continue
         row = table.get((method.name, setting))
-        if given.timing_only:
+        if given.timing_only or given.operators_only:
             if row is not None and not row.note:
                 yield setting
         elif given.again or row is None or not row.done(given.pictures, timed=not given.untimed):
@@ -79,14 +80,15 @@ def main() -> None:
 
 def worker(method: Method, settings: list[float], given: Namespace) -> list[str]:
     """Return the command that measures a method."""
-    pictures = given.rounds if given.timing_only else given.pictures
-    switches = [] if given.timing_only else ["--judge"]
+    pictures = 1 if given.operators_only else given.rounds if given.timing_only else given.pictures
+    switches = ["--operators"] if given.operators_only else [] if given.timing_only else ["--judge"]
+    untimed = given.untimed or given.operators_only
     if given.threads:
         switches += ["--threads", str(given.threads)]
     return [
         *(sys.executable, "-m", "benchmarks.peers.worker", "--model", given.model, "--method", method.name),
         *("--settings", *map(str, settings), "--pictures", str(pictures)),
-        *("--rounds", str(0 if given.untimed else min(given.rounds, pictures))),
+        *("--rounds", str(0 if untimed else min(given.rounds, pictures))),
         *("--csv", str(given.csv), "--kept", "build/peers", *switches),
     ]
 

@@ -95,6 +95,17 @@ class Bench:
             row = replace(row, note=f"{type(error).__name__}: {error}".split("\n")[0])
         return replace(row, **place("cpu", "diffusers", "cache-dit", "hicache-pp")._asdict())
 
+    def counted(self, method: Method, setting: float, row: Row) -> Row:
+        """A row with its operators counted anew, of one picture; the rest stays."""
+        pipe = load(self._name)
+        counter = BlockCounter(pipe.transformer)
+        method.apply(pipe, setting, self._steps)
+        _, shares = self._drawn(pipe, counter, self.subjects[:1], 1)
+        operators = counting.operators_of(pipe, self.subjects[:1], self._steps)
+        return replace(
+            row, skipped_operators=_of_skipped([operators], shares), full_operators=self._operators
+        )
+
     def _drawn(
         self, pipe: ShapesPipeline, counter: BlockCounter, subjects: Sequence[Subject], together: int
     ) -> tuple[Tensor, list[list[float]]]:

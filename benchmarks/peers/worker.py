@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, required=True)
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--judge", action="store_true")
+    parser.add_argument("--operators", action="store_true")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--kept", type=Path, required=True, help="folder of pictures drawn in full")
@@ -35,7 +36,10 @@ def main() -> None:
     for setting in options.settings:
         table = rows.read(options.csv)
         old = table.get((method.name, setting))
-        row = bench.row(method, setting, old, options.judge, options.rounds)
+        if options.operators and old is not None:
+            row = bench.counted(method, setting, old)
+        else:
+            row = bench.row(method, setting, old, options.judge, options.rounds)
         rows.write(options.csv, {**table, row.key: row}.values(), METHODS)
         print(line(row), flush=True)
 
