@@ -259,9 +259,8 @@ def test_tables_are_read_as_they_were_written(tmp_path):
 
 
 def test_rows_that_are_there_are_not_measured_again():
-    given = Namespace(
-        model="bundled", intervals=[3.0, 5.0, 7.0], pictures=48, untimed=False, again=False, timing_only=False
-    )
+    given = Namespace(model="bundled", intervals=[3.0, 5.0, 7.0], pictures=48, untimed=False, again=False)
+    given.timing_only = given.operators_only = False
     table = [
         row(STACK.name, OURS, 3.0, pictures=48, seconds=1.0),
         row(STACK.name, OURS, 5.0, pictures=48),
@@ -274,15 +273,14 @@ def test_rows_that_are_there_are_not_measured_again():
     assert wanted() == [5.0, 7.0]
     assert wanted(untimed=True) == [7.0]
     assert wanted(pictures=64, untimed=True) == wanted(again=True) == [3.0, 5.0, 7.0]
-    assert wanted(timing_only=True) == [3.0, 5.0]
+    assert wanted(timing_only=True) == wanted(operators_only=True) == [3.0, 5.0]
 
 
 def test_the_worker_adds_rows_to_the_table(full, tmp_path, monkeypatch, capsys):
     table = tmp_path / "peers.csv"
     rows.write(table, [row(STACK.name, OURS, 3.0, pictures=48)], METHODS)
-    given = Namespace(
-        model="bundled", pictures=2, rounds=1, untimed=False, timing_only=False, threads=None, csv=table
-    )
+    given = Namespace(model="bundled", pictures=2, rounds=1, untimed=False, threads=None, csv=table)
+    given.timing_only = given.operators_only = False
     [_, _, _, *arguments] = command.worker(STACK, [5.0, 7.0], given)
     monkeypatch.setattr(sys, "argv", ["worker", *arguments, "--kept", str(full.parent)])
     worker.main()
@@ -291,6 +289,14 @@ def test_the_worker_adds_rows_to_the_table(full, tmp_path, monkeypatch, capsys):
     assert [(one.setting, one.pictures, one.full_steps) for one in measured] == [(5.0, 2, 4), (7.0, 2, 3)]
     assert all(one.speedup and one.psnr_mean for one in measured)
     assert "interval 7" in capsys.readouterr().out
+    # operators alone
+    was = [replace(one, skipped_operators=None) for one in measured]
+    rows.write(table, [before, *was], METHODS)
+    given.operators_only = True
+    [_, _, _, *arguments] = command.worker(STACK, [5.0, 7.0], given)
+    monkeypatch.setattr(sys, "argv", ["worker", *arguments, "--kept", str(full.parent)])
+    worker.main()
+    assert list(rows.read(table).values()) == [before, *measured]
 
 
 @pytest.mark.slow
