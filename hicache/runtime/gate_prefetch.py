@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from hicache import compat
 from hicache.adapters.base import EMBEDDED, ModuleAdapter
 from hicache.hooks.timesteps import Rule
+from hicache.runtime.gate_constants import Constants
 from hicache.runtime.gate_weights import GateWeights
 from hicache.runtime.timestep_check import TimestepCheck
-
-# what diffusers' pipelines give the scale of LoRA in
-_LORA_ARGUMENTS: Final = ("joint_attention_kwargs", "attention_kwargs")
 
 
 class Ahead(NamedTuple):
@@ -41,7 +39,7 @@ class _Fetched:
     steps: range
     gates: Tensor | None  # [steps, num_features, batch, channels]
     embedded: Tensor | None  # [steps, batch, width]
-    constants: _Constants  # the other arguments they were computed for
+    constants: Constants  # the other arguments they were computed for
     by_step: Sequence[Ahead] = ()  # views; empty: they are not written yet
     weights: GateWeights | None = None  # those they were computed with; None: likewise
 
@@ -135,7 +133,7 @@ class GatePrefetch:
             found = found.view(-1, len(steps), batch, channels).transpose(0, 1)
         if embedding and not _hooked_embedder(adapter):
             embedded = inputs[EMBEDDED].detach().unflatten(0, (len(steps), batch))
-        self._fetched = _Fetched(steps, found, embedded, _Constants(adapter, model_kwargs))
+        self._fetched = _Fetched(steps, found, embedded, Constants(adapter, model_kwargs))
 
     def settle(self, adapter: ModuleAdapter) -> None:
         """What :meth:`fetch` computed has been written, and is :meth:`own`, by the weights of now."""
@@ -301,14 +299,6 @@ def _inputs_of_now(
     return adapter.gate_inputs(block_kwargs, model_kwargs, timesteps, 1, like)
 
 
-def lora_scale(model_kwargs: Mapping[str, Any]) -> float:
-    """The scale a call gives to its LoRA layers."""
-    given: Mapping[str, Any] = next(
-        (model_kwargs[name] for name in _LORA_ARGUMENTS if model_kwargs.get(name)), {}
-    )
-    return float(given.get("scale", 1.0))
-
-
 def _foretellable(adapter: ModuleAdapter, model_kwargs: Mapping[str, Any], batch: int) -> bool:
     """Whether gates depend on timesteps and on what else is there once a sample, but for one timestep."""
     timestep = model_kwargs.get("timestep")
@@ -318,46 +308,3 @@ def _foretellable(adapter: ModuleAdapter, model_kwargs: Mapping[str, Any], batch
         return False
     values = [model_kwargs.get(name) for name in adapter.gate_arguments]
     return all(len(value) == batch for value in values if isinstance(value, Tensor))
-
-
-class _Constants:
-    """What gates depend on, but for the timestep and weights, as it was in one call.
-
-    Args:
-        adapter: the family's.
-        model_kwargs: the transformer's.
-    """
-
-    def __init__(self, adapter: ModuleAdapter, model_kwargs: Mapping[str, Any]) -> None:
-        self._lora_scale = lora_scale(model_kwargs)
-        given = {name: model_kwargs.get(name) for name in adapter.gate_arguments}
-        # held, so that no other tensor takes the place of one
-        self._tensors = [
-            (name, value, compat.write_count(value), value.detach().clone())
-            for name, value in given.items()
-            if isinstance(value, Tensor)
-        ]
-        self._others = [(name, value) for name, value in given.items() if not isinstance(value, Tensor)]
-
-    def are(self, model_kwargs: Mapping[str, Any], read: bool) -> bool:
-        """Whether a later call is given the same: the same tensors, which nobody wrote to.
-
-        Args:
-            model_kwargs: the transformer's.
-            read: or others of the same numbers, which are read from the device.
-        """
-        for name, tensor, writes, numbers in self._tensors:
-            later = model_kwargs.get(name)
-            if later is tensor and compat.write_count(tensor) == writes:
-                continue
-            if not (read and isinstance(later, Tensor) and _equal(numbers, later)):
-                return False
-        for name, value in self._others:
-            later = model_kwargs.get(name)
-            if isinstance(later, Tensor) or later != value:
-                return False
-        return lora_scale(model_kwargs) == self._lora_scale
-
-
-def _equal(numbers: Tensor, later: Tensor) -> bool:
-    return numbers.dtype == later.dtype and torch.equal(numbers, later.to(numbers.device))

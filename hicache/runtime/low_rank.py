@@ -18,7 +18,8 @@ from hicache.engine import Sum
 from hicache.runtime.call_form import CallForm
 from hicache.runtime.clock import StepClock
 from hicache.runtime.context import BegunCall, Context
-from hicache.runtime.gate_prefetch import come_out_alike, foretold, lora_scale
+from hicache.runtime.gate_constants import lora_scale
+from hicache.runtime.gate_prefetch import come_out_alike, foretold
 from hicache.runtime.gate_rank import GateBasis, SumMemory, forecast_misses, why_not
 from hicache.runtime.module_recorder import ModuleRecorder, as_blocks_do
 from hicache.runtime.recorders import Recorder

@@ -18,7 +18,7 @@ from hicache.engine import Sum
 from hicache.runtime.call_form import CallForm
 from hicache.runtime.clock import StepClock
 from hicache.runtime.context import BegunCall
-from hicache.runtime.gate_prefetch import lora_scale
+from hicache.runtime.gate_constants import lora_scale
 from hicache.step_plan import FullStep, SkippedStep
 from hicache.token_view import TokenView
 
